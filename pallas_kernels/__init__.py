@@ -1,0 +1,26 @@
+"""GPU attention kernels for compressed KV caches, usable without minikv_jax.
+
+Shapes are written with the letters of `jax.nn.dot_product_attention`: B batch, T queries, S keys, N query heads,
+K key/value heads, G = N // K query heads per key/value head, H head size.
+"""
+
+from pallas_kernels.packed_decode.api import (
+    dense_decode_attention,
+    packed_decode_attention,
+)
+from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor, dequantize, pack, unpack
+from pallas_kernels.partial import Partial, merge_partials
+from pallas_kernels.two_pass_attention.api import two_pass_attention
+
+__all__ = [
+    "BLOCK",
+    "PackedTensor",
+    "Partial",
+    "dense_decode_attention",
+    "dequantize",
+    "merge_partials",
+    "pack",
+    "packed_decode_attention",
+    "two_pass_attention",
+    "unpack",
+]

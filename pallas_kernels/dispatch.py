@@ -1,0 +1,37 @@
+"""Choice of an implementation, the way `jax.nn.dot_product_attention` and tokamax do it."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+type Implementation = str | Sequence[str] | None
+
+
+def first_that_accepts(
+    operation: str,
+    implementations: Mapping[str, Callable],
+    chosen: Implementation,
+    default: Sequence[str],
+    *args,
+    **kwargs,
+):
+    """Calls the first implementation that does not decline by `NotImplementedError`.
+
+    Args:
+        chosen: None tries `default` in order; a name must run; a sequence of names is tried in order.
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: no candidate accepts; the message holds every reason.
+    """
+    names = default if chosen is None else (chosen,) if isinstance(chosen, str) else tuple(chosen)
+    unknown = [name for name in names if name not in implementations]
+    if unknown or not names:
+        raise ValueError(
+            f"{operation}: unknown implementation {unknown or chosen!r}: choose from {sorted(implementations)}."
+        )
+    reasons = []
+    for name in names:
+        try:
+            return implementations[name](*args, **kwargs)
+        except NotImplementedError as reason:
+            reasons.append(f"{name}: {reason}")
+    raise NotImplementedError(f"{operation}: no implementation accepts these arguments. " + "; ".join(reasons))

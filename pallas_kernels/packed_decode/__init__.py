@@ -1,0 +1,1 @@
+"""Decode attention over packed low-bit keys and values."""

@@ -1,0 +1,1 @@
+"""Prefill attention that also returns how much attention every key received."""

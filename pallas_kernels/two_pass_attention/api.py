@@ -1,0 +1,76 @@
+"""Exact prefill attention that also returns how much attention every key received."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Implementation, first_that_accepts
+from pallas_kernels.two_pass_attention import xla
+
+_IMPLEMENTATIONS = {"xla": xla.two_pass_attention}
+_DEFAULT = ("xla",)
+
+
+def two_pass_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    query_lengths: Int[Array, "B"] | None = None,
+    key_value_lengths: Int[Array, "B"] | None = None,
+    query_offset: Int[Array, "B"] | None = None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    sliding_window: int | None = None,
+    score_rows: str | int = "all",
+    implementation: Implementation = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S"], Float[Array, "B T N"]]:
+    """Attention output, attention received per key, and log-sum-exp, in memory linear in T and S.
+
+    The score of a key is the sum of its softmax probabilities over the chosen query rows and over the query heads of
+    its group (MiniKV, arXiv 2411.18077, Algorithm 1; with the last W rows: SnapKV, arXiv 2404.14469).
+    Rows and columns of padding contribute exactly nothing, whatever they hold.
+
+    Args:
+        query: [B, T, N, H]. Row i of sequence b stands at position `query_offset[b] + i`.
+        key: [B, S, K, H]. Column j stands at position j.
+        value: [B, S, K, H].
+        query_lengths: [B] real rows; default T.
+        key_value_lengths: [B] real columns; default S.
+        query_offset: [B] position of the first row; default 0. With it a prompt is read in chunks.
+        scale: of the logits; default H ** -0.5.
+        is_causal: a row sees only columns at or before its position.
+        sliding_window: a row sees only the last this many columns up to its position; None: all.
+        score_rows: "all", or W: only each sequence's last W rows add to the scores (0: none, scores are zero).
+        implementation: None, "xla", or a sequence of names to try.
+
+    Returns:
+        output [B, T, N, H] in the query's dtype, scores [B, K, S] float32, natural log-sum-exp [B, T, N] float32.
+        Rows of padding have output 0 and log-sum-exp -inf.
+
+    Raises:
+        ValueError: shapes or options that contradict each other.
+        NotImplementedError: a named implementation cannot run these arguments.
+    """
+    b, t, n, h = query.shape
+    if key.shape != value.shape or key.shape[0] != b or key.shape[3] != h or n % key.shape[2]:
+        raise ValueError(f"query {query.shape}, key {key.shape} and value {value.shape} do not fit together.")
+    if score_rows != "all" and (isinstance(score_rows, str) or score_rows < 0):
+        raise ValueError(f"score_rows={score_rows!r}: give 'all' or a number of rows >= 0.")
+    if sliding_window is not None and (sliding_window < 1 or not is_causal):
+        raise ValueError(f"sliding_window={sliding_window} needs is_causal=True and at least 1 column.")
+    return first_that_accepts(
+        "two_pass_attention",
+        _IMPLEMENTATIONS,
+        implementation,
+        _DEFAULT,
+        query,
+        key,
+        value,
+        jnp.full((b,), t, jnp.int32) if query_lengths is None else query_lengths,
+        jnp.full((b,), key.shape[1], jnp.int32) if key_value_lengths is None else key_value_lengths,
+        query_offset,
+        scale=h**-0.5 if scale is None else scale,
+        is_causal=is_causal,
+        sliding_window=sliding_window,
+        score_rows=score_rows,
+    )
