@@ -87,8 +87,11 @@ def _pack_planes(codes: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Arra
 
 
 def _unpack_planes(packed: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Array, "..."]:
-    mask = (1 << bits) - 1
-    return jnp.concatenate([(packed >> (bits * j)) & mask for j in range(8 // bits)], axis=axis)
+    planes = 8 // bits
+    axis %= packed.ndim
+    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8).reshape(planes, *(1,) * (packed.ndim - axis))
+    codes = (jnp.expand_dims(packed, axis) >> shifts) & ((1 << bits) - 1)
+    return codes.reshape(*packed.shape[:axis], planes * packed.shape[axis], *packed.shape[axis + 1 :])
 
 
 def pack(codes: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Array, "..."]:
@@ -116,25 +119,24 @@ def unpack(packed: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Array, ".
     return _unpack_planes(packed, bits, axis)
 
 
-def _spread(metadata: Float[Array, "B K blocks groups lanes"], group_size: int) -> Float[Array, "B K blocks all lanes"]:
-    """Repeats each group's number for its members."""
-    b, k, blocks, groups, lanes = metadata.shape
-    wide = jnp.broadcast_to(metadata[:, :, :, :, None, :], (b, k, blocks, groups, group_size, lanes))
-    return wide.reshape(b, k, blocks, groups * group_size, lanes)
+def dequantize_blocks(packed: PackedTensor) -> Float[Array, "B K blocks rows columns"]:
+    """Float32 numbers in the order they are stored: [.., 128, H] for keys, [.., H, 128] for values."""
+    codes = unpack(packed.codes, packed.bits, axis=-1 if packed.tokens_last else -2)
+    # Groups run over rows if they run over the tokens of keys or the channels of values.
+    over_rows = (packed.group_axis == "channels") == packed.tokens_last
+    scale, zero = (x.astype(jnp.float32) for x in (packed.scale, packed.zero))
+    if not over_rows:
+        scale, zero = jnp.swapaxes(scale, -1, -2), jnp.swapaxes(zero, -1, -2)
+    axis = -2 if over_rows else -1
+    rows, columns = codes.shape[-2:]
+    split = (-1, packed.group_size, columns) if over_rows else (rows, -1, packed.group_size)
+    grouped = codes.astype(jnp.float32).reshape(*codes.shape[:-2], *split)
+    return (grouped * jnp.expand_dims(scale, axis) + jnp.expand_dims(zero, axis)).reshape(codes.shape)
 
 
 def dequantize(packed: PackedTensor, dtype: jnp.dtype = jnp.float32) -> Float[Array, "B K S H"]:
-    """All tokens of a segment as plain numbers, in token order (rows past the segment's length are meaningless).
-
-    For values the arithmetic runs with tokens last and the result is transposed; inside `jit` the transpose folds into
-    the product that follows.
-    """
-    codes = unpack(packed.codes, packed.bits, axis=-1 if packed.tokens_last else -2).astype(jnp.float32)
-    scale, zero = (_spread(x.astype(jnp.float32), packed.group_size) for x in (packed.scale, packed.zero))
-    tokens_first_metadata = packed.group_axis == "tokens"
-    if tokens_first_metadata == packed.tokens_last:
-        scale, zero = jnp.swapaxes(scale, -1, -2), jnp.swapaxes(zero, -1, -2)
-    numbers = codes * scale + zero
+    """All tokens of a segment as plain numbers, in token order (rows past the segment's length are meaningless)."""
+    numbers = dequantize_blocks(packed)
     if packed.tokens_last:
         numbers = jnp.swapaxes(numbers, -1, -2)
     b, k, blocks, block, h = numbers.shape

@@ -4,18 +4,26 @@ It walks over the keys in chunks with a running softmax, so that at most one chu
 longest sequence of the batch, so that unused capacity costs nothing.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor, dequantize
+from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor, dequantize_blocks
 from pallas_kernels.partial import Partial
 
-# Unpacked floats of one chunk, per tensor: small enough to stay in a CPU's second-level cache, large enough that the
-# loop's own cost disappears.
-_CHUNK_ELEMENTS = 1 << 18
+# Float32 numbers of one chunk, per tensor. A loop over chunks costs a CPU more than it saves until a chunk is this big.
+_CHUNK_ELEMENTS = 1 << 20
+
+
+class _Chunk(NamedTuple):
+    """A run of tokens: how queries meet its keys, and how probabilities meet its values."""
+
+    logits: Callable[[Float[Array, "B K M H"]], Float[Array, "B K M C"]]
+    output: Callable[[Float[Array, "B K M C"], Bool[Array, "B K C"]], Float[Array, "B K M H"]]
 
 
 def _chunk_tokens(capacity: int, rows: int, head_size: int) -> int:
@@ -25,7 +33,7 @@ def _chunk_tokens(capacity: int, rows: int, head_size: int) -> int:
 
 def _attend(
     query: Float[Array, "B K M H"],
-    read: Callable[[Int[Array, ""]], tuple[Float[Array, "B K C H"], Float[Array, "B K C H"]]],
+    read: Callable[[Int[Array, ""]], _Chunk],
     visible: Int[Array, "B K M"],
     capacity: int,
     chunk: int,
@@ -36,18 +44,15 @@ def _attend(
         output, maximum, total = carry
         # The last chunk is moved back to end at the capacity; what an earlier chunk has seen is masked.
         start = jnp.minimum(i * chunk, capacity - chunk)
-        key, value = read(start)
+        tokens = read(start)
         position = start + jnp.arange(chunk)
         seen = (position >= i * chunk) & (position < visible[..., None])
-        logits = jnp.einsum("bkmh,bkch->bkmc", query, key, preferred_element_type=jnp.float32)
-        logits = jnp.where(seen, logits, -jnp.inf)
+        logits = jnp.where(seen, tokens.logits(query), -jnp.inf)
         new_maximum = jnp.maximum(maximum, logits.max(axis=-1))
         reference = jnp.where(jnp.isneginf(new_maximum), 0.0, new_maximum)
         p = jnp.exp(logits - reference[..., None])
         rescale = jnp.exp(maximum - reference)
-        # Rows past the end may hold anything, NaN included, and 0 * NaN is NaN.
-        value = jnp.where((position < visible.max(axis=-1, keepdims=True))[..., None], value, 0)
-        update = jnp.einsum("bkmc,bkch->bkmh", p.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        update = tokens.output(p, position < visible.max(axis=-1, keepdims=True))
         return output * rescale[..., None] + update, new_maximum, total * rescale + p.sum(axis=-1)
 
     start = (
@@ -77,6 +82,14 @@ def _partial(result, queries: int) -> Partial:
     return Partial(*(_unrows(x, queries) for x in result))
 
 
+def _without_absent(values: PackedTensor, present: Bool[Array, "B K blocks 128"]) -> PackedTensor:
+    """Values whose absent tokens are zero. They may hold anything, NaN included, and 0 * NaN is NaN."""
+    if values.group_axis != "channels":
+        raise NotImplementedError(f"values must be grouped over channels, not over {values.group_axis}.")
+    scale, zero = (jnp.where(present[:, :, :, None], x, 0) for x in (values.scale, values.zero))
+    return dataclasses.replace(values, scale=scale, zero=zero)
+
+
 def packed_decode_attention(
     query: Float[Array, "B T N H"],
     keys: PackedTensor,
@@ -93,7 +106,14 @@ def packed_decode_attention(
         def blocks(x):
             return jax.lax.dynamic_slice_in_dim(x, start // BLOCK, chunk // BLOCK, axis=2)
 
-        return tuple(dequantize(jax.tree.map(blocks, packed)) for packed in (keys, values))
+        key = dequantize_blocks(jax.tree.map(blocks, keys)).reshape(b, heads, chunk, h)
+
+        def output(p, present):
+            p, present = (x.reshape(*x.shape[:-1], -1, BLOCK) for x in (p, present))
+            value = dequantize_blocks(_without_absent(jax.tree.map(blocks, values), present))
+            return jnp.einsum("bkmct,bkcht->bkmh", p, value)
+
+        return _Chunk(lambda q: jnp.einsum("bkmh,bksh->bkms", q, key), output)
 
     rows = _rows(query, heads, scale)
     visible = jnp.broadcast_to(lengths[:, :, None], rows.shape[:-1])
@@ -113,7 +133,16 @@ def dense_decode_attention(
     chunk = _chunk_tokens(capacity, b * heads, h)
 
     def read(start):
-        return tuple(jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=2) for x in (key, value))
+        key_rows, value_rows = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=2) for x in (key, value))
+
+        def logits(q):
+            return jnp.einsum("bkmh,bksh->bkms", q, key_rows, preferred_element_type=jnp.float32)
+
+        def output(p, present):
+            rows = jnp.where(present[..., None], value_rows, 0)
+            return jnp.einsum("bkms,bksh->bkmh", p.astype(rows.dtype), rows, preferred_element_type=jnp.float32)
+
+        return _Chunk(logits, output)
 
     # float32 queries times bfloat16 keys would convert the keys: round the query instead, as a GPU would.
     rows = _rows(query, heads, scale).astype(key.dtype)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 # Float32 logits of one block of rows, all heads: bounds the memory, stays within a CPU's caches for short prompts.
 _LOGIT_ELEMENTS = 1 << 22
-_STAGES = 4
+_STAGES = 8
 _MIN_STAGE = 512
 
 
@@ -25,7 +25,11 @@ def _block_rows(batch_heads: int, keys: int, rows: int) -> int:
 
 def _block(query, key, value, position, row_counts, row_valid, key_lengths, scale, is_causal, sliding_window):
     """One block of rows. query [B, K, G, R, H]; key, value [B, K, S, H]; position [B, R]; masks [B, R]."""
-    logits = jnp.einsum("bkgrh,bksh->bkgrs", query, key, preferred_element_type=jnp.float32) * scale
+    b, k, g, r, h = query.shape
+    # The group's rows together are one matrix per key/value head: a third of the time of separate products on a CPU.
+    merged = query.reshape(b, k, g * r, h)
+    logits = jnp.einsum("bkmh,bksh->bkms", merged, key, preferred_element_type=jnp.float32) * scale
+    logits = logits.reshape(b, k, g, r, -1)
     column = jnp.arange(key.shape[2])
     seen = (column < key_lengths[:, None, None]) & row_valid[:, :, None]
     if is_causal:
@@ -38,11 +42,13 @@ def _block(query, key, value, position, row_counts, row_valid, key_lengths, scal
     p = jnp.exp(logits - reference[..., None])
     total = p.sum(axis=-1)
     inverse = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
-    output = jnp.einsum("bkgrs,bksh->bkgrh", p.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    output = (output * inverse[..., None]).astype(query.dtype)
+    merged_p = p.reshape(b, k, g * r, -1)
+    output = jnp.einsum("bkms,bksh->bkmh", merged_p.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    output = (output.reshape(b, k, g, r, h) * inverse[..., None]).astype(query.dtype)
     lse = reference + jnp.log(total)
     # Which rows count is a weight on rows, so the column sums are one matrix-vector product.
-    scores = jnp.einsum("bkgrs,bkgr->bks", p, inverse * row_counts[:, None, None, :])
+    weight = (inverse * row_counts[:, None, None, :]).reshape(b, k, g * r)
+    scores = jnp.einsum("bkms,bkm->bks", merged_p, weight)
     return output, lse, scores
 
 

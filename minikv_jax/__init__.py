@@ -1,0 +1,34 @@
+"""minikv_jax: LLM KV cache compression in JAX. See README.md for a nine-line example."""
+
+from minikv_jax import presets
+from minikv_jax.cache import KVCache, nbytes
+from minikv_jax.config import Allocation, CacheConfig, Codec, Rank
+from minikv_jax.errors import CheckpointError, ConfigError, MiniKVError, PromptError, UnsupportedModelError
+from minikv_jax.generate import Sampling, decode_step, forward, generate, prefill, stream
+from minikv_jax.models import load
+from minikv_jax.report import cache_report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Allocation",
+    "CacheConfig",
+    "CheckpointError",
+    "Codec",
+    "ConfigError",
+    "KVCache",
+    "MiniKVError",
+    "PromptError",
+    "Rank",
+    "Sampling",
+    "UnsupportedModelError",
+    "cache_report",
+    "decode_step",
+    "forward",
+    "generate",
+    "load",
+    "nbytes",
+    "prefill",
+    "presets",
+    "stream",
+]

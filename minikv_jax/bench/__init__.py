@@ -1,0 +1,1 @@
+"""What `minikv bench` runs."""

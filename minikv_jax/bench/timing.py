@@ -1,0 +1,67 @@
+"""Device time, measured ceilings, and the JSON format of every benchmark."""
+
+import importlib.metadata
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+def device_seconds(
+    step: Callable[..., Array], x: Array, *args: Array, steps: int = 32, repeats: int = 7
+) -> float:
+    """Median device time of `step(x, *args)`, an array of x's shape, over `steps` calls chained inside one jit.
+
+    Each call's input depends on the last call's output, so that nothing overlaps, nothing is removed, and dispatch from
+    the host is paid once per chain.
+    """
+
+    def chain(x, *args):
+        def body(_, x):
+            return x + (step(x, *args).reshape(x.shape) * 1e-6).astype(x.dtype)
+
+        return jax.lax.fori_loop(0, steps, body, x)
+
+    run = jax.jit(chain)
+    jax.block_until_ready(run(x, *args))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(x, *args))
+        seconds.append((time.perf_counter() - start) / steps)
+    return statistics.median(seconds)
+
+
+def copy_bandwidth(size: int = 1 << 30) -> float:
+    """Bytes read plus written per second by a plain elementwise pass over `size` bytes."""
+    x = jnp.ones(size // 4, jnp.float32)
+    return 2 * size / device_seconds(lambda x: x, x, steps=16)
+
+
+def matmul_rate(n: int = 8192) -> float:
+    """Floating-point operations per second of an n x n x n bfloat16 product."""
+    a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.bfloat16)
+    return 2 * n**3 / device_seconds(lambda a, b: a @ b, a, b, steps=8)
+
+
+def environment() -> dict:
+    """The device and the versions behind a figure."""
+    versions = {}
+    for name in ("jax", "jaxlib", "triton", "jax-triton", "minikv-jax"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"device": jax.devices()[0].device_kind, "versions": versions}
+
+
+def write_results(out: Path, benchmark: str, command: str, date: str, rows: Sequence[dict], **more) -> None:
+    """Writes one results file; see `examples/results/`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"benchmark": benchmark, **environment(), "command": command, "date": date, **more, "rows": list(rows)}
+    out.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,317 @@
+"""The `minikv` program."""
+
+import dataclasses
+import inspect
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from minikv_jax import presets
+from minikv_jax.config import CacheConfig
+from minikv_jax.errors import ConfigError, MiniKVError, PromptError
+from minikv_jax.report import CacheReport, cache_report
+
+_messages = Console(stderr=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One method's answer and what it cost. Times are wall-clock seconds; the first token's includes compilation."""
+
+    method: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    tokens_kept: float
+    bits_per_element: float
+    cache_bytes: int
+    bfloat16_bytes: int
+    time_to_first_token_s: float
+    tokens_per_s: float | None
+
+
+@contextmanager
+def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function of (done, total) that moves a bar on standard error; nothing is drawn without a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_messages, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _load(model: str):
+    from minikv_jax.models import load
+
+    with _progress_bar(f"loading {model}") as progress:
+        return load(model, progress=progress)
+
+
+def _prompt(text: str, question: str | None) -> str:
+    parts = [part for part in (text.strip(), (question or "").strip()) if part]
+    if not parts:
+        raise PromptError("The prompt is empty: give a question, a --prompt-file with text, or both.")
+    return "\n\n".join(parts)
+
+
+def _token_ids(tokenizer, text: str, raw: bool) -> list[int]:
+    """The text as a user's message in the model's chat template, or as it is."""
+    if raw or tokenizer.chat_template is None:
+        return tokenizer(text)["input_ids"]
+    messages = [{"role": "user", "content": text}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _answer(
+    model, tokenizer, ids: list[int], config: CacheConfig, max_new_tokens: int, sampling, seed: int, write
+) -> tuple[Answer, CacheReport]:
+    """Reads the prompt, streams the answer through `write`, and reports (answer, cache report)."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from minikv_jax.generate import stream
+
+    ends = set(model.config.eos_token_ids)
+    config = config.replace(generated_capacity=max_new_tokens)
+    start, times, written, shown, report = time.perf_counter(), [], [], "", None
+    with _progress_bar(f"reading {len(ids):,} tokens ({config.name})") as progress:
+        tokens = stream(
+            model,
+            jnp.asarray([ids], jnp.int32),
+            jnp.asarray([len(ids)], jnp.int32),
+            config,
+            max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            progress=progress,
+        )
+        token, cache = next(tokens)
+    while True:
+        new = int(np.asarray(token)[0])
+        times.append(time.perf_counter())
+        report = cache_report(cache)
+        if new in ends:
+            break
+        written.append(new)
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        # A character may need several tokens: hold back what is not whole yet.
+        if not text.endswith("\ufffd"):
+            write(text[len(shown) :])
+            shown = text
+        try:
+            token, cache = next(tokens)
+        except StopIteration:
+            break
+    write(tokenizer.decode(written, skip_special_tokens=True)[len(shown) :] + "\n")
+    # The second token waits for the decode step's compilation.
+    rate = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else None
+    total = report.total
+    answer = Answer(
+        method=config.name,
+        text=tokenizer.decode(written, skip_special_tokens=True),
+        prompt_tokens=len(ids),
+        new_tokens=len(times),
+        tokens_kept=total.tokens_kept,
+        bits_per_element=total.bits_per_element,
+        cache_bytes=total.bytes_held,
+        bfloat16_bytes=total.bytes_bfloat16,
+        time_to_first_token_s=times[0] - start,
+        tokens_per_s=rate,
+    )
+    return answer, report
+
+
+def _table(answers: list[Answer]) -> Table:
+    table = Table()
+    table.add_column("")
+    rows = {
+        "prompt tokens": lambda a: f"{a.prompt_tokens:,}",
+        "tokens kept": lambda a: f"{a.tokens_kept:,.0f}",
+        "bits per element, metadata included": lambda a: f"{a.bits_per_element:.2f}",
+        "cache": lambda a: f"{a.cache_bytes / 2**20:.1f} MiB",
+        "bfloat16 cache of the same text": lambda a: f"{a.bfloat16_bytes / 2**20:.1f} MiB",
+        "times smaller": lambda a: f"{a.bfloat16_bytes / a.cache_bytes:.1f}",
+        "time to first token, compilation included": lambda a: f"{a.time_to_first_token_s:.1f} s",
+        "tokens per second": lambda a: "-" if a.tokens_per_s is None else f"{a.tokens_per_s:.1f}",
+    }
+    for answer in answers:
+        table.add_column(answer.method, justify="right")
+    for title, cell in rows.items():
+        table.add_row(title, *(cell(answer) for answer in answers))
+    return table
+
+
+def _method(name: str, settings: tuple[str, ...]) -> CacheConfig:
+    """The preset with `knob=value` settings. A packed cache's window is held in bfloat16 on every device."""
+    knobs = {}
+    for setting in settings:
+        knob, _, value = setting.partition("=")
+        if not value:
+            raise ConfigError(f"--set {setting}: write it as knob=value, for example --set bits=4.")
+        try:
+            knobs[knob] = json.loads(value)
+        except json.JSONDecodeError:
+            knobs[knob] = value
+    try:
+        config = presets.by_name(name, **knobs)
+    except TypeError as error:
+        raise ConfigError(f"--set {' '.join(settings)}: a value has the wrong type ({error}).") from None
+    return config if config.codec.dense else config.replace(dtype="bfloat16")
+
+
+def _read(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"Cannot read {path} as UTF-8 text: {error}.") from None
+
+
+def _asking(command: Callable) -> Callable:
+    """The argument and options that every command with an answer has."""
+    for option in reversed(
+        (
+            click.argument("question", required=False),
+            click.option("--model", default="smollm2", show_default=True, help="Folder, GGUF file, or 'smollm2'."),
+            click.option("--prompt-file", type=Path, help="A text to read before the question."),
+            click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True),
+            click.option("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token."),
+            click.option("--top-p", type=float, default=1.0, help="Draw among the most likely with this probability."),
+            click.option("--seed", type=int, default=0, help="Of the random draws."),
+            click.option("--raw", is_flag=True, help="No chat template: continue the text."),
+            click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text and table."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def app() -> None:
+    """LLM KV cache compression in JAX."""
+
+
+@app.command()
+@_asking
+@click.option("--method", default="minikv", show_default=True, help="See `minikv methods`.")
+@click.option("--set", "settings", multiple=True, help="Change a knob of the method: --set bits=4.")
+def generate(method: str, settings: tuple[str, ...], as_json: bool, **request) -> None:
+    """Answer a QUESTION about a text from a compressed cache."""
+    ((answer, _),) = _answers([_method(method, settings)], _Request(**request), quiet=as_json)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(answer)))
+    else:
+        Console().print(_table([answer]))
+
+
+@app.command()
+@_asking
+@click.option("--methods", default="full,minikv", show_default=True, help="Names, see `minikv methods`.")
+@click.option("--picture", type=Path, help="Where to save a picture of bytes and tokens per layer.")
+def compare(methods: str, picture: Path | None, as_json: bool, **request) -> None:
+    """Answer the same QUESTION with several methods, side by side."""
+    configs = [_method(name.strip(), ()) for name in methods.split(",")]
+    if picture is not None:
+        _require_picture(picture)
+    answers = _answers(configs, _Request(**request), quiet=as_json)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(answer) for answer, _ in answers]))
+    else:
+        Console().print(_table([answer for answer, _ in answers]))
+    if picture is not None:
+        from minikv_jax.plot import save_cache_picture
+
+        save_cache_picture({answer.method: report for answer, report in answers}, picture)
+        print(f"Picture: {picture}", file=sys.stderr if as_json else sys.stdout)
+
+
+def _require_picture(path: Path) -> None:
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--picture {path}: the name must end in .png, .svg or .pdf.")
+    if path.is_dir():
+        raise ConfigError(f"--picture {path} is a folder: name a file in it.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What to ask of which model, and how to draw the answer."""
+
+    question: str | None
+    model: str
+    prompt_file: Path | None
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    raw: bool
+
+
+def _answers(configs: list[CacheConfig], request: _Request, quiet: bool) -> list[tuple[Answer, CacheReport]]:
+    """Each method's answer in turn. Everything that can be wrong is checked before a model is loaded."""
+    from minikv_jax.generate import Sampling
+
+    sampling = Sampling(request.temperature, request.top_p)
+    text = _prompt(_read(request.prompt_file), request.question)
+    model, tokenizer = _load(request.model)
+    ids = _token_ids(tokenizer, text, request.raw)
+
+    def write(text: str) -> None:
+        if not quiet:
+            print(text, end="", flush=True)
+
+    answers = []
+    for config in configs:
+        if len(configs) > 1:
+            write(f"\n[{config.name}] ")
+        answers.append(_answer(model, tokenizer, ids, config, request.max_new_tokens, sampling, request.seed, write))
+    return answers
+
+
+@app.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def methods(as_json: bool) -> None:
+    """List the methods and their knobs."""
+    rows = [
+        {
+            "method": name,
+            "about": (inspect.getdoc(preset) or "").splitlines()[0],
+            "knobs": {knob: parameter.default for knob, parameter in inspect.signature(preset).parameters.items()},
+        }
+        for name, preset in presets.METHODS.items()
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("method", "what it does", "knobs (--set knob=value)")
+    for row in rows:
+        table.add_row(row["method"], row["about"], ", ".join(f"{k}={v}" for k, v in row["knobs"].items()))
+    Console().print(table)
+
+
+def main() -> None:
+    """Runs the program. A mistake of the user's is one message on standard error and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except MiniKVError as error:
+        print(f"minikv: {error}", file=sys.stderr)
+        sys.exit(2)
+    except click.exceptions.NoArgsIsHelpError as help_text:
+        print(help_text.format_message())
+    except click.ClickException as error:
+        print(f"minikv: {error.format_message()}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

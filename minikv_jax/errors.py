@@ -1,0 +1,21 @@
+"""Exceptions for mistakes a user can correct: each message says what was given, what was expected and what to do."""
+
+
+class MiniKVError(ValueError):
+    """Base of every error this library raises for its user's input."""
+
+
+class CheckpointError(MiniKVError):
+    """A model's files are missing, damaged, or do not fit together."""
+
+
+class UnsupportedModelError(MiniKVError):
+    """The files are sound, but describe a model this library cannot run."""
+
+
+class ConfigError(MiniKVError):
+    """An unknown method, or a budget, width or capacity outside its range."""
+
+
+class PromptError(MiniKVError):
+    """A prompt that is empty or does not fit the model or the cache."""

@@ -1,0 +1,345 @@
+"""Reading a prompt and writing an answer: pure functions over (model, cache).
+
+`params` is a `Llama` or what `nnx.split` makes of one; both are pytrees and go through `jax.jit` as they are.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from minikv_jax import allocate
+from minikv_jax.attention import attend
+from minikv_jax.cache import KVCache, LayerCache, append, compress
+from minikv_jax.config import CacheConfig
+from minikv_jax.errors import ConfigError, PromptError
+from minikv_jax.models.llama import Llama, LlamaLayer
+from pallas_kernels import two_pass_attention
+
+type Params = Llama | tuple[Any, Any]
+
+
+def _model(params: Params) -> Llama:
+    return params if isinstance(params, Llama) else nnx.merge(*params)
+
+
+@functools.partial(jax.jit, static_argnames=("score_rows", "sliding_window"))
+def _read_layer(layer: LlamaLayer, x, lengths, score_rows, sliding_window):
+    """One layer over the whole prompt. Jitted on its own: called outside `jit`, it compiles once for all layers."""
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    query, key, value = layer.before_attention(x, positions)
+    attention, scores, _ = two_pass_attention(
+        query,
+        key,
+        value,
+        query_lengths=lengths,
+        key_value_lengths=lengths,
+        score_rows=score_rows,
+        sliding_window=sliding_window,
+    )
+    return layer.after_attention(x, attention), key, value, scores
+
+
+_compress = jax.jit(compress, static_argnames=("config", "kept_capacity"))
+
+
+@functools.partial(jax.jit, static_argnames=("like",))
+def _shrink(layer: LayerCache, like) -> LayerCache:
+    """The layer's arrays cut to the shapes of `like`."""
+    leaves, structure = jax.tree.flatten(layer)
+    return jax.tree.unflatten(structure, [x[tuple(slice(n) for n in shape)] for x, shape in zip(leaves, like)])
+
+
+@jax.jit
+def _embed(model: Llama, tokens):
+    return model.embed(tokens)
+
+
+@jax.jit
+def _logits_at(model: Llama, x, index):
+    last = jnp.take_along_axis(x, index[:, None, None], axis=1, mode="clip")
+    return model.logits(last)[:, 0]
+
+
+def forward(params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
+    """Next-token logits at every position, without a cache.
+
+    Args:
+        params: the model.
+        tokens: [B, T] token ids, padded on the right.
+        lengths: [B] true lengths; default T.
+
+    Returns:
+        float32 logits [B, T, V]; rows of padding are meaningless.
+    """
+    model = _model(params)
+    lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else jnp.asarray(lengths)
+    x = _embed(model, tokens)
+    for layer in model.layers:
+        x, *_ = _read_layer(layer, x, lengths, score_rows=0, sliding_window=model.config.sliding_window)
+    return jax.jit(type(model).logits)(model, x)
+
+
+def prefill(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    cache_config: CacheConfig,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Reads prompts and compresses them, one layer at a time: no two layers' full keys and values exist together.
+
+    Pure; works inside `jax.jit` as it is (`cache_config` is static by itself). Outside `jit` it compiles one layer
+    and runs it for all, which starts faster.
+
+    Args:
+        params: the model.
+        tokens: [B, T] token ids, padded on the right.
+        lengths: [B] int32 true lengths, 1 <= length <= T.
+        cache_config: the method and its capacities.
+        progress: called with (layers done, layers) as they finish; only outside `jit`.
+
+    Returns:
+        float32 logits [B, V] of the token after each prompt, and the cache.
+
+    Raises:
+        PromptError: an empty prompt, or one longer than the cache or the model allows.
+        ConfigError: a method that this model cannot run.
+    """
+    model = _model(params)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    cache_config = _fitting(model, tokens, lengths, cache_config)
+    allocation, layers = cache_config.allocation, model.config.num_layers
+    capacities = [allocate.capacity(allocation, i, layers, cache_config.prompt_capacity) for i in range(layers)]
+
+    x = _embed(model, tokens)
+    caches = []
+    for i, layer in enumerate(model.layers):
+        x, key, value, scores = _read_layer(
+            layer, x, lengths, score_rows="all" if cache_config.needs_scores else 0, sliding_window=None
+        )
+        heavy, recent = allocate.budgets(allocation, i, layers, lengths, tokens.shape[1])
+        # Every layer is compressed at the largest layer's capacity and then cut: one program for a whole pyramid.
+        arguments = (key, value, scores, lengths, heavy, recent)
+        cache = _compress(*arguments, config=cache_config, kept_capacity=max(capacities))
+        if capacities[i] < max(capacities):
+            like = jax.eval_shape(
+                functools.partial(compress, config=cache_config, kept_capacity=capacities[i]), *arguments
+            )
+            cache = _shrink(cache, tuple(leaf.shape for leaf in jax.tree.leaves(like)))
+        caches.append(cache)
+        if progress is not None:
+            jax.block_until_ready(cache)
+            progress(i + 1, layers)
+    room = jnp.full(lengths.shape, cache_config.generated_capacity, jnp.int32)
+    # A copy: the cache is made to be donated, the caller's lengths are not.
+    return _logits_at(model, x, lengths - 1), KVCache(tuple(caches), jnp.array(lengths), room, cache_config)
+
+
+def _fitting(model: Llama, tokens, lengths, config: CacheConfig) -> CacheConfig:
+    """The config with its prompt capacity filled in, after every check that needs model and prompt together."""
+    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
+        raise PromptError(f"tokens {tokens.shape} and lengths {lengths.shape} must be [B, T] and [B].")
+    longest = tokens.shape[1]
+    if longest == 0:
+        raise PromptError("The prompt is empty: give at least one token.")
+    if not isinstance(lengths, jax.core.Tracer):
+        given = np.asarray(lengths)
+        if given.min() < 1 or given.max() > longest:
+            raise PromptError(f"lengths {given.tolist()} must be from 1 to the {longest} tokens given.")
+    prompt_capacity = config.prompt_capacity or longest
+    if longest > prompt_capacity:
+        raise PromptError(
+            f"A prompt of {longest} tokens is longer than prompt_capacity={prompt_capacity}: shorten it or raise that."
+        )
+    total = prompt_capacity + config.generated_capacity
+    limit = model.config.max_position_embeddings
+    if total > limit:
+        raise PromptError(
+            f"{prompt_capacity} prompt tokens and generated_capacity={config.generated_capacity} make {total}, more "
+            f"than the model's {limit} positions: shorten the prompt or lower generated_capacity."
+        )
+    window = model.config.sliding_window
+    if window is not None and total > window:
+        raise ConfigError(
+            f"This model attends to the last {window} tokens only; a cache for {total} tokens would need masking by "
+            f"position, which compressed rows do not have. Keep prompt and answer within {window} tokens."
+        )
+    head, codec = model.config.head_dim, config.codec
+    groups = [codec.value_group] + ([codec.key_group] if codec.key_axis == "channels" else [])
+    if not codec.dense and any(head % group for group in groups):
+        raise ConfigError(f"Groups of {groups} channels must divide the model's head size of {head}.")
+    return config.replace(prompt_capacity=prompt_capacity)
+
+
+def decode_step(params: Params, cache: KVCache, tokens: Int[Array, "B"]) -> tuple[Float[Array, "B V"], KVCache]:
+    """Reads one more token of every sequence.
+
+    Use it as `jax.jit(decode_step, donate_argnames="cache")`: the cache is then updated in place.
+
+    Args:
+        params: the model.
+        cache: of B sequences.
+        tokens: [B] token ids.
+
+    Returns:
+        float32 logits [B, V] of the next token, and the cache. A sequence without room left stores nothing and its
+        logits are NaN.
+    """
+    model = _model(params)
+    accept = cache.room > 0
+    x = model.embed(tokens[:, None])
+    layers = []
+    for layer, layer_cache in zip(model.layers, cache.layers):
+        with jax.named_scope("decode_layer"):
+            query, key, value = layer.before_attention(x, cache.lengths[:, None])
+            layer_cache = append(layer_cache, key, value, accept, cache.config.codec)
+            x = layer.after_attention(x, attend(query, layer_cache))
+            layers.append(layer_cache)
+    logits = jnp.where(accept[:, None], model.logits(x)[:, 0], jnp.nan)
+    step = accept.astype(jnp.int32)
+    return logits, KVCache(tuple(layers), cache.lengths + step, cache.room - step, cache.config)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+        temperature: 0 takes the most likely token; otherwise logits are divided by it.
+        top_p: draw only among the most likely tokens that together have this probability.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"temperature={self.temperature} must be at least 0 and top_p={self.top_p} above 0 and at most 1."
+            )
+
+
+GREEDY = Sampling()
+
+
+def sample(logits: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, "B"]:
+    """Token ids drawn from next-token logits."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_p < 1:
+        best_first = jnp.sort(logits, axis=-1, descending=True)
+        before = jnp.cumsum(jax.nn.softmax(best_first, axis=-1), axis=-1) - jax.nn.softmax(best_first, axis=-1)
+        least = jnp.min(jnp.where(before < sampling.top_p, best_first, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _next(params: Params, cache: KVCache, tokens, key, sampling: Sampling):
+    logits, cache = decode_step(params, cache, tokens)
+    return sample(logits, key, sampling), cache
+
+
+def stream(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    cache_config: CacheConfig,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[Int[Array, "B"], KVCache]]:
+    """Yields the new tokens [B] one step at a time, with the cache that led to them.
+
+    The yielded cache is given away to the next step: read what you need before asking for the next token.
+
+    Raises:
+        PromptError, ConfigError: as `prefill`; more new tokens than the cache has room for.
+    """
+    _require_room(cache_config, max_new_tokens)
+    key = jax.random.key(seed)
+    logits, cache = prefill(params, tokens, lengths, cache_config, progress=progress)
+    token = sample(logits, key, sampling)
+    yield token, cache
+    for i in range(1, max_new_tokens):
+        token, cache = _next(params, cache, token, jax.random.fold_in(key, i), sampling)
+        yield token, cache
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_token_ids"), donate_argnames="cache")
+def _decode_loop(params, cache, token, key, sampling, max_new_tokens, eos_token_ids):
+    """Decodes until every sequence has ended or `max_new_tokens` are there: one dispatch for all of it."""
+    ends = jnp.asarray(eos_token_ids or (-1,))
+
+    def more(state):
+        i, _, _, ended, _ = state
+        return (i < max_new_tokens) & ~ended.all()
+
+    def step(state):
+        i, tokens, cache, ended, token = state
+        logits, cache = decode_step(params, cache, token)
+        token = jnp.where(ended, token, sample(logits, jax.random.fold_in(key, i), sampling))
+        return i + 1, tokens.at[:, i].set(token), cache, ended | jnp.isin(token, ends), token
+
+    tokens = jnp.zeros((token.shape[0], max_new_tokens), jnp.int32).at[:, 0].set(token)
+    count, tokens, cache, _, token = jax.lax.while_loop(
+        more, step, (jnp.int32(1), tokens, cache, jnp.isin(token, ends), token)
+    )
+    written = jnp.arange(max_new_tokens) < count
+    return jnp.where(written, tokens, token[:, None]), cache
+
+
+def generate(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    cache_config: CacheConfig,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    eos_token_ids: Sequence[int] = (),
+    seed: int = 0,
+) -> tuple[Int[Array, "B max_new_tokens"], KVCache]:
+    """Reads prompts and writes up to `max_new_tokens` tokens each, all steps in one dispatch.
+
+    Args:
+        params: the model.
+        tokens: [B, T] prompts, padded on the right.
+        lengths: [B] true lengths.
+        cache_config: the method and its capacities.
+        max_new_tokens: at most `generated_capacity` + 1, for the last token is not read again.
+        sampling: greedy by default.
+        eos_token_ids: a sequence ends with one of these; the rest of its row repeats it.
+        seed: of the random draws.
+
+    Returns:
+        The new tokens [B, max_new_tokens], and the cache after them.
+
+    Raises:
+        PromptError, ConfigError: as `prefill`; more new tokens than the cache has room for.
+    """
+    _require_room(cache_config, max_new_tokens)
+    key = jax.random.key(seed)
+    logits, cache = prefill(params, tokens, lengths, cache_config)
+    token = sample(logits, key, sampling)
+    return _decode_loop(params, cache, token, key, sampling, max_new_tokens, tuple(eos_token_ids))
+
+
+def _require_room(config: CacheConfig, max_new_tokens: int) -> None:
+    if not 1 <= max_new_tokens <= config.generated_capacity + 1:
+        raise ConfigError(
+            f"max_new_tokens={max_new_tokens} must be from 1 to generated_capacity + 1 = "
+            f"{config.generated_capacity + 1}: change one of them."
+        )

