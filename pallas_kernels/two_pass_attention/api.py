@@ -6,8 +6,25 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import Implementation, first_that_accepts
 from pallas_kernels.two_pass_attention import xla
 
-_IMPLEMENTATIONS = {"xla": xla.two_pass_attention}
-_DEFAULT = ("xla",)
+
+def _mosaic_gpu(*args, **kwargs):
+    try:  # on the first call: programs without a GPU never pay for the import
+        from pallas_kernels.two_pass_attention import mosaic_gpu
+    except ImportError as error:
+        raise NotImplementedError(f"this JAX has no Pallas Mosaic GPU ({error})") from error
+    return mosaic_gpu.two_pass_attention(*args, **kwargs)
+
+
+def _xla(query, key, value, query_lengths, key_value_lengths, query_offset, **kwargs):
+    full = jnp.full((query.shape[0],), 1, jnp.int32)
+    query_lengths = full * query.shape[1] if query_lengths is None else query_lengths
+    key_value_lengths = full * key.shape[1] if key_value_lengths is None else key_value_lengths
+    return xla.two_pass_attention(query, key, value, query_lengths, key_value_lengths, query_offset, **kwargs)
+
+
+_IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "xla": _xla}
+# An implementation declines devices that it cannot run on, so a CPU always gets "xla".
+_DEFAULT = ("mosaic_gpu", "xla")
 
 
 def two_pass_attention(
@@ -41,7 +58,7 @@ def two_pass_attention(
         is_causal: a row sees only columns at or before its position.
         sliding_window: a row sees only the last this many columns up to its position; None: all.
         score_rows: "all", or W: only each sequence's last W rows add to the scores (0: none, scores are zero).
-        implementation: None, "xla", or a sequence of names to try.
+        implementation: None (the first that runs here), "mosaic_gpu" (Hopper), "xla", or a sequence of names to try.
 
     Returns:
         output [B, T, N, H] in the query's dtype, scores [B, K, S] float32, natural log-sum-exp [B, T, N] float32.
@@ -51,7 +68,7 @@ def two_pass_attention(
         ValueError: shapes or options that contradict each other.
         NotImplementedError: a named implementation cannot run these arguments.
     """
-    b, t, n, h = query.shape
+    b, _, n, h = query.shape
     if key.shape != value.shape or key.shape[0] != b or key.shape[3] != h or n % key.shape[2]:
         raise ValueError(f"query {query.shape}, key {key.shape} and value {value.shape} do not fit together.")
     if score_rows != "all" and (isinstance(score_rows, str) or score_rows < 0):
@@ -66,8 +83,8 @@ def two_pass_attention(
         query,
         key,
         value,
-        jnp.full((b,), t, jnp.int32) if query_lengths is None else query_lengths,
-        jnp.full((b,), key.shape[1], jnp.int32) if key_value_lengths is None else key_value_lengths,
+        query_lengths,
+        key_value_lengths,
         query_offset,
         scale=h**-0.5 if scale is None else scale,
         is_causal=is_causal,

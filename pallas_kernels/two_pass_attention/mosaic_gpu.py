@@ -1,0 +1,550 @@
+"""Two-pass attention on Hopper in Pallas Mosaic GPU.
+
+Why two passes. A flash attention kernel never holds a finished probability: while it walks over the keys, the maximum
+and the sum of a row still change, so it cannot add up what each key received. Pass 1 is therefore an ordinary flash
+forward that also writes the log-sum-exp of every row in float32; pass 2 computes the logits once more, and this time
+every probability is final: p = exp2(logit * log2(e) - lse2).
+
+Layout. One block of threads is `warpgroups` consumers and one producer that only starts TMA copies:
+
+    pass 1  one (sequence, query head, tile of rows)        pass 2  one (sequence, query head(s), tile of keys)
+
+            keys ->  0   1   2   3                                  keys ->  0   1   2   3
+    rows     0       x                                      rows     0       x
+             1       x   x                                           1       x   x
+    tile ->  2       x   x   x                                       2       x   x   x
+             3       x   x   x   x                                   3       x   x   x   x
+            the tile stays, keys and values stream by                            ^ the tile stays, rows stream by
+
+In pass 2 a warpgroup multiplies [keys, H] by [H, rows], so that a column sum of the softmax is a sum along the lanes'
+own registers: no atomics, one owner per key, and the same bits on every run. The heavy tiles (last rows in pass 1,
+first keys in pass 2) start first, which leaves the light ones to fill the end of the schedule.
+
+Limit. Causal flash is 2 * T * S * H multiply-adds per query head over the lower triangle (two products), pass 2 one
+more: 1.5 times flash alone is the arithmetic of exact column sums. At H = 128 a 128 x 128 tile of pass 2 keeps the
+tensor cores of an SM busy for 1024 cycles (4096 FLOP per cycle) and its special function unit for 1024 too (16
+exponentials per cycle), so pass 2 lives on overlapping the two: four consumers of 64 keys, each free to run ahead, do
+that better than two of 128. At H = 64 the exponentials alone are the limit. In pass 1 a consumer starts Q K^T of a step
+together with P V of the step before and computes its softmax meanwhile; the consumers take turns on the tensor cores.
+
+Edges. TMA fills what lies outside an array with zeros and drops stores there, in whole groups of 8 rows; T and S that
+are no multiple of 8 are padded by the wrapper. Padding may hold NaN: logits outside are replaced, never multiplied.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+_LOG2E = math.log2(math.e)
+_ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+_COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
+# Registers per thread of (a consumer, the producer) by number of consumers: 65536 in all, in steps of 8.
+_REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32), 4: (112, 24)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardBlocks:
+    """Tile sizes of pass 1: `warpgroups` consumers of `rows` query rows each, against `keys` keys per step."""
+
+    warpgroups: int = 2
+    rows: int = 64
+    keys: int = 128
+    stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreBlocks:
+    """Tile sizes of pass 2: `warpgroups` consumers of `keys` keys each, against `rows` query rows per step.
+
+    With `whole_group` a tile of keys is loaded once for all query heads of its group, and nothing is left to add up
+    after the kernel; the wrapper turns it on once that leaves enough blocks of threads to fill the GPU evenly.
+    `rows` is a multiple of 32: TMA wants the log-sum-exps of a stage to start at a multiple of 128 bytes.
+    """
+
+    warpgroups: int = 4
+    keys: int = 64
+    rows: int = 128
+    stages: int = 2
+    whole_group: bool = False
+
+
+# By head size, measured on an H100. What was tried and lost: two consumers with 128 keys each in pass 2 (508 TFLOP/s at
+# S = 32768, H = 128, against 637), three consumers (587), keys in registers (592), two products in flight per consumer
+# (566), consumers taking turns (593), a part of the exponentials as a polynomial (-5 % at a quarter); in pass 1
+# three stages (631 against 635), 64 keys per step (561), query rows in registers (577).
+_BLOCKS = {
+    64: (ForwardBlocks(3, 64, 128), ScoreBlocks(stages=4)),
+    96: (ForwardBlocks(), ScoreBlocks()),
+    128: (ForwardBlocks(), ScoreBlocks()),
+    256: (ForwardBlocks(2, 64, 64), ScoreBlocks(2, 64, 128)),
+}
+_ENOUGH_BLOCKS = 1024
+_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+
+
+def _swizzled(head_size: int):
+    """Shared memory layout of a [rows, head_size] block of 16-bit numbers that TMA writes and wgmma reads."""
+    columns = 64 if head_size % 64 == 0 else 32
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+
+
+def _int(x) -> jax.Array:
+    return jnp.asarray(x, jnp.int32)
+
+
+def _blocks_of(x, size: int) -> jax.Array:
+    """ceil(max(x, 0) / size)."""
+    return lax.div(jnp.maximum(_int(x), 0) + (size - 1), _int(size))
+
+
+def _whole_blocks_of(x, size: int) -> jax.Array:
+    return lax.div(jnp.maximum(_int(x), 0), _int(size))
+
+
+def _slot(step, stages: int) -> jax.Array:
+    return lax.rem(_int(step), _int(stages))
+
+
+def _loaded(accumulator, in_flight: int) -> jax.Array:
+    """The accumulator once at most `in_flight` younger products run. The barrier keeps its uses behind the wait."""
+    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight))
+
+
+def _zeros(shape: tuple[int, int]) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _row_constant(rows: int, x: float) -> jax.Array:
+    return plgpu.layout_cast(jnp.full((rows,), x, jnp.float32), _ROW_LAYOUT)
+
+
+def _lane_sums(x: jax.Array) -> jax.Array:
+    """[M, N] -> [M, 8]: sums that stay within a lane's registers; the sum over the 8 is left to the end."""
+    pieces = [lax.slice(x, (0, i), (x.shape[0], i + 8)) for i in range(0, x.shape[1], 8)]
+    while len(pieces) > 1:
+        pieces = [a + b for a, b in zip(pieces[::2], pieces[1::2])] + pieces[len(pieces) // 2 * 2 :]
+    return pieces[0]
+
+
+def _index(shape: tuple[int, int], axis: int) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def _forward(
+    query, key, value, extent, *, scale: float, is_causal: bool, blocks: ForwardBlocks, interpret=None
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N P"]]:
+    """Pass 1. extent [B * 4]: query length, key length, offset, first counted row of each sequence.
+
+    Returns the output [B, T, N, H], padding rows 0, and the base-2 log-sum-exp [B, N, P], P >= T, +inf on rows that
+    saw nothing, so that exp2(logit - lse) is 0 there.
+    """
+    batch, t, heads, size = query.shape
+    group = heads // key.shape[2]
+    wgs, rows, keys, stages = blocks.warpgroups, blocks.rows, blocks.keys, blocks.stages
+    tile = wgs * rows
+    tiles = -(-t // tile)
+    tall = (rows, keys)
+    turns = wgs > 1
+    factor = scale * _LOG2E
+
+    def kernel(q_ref, k_ref, v_ref, extent_ref, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, p_smem, *barriers):
+        q_bar, k_bar, v_bar, k_free, v_free, turn = barriers
+        b, h, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
+        first_row = (tiles - 1 - lax.axis_index("tiles")) * tile
+        query_length, key_length, offset = (extent_ref[b * 4 + i] for i in range(3))
+        end = key_length
+        if is_causal:
+            end = jnp.minimum(end, offset + jnp.minimum(first_row + tile, query_length))
+        end = jnp.where(first_row < query_length, end, 0)
+        steps = jnp.maximum(_blocks_of(end, keys), 1)  # a tile of padding takes one step whose result is dropped
+
+        def consume():
+            plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
+            base = first_row + wg * rows
+            plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(base, rows), h], q_smem.at[wg], q_bar.at[wg])
+            plgpu.barrier_wait(q_bar.at[wg])
+            unmasked = _whole_blocks_of(key_length, keys)
+            if is_causal:
+                unmasked = jnp.minimum(unmasked, _whole_blocks_of(offset + base + 1, keys))
+
+            def softmax(s, maximum, total, step, masked):
+                if masked:
+                    column = _index(tall, 1) + step * keys
+                    seen = column < key_length
+                    if is_causal:
+                        seen &= column <= _index(tall, 0) + (base + offset)
+                    s = jnp.where(seen, s, -jnp.inf)
+                new = jnp.maximum(maximum, s.max(axis=1) * factor)
+                shift = jnp.where(new == -jnp.inf, 0.0, new) if masked else new
+                shrink = jnp.exp2(maximum - shift)
+                p = jnp.exp2(s * factor - lax.broadcast_in_dim(shift, tall, [0]))
+                return p, new, total * shrink + p.sum(axis=1), shrink
+
+            def logits(s_acc, step):
+                slot = _slot(step, stages)
+                plgpu.barrier_wait(k_bar.at[slot])
+                if turns:
+                    plgpu.barrier_wait(turn.at[wg])
+                plgpu.wgmma(s_acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+
+            def weigh(o_acc, p, step):
+                slot = _slot(step, stages)
+                plgpu.barrier_wait(v_bar.at[slot])
+                if p_smem is None:
+                    plgpu.wgmma(o_acc, p, v_smem.at[slot])
+                else:  # the interpreter cannot multiply registers
+                    p_smem.at[wg][...] = p
+                    plgpu.commit_smem()
+                    plgpu.wgmma(o_acc, p_smem.at[wg], v_smem.at[slot])
+
+            def pass_turn():
+                if turns:
+                    plgpu.barrier_arrive(turn.at[lax.rem(wg + 1, _int(wgs))])
+
+            def advance(s_acc, o_acc, state, step, masked, earlier=0.0):
+                """Q K^T of this step and P V of the last one run while the softmax waits for the first only."""
+                maximum, total, p = state
+                logits(s_acc, step)
+                weigh(o_acc, p, step - 1)
+                pass_turn()
+                s = _loaded(s_acc, 1)
+                plgpu.barrier_arrive(k_free.at[_slot(step, stages)])
+                p, maximum, total, shrink = softmax(s, maximum, total, step, masked)
+                out = _loaded(o_acc, 0)
+                if interpret:
+                    out = out + earlier
+                plgpu.barrier_arrive(v_free.at[_slot(step - 1, stages)])
+                out = out * lax.broadcast_in_dim(shrink, out.shape, [0])
+                return out, (maximum, total, p.astype(query.dtype))
+
+            def begin(s_acc):
+                logits(s_acc, 0)
+                pass_turn()
+                s = _loaded(s_acc, 0)
+                plgpu.barrier_arrive(k_free.at[0])
+                p, maximum, total, _ = softmax(s, _row_constant(rows, -jnp.inf), zero, 0, True)
+                return maximum, total, p.astype(query.dtype)
+
+            def finish(o_acc, p):
+                weigh(o_acc, p, steps - 1)
+                out = _loaded(o_acc, 0)
+                plgpu.barrier_arrive(v_free.at[_slot(steps - 1, stages)])
+                return out
+
+            zero = _row_constant(rows, 0.0)
+            middle = jnp.clip(unmasked, 1, steps)
+            tall_acc, out_acc = plgpu.ACC(tall, jnp.float32), plgpu.ACC((rows, size), jnp.float32)
+
+            def walk(s_acc, o_acc):
+                def body(step, state, masked):
+                    s_acc[...] = _zeros(tall)
+                    out, state = advance(s_acc, o_acc, state, step, masked)
+                    o_acc[...] = out
+                    return state
+
+                state = begin(s_acc)
+                state = lax.fori_loop(1, middle, functools.partial(body, masked=False), state)
+                maximum, total, p = lax.fori_loop(middle, steps, functools.partial(body, masked=True), state)
+                return finish(o_acc, p), maximum, total
+
+            def walk_interpreted():
+                """`walk` for the interpreter, which cannot store to an accumulator: the output is a value."""
+
+                def body(step, carry, masked):
+                    earlier, state = carry
+
+                    def scoped(s_acc, o_acc):
+                        return advance(s_acc, o_acc, state, step, masked, earlier)
+
+                    return pl.run_scoped(scoped, tall_acc, out_acc)
+
+                carry = _zeros((rows, size)), pl.run_scoped(begin, tall_acc)
+                carry = lax.fori_loop(1, middle, functools.partial(body, masked=False), carry)
+                out, (maximum, total, p) = lax.fori_loop(middle, steps, functools.partial(body, masked=True), carry)
+                return out + pl.run_scoped(lambda o_acc: finish(o_acc, p), out_acc), maximum, total
+
+            if turns:
+                pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+            out, maximum, total = walk_interpreted() if interpret else pl.run_scoped(walk, tall_acc, out_acc)
+            if turns:
+                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+            row = plgpu.broadcasted_iota(jnp.int32, (rows, size), 0, layout=plgpu.Layout.WGMMA) + base
+            filled = jnp.where(total > 0, total, 1.0)
+            out = out * lax.broadcast_in_dim(1.0 / filled, out.shape, [0])
+            q_smem.at[wg][...] = jnp.where(row < query_length, out, 0.0).astype(query.dtype)
+            row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=_ROW_LAYOUT) + base
+            seen = (row < query_length) & (total > 0)
+            lse_smem.at[wg][...] = jnp.where(seen, maximum + jnp.log2(filled), jnp.inf)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, pl.ds(base, rows), h])
+            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, pl.ds(base, rows)])
+            plgpu.wait_smem_to_gmem(0)
+
+        def produce():
+            plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
+            kv_head = lax.div(h, _int(group))
+
+            def load(step, wait):
+                slot = _slot(step, stages)
+                for ref, smem, bar, free in ((k_ref, k_smem, k_bar, k_free), (v_ref, v_smem, v_bar, v_free)):
+                    if wait:
+                        plgpu.barrier_wait(free.at[slot])
+                    at = b, pl.ds(step * keys, keys), kv_head
+                    plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], bar.at[slot])
+
+            filled = jnp.minimum(steps, stages)
+            pl.loop(0, filled)(lambda step: load(step, wait=False))
+            pl.loop(filled, steps)(lambda step: load(step, wait=True))
+
+            @pl.loop(steps - filled, steps)
+            def _(step):
+                plgpu.barrier_wait(k_free.at[_slot(step, stages)])
+                plgpu.barrier_wait(v_free.at[_slot(step, stages)])
+
+        pl.when(wg < wgs)(consume)
+        pl.when(wg == wgs)(produce)
+
+    swizzled = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=_swizzled(size))
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct((batch, heads, tiles * tile), jnp.float32),
+        ),
+        scratch_types=[
+            swizzled((wgs, rows, size)),
+            swizzled((stages, keys, size)),
+            swizzled((stages, keys, size)),
+            plgpu.SMEM((wgs, rows), jnp.float32),
+            plgpu.SMEM((wgs, rows, keys), query.dtype, transforms=_swizzled(keys)) if interpret else None,
+            plgpu.Barrier(num_barriers=wgs),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+            plgpu.Barrier(num_barriers=wgs),
+        ],
+        grid=(heads, tiles, batch),
+        grid_names=("heads", "tiles", "batch"),
+        num_threads=wgs + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        interpret=interpret,
+    )(query, key, value, extent)
+
+
+def _column_sums(
+    query, key, lse, extent, *, scale: float, is_causal: bool, blocks: ScoreBlocks, interpret=None
+) -> Float[Array, "B K S"]:
+    """Pass 2. lse [B, N, P] base 2 from `_forward`; extent [B * 4] as there."""
+    batch, _, heads, size = query.shape
+    _, s, kv_heads, _ = key.shape
+    group = heads // kv_heads
+    wgs, keys, rows, stages = blocks.warpgroups, blocks.keys, blocks.rows, blocks.stages
+    together = group if blocks.whole_group else 1
+    tile = wgs * keys
+    tiles = -(-s // tile)
+    tall = (keys, rows)
+    factor = scale * _LOG2E
+
+    def kernel(q_ref, k_ref, lse_ref, extent_ref, out_ref, k_smem, q_smem, lse_smem, out_smem, *barriers):
+        k_bar, q_bar, free = barriers
+        b, h, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
+        tile_base = lax.axis_index("tiles") * tile
+        query_length, key_length, offset, counted = (extent_ref[b * 4 + i] for i in range(4))
+        first_row = jnp.maximum(counted, tile_base - offset) if is_causal else counted
+        first_row = lax.div(first_row, _int(8)) * 8  # TMA starts at whole groups of 8 rows
+        steps = jnp.where(tile_base < key_length, _blocks_of(query_length - first_row, rows), 0)
+
+        def consume():
+            plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
+            base = tile_base + wg * keys
+            kv_head = h if blocks.whole_group else lax.div(h, _int(group))
+            plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(base, keys), kv_head], k_smem.at[wg], k_bar.at[wg])
+            plgpu.barrier_wait(k_bar.at[wg])
+            # Steps, in order: nothing visible, masked, unmasked, masked (the last rows).
+            unseen = jnp.zeros((), jnp.int32)
+            diagonal = jnp.where(first_row < counted, 1, 0)
+            if is_causal:
+                unseen = jnp.minimum(_whole_blocks_of(base - offset - first_row, rows), steps)
+                diagonal = jnp.maximum(diagonal, _blocks_of(base + (keys - 1) - offset - first_row, rows))
+            diagonal = jnp.clip(diagonal, unseen, steps)
+            last = jnp.clip(_whole_blocks_of(query_length - first_row, rows), diagonal, steps)
+
+            def head(g, sums):
+                start = g * steps
+
+                def skip(step, _):
+                    slot = _slot(start + step, stages)
+                    plgpu.barrier_wait(q_bar.at[slot])
+                    plgpu.barrier_arrive(free.at[slot])
+
+                def body(step, sums, masked):
+                    slot = _slot(start + step, stages)
+                    plgpu.barrier_wait(q_bar.at[slot])
+
+                    def product(accumulator):
+                        plgpu.wgmma(accumulator, k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
+                        return _loaded(accumulator, 0)
+
+                    logits = pl.run_scoped(product, plgpu.ACC(tall, jnp.float32))
+                    lse = plgpu.load(lse_smem.at[slot], layout=_COLUMN_LAYOUT)
+                    if interpret:  # its model of TMA wants a fence after a lane's read, beside the barrier
+                        plgpu.commit_smem()
+                    plgpu.barrier_arrive(free.at[slot])
+                    x = logits * factor - lax.broadcast_in_dim(lse, tall, [1])
+                    if not masked:
+                        return sums + _lane_sums(jnp.exp2(x))
+                    row = _index(tall, 1) + (first_row + step * rows)
+                    seen = (row >= counted) & (row < query_length)
+                    if is_causal:
+                        seen &= row + offset >= _index(tall, 0) + base
+                    return sums + _lane_sums(jnp.where(seen, jnp.exp2(x), 0.0))
+
+                masked, unmasked = (functools.partial(body, masked=x) for x in (True, False))
+                lax.fori_loop(0, unseen, skip, None)
+                sums = lax.fori_loop(unseen, diagonal, masked, sums)
+                sums = lax.fori_loop(diagonal, last, unmasked, sums)
+                return lax.fori_loop(last, steps, masked, sums)
+
+            sums = lax.fori_loop(0, together, head, _zeros((keys, 8))).sum(axis=1)
+            out_smem.at[wg][...] = sums
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, h, pl.ds(base, keys)])
+            plgpu.wait_smem_to_gmem(0)
+
+        def produce():
+            plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
+            total = steps * together
+
+            def load(i, wait):
+                slot = _slot(i, stages)
+                if wait:
+                    plgpu.barrier_wait(free.at[slot])
+                g = lax.div(i, jnp.maximum(steps, 1)) if together > 1 else 0
+                row = first_row + (i - g * steps) * rows
+                q_head = h * together + g
+                plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, rows), q_head], q_smem.at[slot], q_bar.at[slot])
+                plgpu.copy_gmem_to_smem(lse_ref.at[b, q_head, pl.ds(row, rows)], lse_smem.at[slot], q_bar.at[slot])
+
+            filled = jnp.minimum(total, stages)
+            pl.loop(0, filled)(lambda i: load(i, wait=False))
+            pl.loop(filled, total)(lambda i: load(i, wait=True))
+
+            @pl.loop(total - filled, total)
+            def _(i):
+                plgpu.barrier_wait(free.at[_slot(i, stages)])
+
+        pl.when(wg < wgs)(consume)
+        pl.when(wg == wgs)(produce)
+
+    swizzled = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=_swizzled(size))
+    sums = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((batch, heads // together, tiles * tile), jnp.float32),
+        scratch_types=[
+            swizzled((wgs, keys, size)),
+            swizzled((stages, rows, size)),
+            plgpu.SMEM((stages, rows), jnp.float32),
+            plgpu.SMEM((wgs, keys), jnp.float32),
+            plgpu.Barrier(num_barriers=wgs),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        ],
+        grid=(heads // together, tiles, batch),
+        grid_names=("heads", "tiles", "batch"),
+        num_threads=wgs + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        interpret=interpret,
+    )(query, key, lse, extent)
+    sums = sums.reshape(batch, kv_heads, group // together, -1)[..., :s].sum(axis=2)
+    # A key of padding may have been NaN: what it received is dropped here, not multiplied by zero.
+    present = jnp.arange(s) < extent.reshape(batch, 4)[:, 1, None, None]
+    return jnp.where(present, sums, 0.0)
+
+
+def _device_kind() -> str:
+    """What the program is traced for: the abstract device of a cross-lowering, or the default device."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.device_kind if abstract.platform == "cuda" else abstract.platform
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    platform = device if isinstance(device, str) else device.platform
+    return getattr(device, "device_kind", platform) if platform in ("gpu", "cuda") else platform
+
+
+def _decline_what_it_cannot_run(query, key, value, scale, sliding_window, interpret):
+    if not interpret and not any(name in _device_kind() for name in _HOPPER):
+        raise NotImplementedError(f"needs a Hopper GPU, this is {_device_kind()!r}")
+    if sliding_window is not None:
+        raise NotImplementedError("has no sliding window")
+    if query.dtype not in (jnp.bfloat16, jnp.float16) or not query.dtype == key.dtype == value.dtype:
+        raise NotImplementedError(f"takes bfloat16 or float16, not {query.dtype}, {key.dtype}, {value.dtype}")
+    if query.shape[3] not in _BLOCKS:
+        raise NotImplementedError(f"takes head sizes {sorted(_BLOCKS)}, not {query.shape[3]}")
+    if 0 in query.shape or 0 in key.shape:
+        raise NotImplementedError("needs at least one row and one column")
+    if not scale > 0:
+        raise NotImplementedError(f"needs a scale above 0, not {scale}")
+
+
+def two_pass_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    query_lengths: Int[Array, "B"] | None,
+    key_value_lengths: Int[Array, "B"] | None,
+    query_offset: Int[Array, "B"] | None,
+    *,
+    scale: float,
+    is_causal: bool,
+    sliding_window: int | None,
+    score_rows: int | str,
+    blocks: tuple[ForwardBlocks, ScoreBlocks] | None = None,
+    interpret=None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S"], Float[Array, "B T N"]]:
+    """`api.two_pass_attention` on Hopper. None for lengths means full, for the offset 0, for blocks the table's."""
+    _decline_what_it_cannot_run(query, key, value, scale, sliding_window, interpret)
+    if blocks is None:
+        blocks = _BLOCKS[query.shape[3]]
+    return _two_passes(
+        query, key, value, query_lengths, key_value_lengths, query_offset, float(scale), is_causal, score_rows, blocks,
+        interpret,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
+def _two_passes(
+    query, key, value, query_lengths, key_value_lengths, query_offset, scale, is_causal, score_rows, blocks, interpret
+):
+    b, t, _, _ = query.shape
+    s, kv_heads = key.shape[1:3]
+
+    def per_sequence(x, default):
+        return jnp.full((b,), default, jnp.int32) if x is None else x.astype(jnp.int32)
+
+    rows, columns = per_sequence(query_lengths, t), per_sequence(key_value_lengths, s)
+    counted = jnp.zeros_like(rows) if score_rows == "all" else jnp.maximum(rows - score_rows, 0)
+    extent = jnp.stack([rows, columns, per_sequence(query_offset, 0), counted], axis=1).reshape(-1)
+    if key_value_lengths is not None:  # a probability of 0 times a NaN of padding would be NaN
+        value = jnp.where((jnp.arange(s) < columns[:, None])[:, :, None, None], value, 0)
+    query, key, value = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in (query, key, value))
+
+    run = functools.partial(dict, scale=scale, is_causal=is_causal, interpret=interpret)
+    output, lse2 = _forward(query, key, value, extent, **run(blocks=blocks[0]))
+    if score_rows == 0:
+        scores = jnp.zeros((b, kv_heads, s), jnp.float32)
+    else:
+        whole_group = b * kv_heads * -(-s // (blocks[1].warpgroups * blocks[1].keys)) >= _ENOUGH_BLOCKS
+        score_blocks = dataclasses.replace(blocks[1], whole_group=whole_group or blocks[1].whole_group)
+        scores = _column_sums(query, key, lse2, extent, **run(blocks=score_blocks))[..., :s]
+    lse = jnp.where(jnp.isposinf(lse2), -jnp.inf, lse2 * math.log(2))
+    return output[:, :t], scores, jnp.swapaxes(lse[..., :t], 1, 2)

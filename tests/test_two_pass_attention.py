@@ -1,0 +1,289 @@
+"""Two-pass attention: the XLA path against float64, the Hopper kernel through the interpreter, lowering and a GPU."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.two_pass_attention import mosaic_gpu
+from pallas_kernels.two_pass_attention.api import two_pass_attention
+
+
+def reference(q, k, v, rows, columns, offset, scale, causal=True, window=None, score_rows="all"):
+    """The definition, one row at a time, in float64. Padding is never read."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    batch, t, heads, _ = q.shape
+    s, kv_heads = k.shape[1:3]
+    group = heads // kv_heads
+    output, scores = np.zeros(q.shape), np.zeros((batch, kv_heads, s))
+    lse = np.full((batch, t, heads), -np.inf)
+    for b in range(batch):
+        counted = 0 if score_rows == "all" else rows[b] - score_rows
+        for n in range(heads):
+            for i in range(rows[b]):
+                position = i + offset[b]
+                last = min(columns[b], position + 1) if causal else columns[b]
+                first = 0 if window is None else max(position - window + 1, 0)
+                if last <= first:
+                    continue
+                logits = k[b, first:last, n // group] @ q[b, i, n] * scale
+                p = np.exp(logits - logits.max())
+                output[b, i, n] = p @ v[b, first:last, n // group] / p.sum()
+                lse[b, i, n] = logits.max() + np.log(p.sum())
+                if i >= counted:
+                    scores[b, n // group, first:last] += p / p.sum()
+    return output, scores, lse
+
+
+def draw(seed, b, t, s, n, k, h, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    shapes = (b, t, n, h), (b, s, k, h), (b, s, k, h)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def ints(*x):
+    return jnp.asarray(x, jnp.int32)
+
+
+def compare(got, want, tolerance):
+    for name, a, b in zip(("output", "scores", "lse"), got, want):
+        a = np.asarray(a, np.float64)
+        assert np.isfinite(a[np.isfinite(b)]).all(), name
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance, err_msg=name)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 20),
+    t=st.integers(1, 40),
+    s=st.integers(1, 45),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (4, 4)]),
+    h=st.sampled_from([8, 64, 96]),
+    causal=st.booleans(),
+    window=st.sampled_from([None, 1, 7]),
+    score_rows=st.sampled_from(["all", 0, 5]),
+    shift=st.sampled_from([None, 0, 3, 11]),
+    share=st.floats(0.1, 1),
+)
+def test_xla_is_the_definition(seed, t, s, heads, h, causal, window, score_rows, shift, share):
+    q, k, v = draw(seed, 2, t, s, *heads, h)
+    rows, columns = ints(t, max(int(t * share), 1)), ints(max(int(s * share), 1), s)
+    window = window if causal else None
+    offset = None if shift is None else ints(shift, 0)
+    got = two_pass_attention(
+        q, k, v, query_lengths=rows, key_value_lengths=columns, query_offset=offset, is_causal=causal,
+        sliding_window=window, score_rows=score_rows, implementation="xla",
+    )  # fmt: skip
+    begin = [0, 0] if offset is None else np.asarray(offset)
+    want = reference(q, k, v, np.asarray(rows), np.asarray(columns), begin, h**-0.5, causal, window, score_rows)
+    compare(got, want, 2e-4)
+
+
+def dominant(q, k, v):
+    return q.at[:].set(1.0), k.at[:, 3].set(50.0), v
+
+
+def equal(q, k, v):
+    return jnp.zeros_like(q), k, v
+
+
+def huge(q, k, v):
+    """Logits of plus and minus 1e4."""
+    h = q.shape[-1]
+    signs = jnp.where(jnp.arange(k.shape[1]) % 2 == 0, 1.0, -1.0)[:, None, None]
+    return jnp.full_like(q, 100.0), jnp.broadcast_to(signs * 100.0 / h**0.5, k.shape).astype(k.dtype), v
+
+
+def denormal(q, k, v):
+    return q * 1e-20, k * 1e-20, v
+
+
+ADVERSARIAL = [dominant, equal, huge, denormal]
+
+
+@pytest.mark.parametrize("change", ADVERSARIAL)
+def test_adversarial_values(change):
+    q, k, v = change(*draw(0, 1, 33, 33, 4, 2, 64))
+    got = two_pass_attention(q, k, v, implementation="xla")
+    compare(got, reference(q, k, v, [33], [33], [0], 64**-0.5), 2e-3 if change is huge else 1e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_padding_may_hold_anything(bad):
+    q, k, v = draw(1, 2, 24, 30, 4, 2, 64)
+    rows, columns = ints(24, 13), ints(21, 30)
+    clean = two_pass_attention(q, k, v, query_lengths=rows, key_value_lengths=columns)
+    q, k, v = q.at[1, 13:].set(bad), k.at[0, 21:].set(bad), v.at[0, 21:].set(bad)
+    dirty = two_pass_attention(q, k, v, query_lengths=rows, key_value_lengths=columns)
+    for a, b in zip(clean, dirty):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert (np.asarray(dirty[0])[1, 13:] == 0).all() and (np.asarray(dirty[1])[0, :, 21:] == 0).all()
+
+
+def test_scores_add_up_to_the_rows():
+    q, k, v = draw(2, 1, 100, 100, 6, 2, 64)
+    _, scores, _ = two_pass_attention(q, k, v)
+    np.testing.assert_allclose(np.asarray(scores).sum(-1), 100 * 3, rtol=1e-5)
+
+
+def test_a_named_implementation_says_why_it_cannot_run():
+    q, k, v = draw(3, 1, 8, 8, 2, 1, 64, jnp.bfloat16)
+    if jax.default_backend() == "cpu":
+        with pytest.raises(NotImplementedError, match="Hopper"):
+            two_pass_attention(q, k, v, implementation="mosaic_gpu")
+    with on_device("NVIDIA H100"):
+        refusals = [
+            (dict(sliding_window=4), (q, k, v), "sliding window"),
+            (dict(scale=-1.0), (q, k, v), "scale"),
+            ({}, [x.astype(jnp.float32) for x in (q, k, v)], "bfloat16"),
+            ({}, [x[..., :32] for x in (q, k, v)], "head sizes"),
+        ]
+        for options, arrays, reason in refusals:
+            with pytest.raises(NotImplementedError, match=reason):
+                jax.eval_shape(partial(two_pass_attention, implementation="mosaic_gpu", **options), *arrays)
+    with pytest.raises(ValueError, match="unknown implementation"):
+        two_pass_attention(q, k, v, implementation="fastest")
+
+
+def on_device(kind):
+    device = jax.sharding.AbstractDevice(kind, 132, "cuda")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
+def lowered(kind, dtype, t, s, heads, kv_heads, h, **options):
+    shape = jax.ShapeDtypeStruct
+    arrays = shape((2, t, heads, h), dtype), shape((2, s, kv_heads, h), dtype), shape((2, s, kv_heads, h), dtype)
+    lengths = shape((2,), jnp.int32)
+
+    def call(q, k, v, rows, columns, offset):
+        return two_pass_attention(
+            q, k, v, query_lengths=rows, key_value_lengths=columns, query_offset=offset, **options
+        )  # fmt: skip
+
+    with on_device(kind):
+        return jax.jit(call).trace(*arrays, lengths, lengths, lengths).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "dtype,t,s,heads,kv_heads,h,options",
+    [
+        (jnp.bfloat16, 512, 512, 8, 2, 128, {}),
+        (jnp.float16, 333, 517, 4, 4, 64, {}),
+        (jnp.bfloat16, 100, 700, 4, 2, 96, dict(score_rows=64)),
+        (jnp.bfloat16, 256, 256, 2, 1, 256, dict(is_causal=False)),
+    ],
+)
+def test_lowers_for_hopper_by_default(dtype, t, s, heads, kv_heads, h, options):
+    assert lowered("NVIDIA H100 80GB HBM3", dtype, t, s, heads, kv_heads, h, **options).count("mosaic_gpu") >= 2
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA B200", "Tesla T4"])
+def test_other_gpus_get_xla(kind):
+    assert "mosaic_gpu" not in lowered(kind, jnp.bfloat16, 64, 64, 4, 2, 64)
+
+
+def test_no_scores_is_one_kernel():
+    text = lowered("NVIDIA H100", jnp.bfloat16, 256, 256, 4, 2, 128, score_rows=0)
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
+
+
+INTERPRETED = """
+import sys, numpy as np, jax, jax.numpy as jnp
+sys.path.insert(0, "tests")
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from pallas_kernels.two_pass_attention import mosaic_gpu as m
+from test_two_pass_attention import compare, draw, ints, reference
+case = {case!r}
+q, k, v = draw(0, 1, 136, 141, 2, 1, 64, jnp.bfloat16)
+rows, columns, offset = 131, 133, 9
+q = q.at[:, rows:].set(jnp.nan)
+k, v = k.at[:, columns:].set(jnp.nan), v.at[:, columns:].set(jnp.nan)
+blocks = m.ForwardBlocks(2, 64, 64, 2), m.ScoreBlocks(2, 64, 64, 2, **case["blocks"])
+got = m.two_pass_attention(
+    q, k, v, ints(rows), ints(columns), ints(offset), scale=0.125, is_causal=case["causal"], sliding_window=None,
+    score_rows=case["score_rows"], blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True),
+)
+want = reference(q, k, v, [rows], [columns], [offset], 0.125, case["causal"], None, case["score_rows"])
+compare(got, want, 2e-2)
+np.testing.assert_allclose(np.asarray(got[1]), want[1], atol=1e-4)
+print("DONE")
+"""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(causal=True, score_rows="all", blocks={}),
+        dict(causal=True, score_rows=20, blocks=dict(whole_group=True)),
+        dict(causal=False, score_rows="all", blocks={}),
+    ],
+)
+def test_kernels_in_the_interpreter_have_no_races(case):
+    # The interpreter runs every warpgroup on a thread of JAX's CPU pool: with fewer threads than warpgroups it hangs.
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED.format(case=case)],
+        env={**os.environ, "NPROC": "16", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and "DONE" in done.stdout, done.stderr[-3000:]
+    assert "RACE" not in done.stdout + done.stderr, (done.stdout + done.stderr)[:3000]
+
+
+def against_float32(q, k, v, **options):
+    with jax.default_matmul_precision("highest"):
+        wide = (x.astype(jnp.float32) for x in (q, k, v))
+        want = two_pass_attention(*wide, implementation="xla", **options)
+    got = two_pass_attention(q, k, v, implementation="mosaic_gpu", **options)
+    again = two_pass_attention(q, k, v, implementation="mosaic_gpu", **options)
+    for a, b in zip(got, again):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))  # the same bits on every run
+    output, scores, lse = (np.asarray(x, np.float32) for x in want)
+    scale = max(np.abs(output).max(), 1e-6)
+    np.testing.assert_allclose(np.asarray(got[0], np.float32) / scale, output / scale, atol=2e-2)
+    np.testing.assert_allclose(np.asarray(got[1]), scores, rtol=2e-3, atol=2e-3 * scores.max() if scores.size else 0)
+    np.testing.assert_allclose(np.asarray(got[2]), lse, rtol=1e-5, atol=1e-4)
+    return got
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "t,s,heads,kv_heads,h,options",
+    [
+        (1000, 1000, 8, 2, 128, {}),
+        (777, 1023, 4, 4, 64, dict(score_rows=64)),
+        (513, 600, 4, 2, 96, dict(is_causal=False)),
+        (300, 300, 4, 1, 256, {}),
+        (1, 9, 2, 1, 128, {}),
+    ],
+)
+def test_hopper_kernels(t, s, heads, kv_heads, h, options, dtype):
+    q, k, v = draw(4, 2, t, s, heads, kv_heads, h, dtype)
+    against_float32(q, k, v, **options)
+    short = max(t * 2 // 3, 1), max(s * 3 // 4, 1)
+    q, k, v = q.at[1, short[0] :].set(jnp.nan), k.at[1, short[1] :].set(jnp.nan), v.at[1, short[1] :].set(jnp.inf)
+    lengths = dict(query_lengths=ints(t, short[0]), key_value_lengths=ints(s, short[1]), query_offset=ints(5, 0))
+    output, scores, _ = against_float32(q, k, v, **lengths, **options)
+    assert (np.asarray(output, np.float32)[1, short[0] :] == 0).all() and (
+        np.asarray(scores)[1, :, short[1] :] == 0
+    ).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", ADVERSARIAL)
+def test_hopper_kernels_on_adversarial_values(change):
+    q, k, v = change(*draw(5, 1, 640, 640, 4, 2, 128, jnp.bfloat16))
+    _, scores, _ = against_float32(q, k, v)
+    np.testing.assert_allclose(np.asarray(scores).sum(-1), 640 * 2, rtol=1e-3)
+
+
+def test_shipped_blocks_fit_a_hopper():
+    for h in mosaic_gpu._BLOCKS:
+        lowered("NVIDIA H200", jnp.bfloat16, 128, 128, 2, 1, h)
