@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +36,34 @@ def device_seconds(
         jax.block_until_ready(run(x, *args))
         seconds.append((time.perf_counter() - start) / steps)
     return statistics.median(seconds)
+
+
+def kernel_seconds(run: Callable[..., object], inputs: Sequence[tuple], repeats: int = 24) -> float:
+    """Device time of the jitted `run(*inputs[i])`: the sum of its kernels' durations, by the profiler, mean over calls.
+
+    Calls rotate over `inputs`, so that a cache larger than one of them does not answer. What the host needs to launch,
+    and the gaps it leaves on the device when it is late, are not in the figure.
+    """
+    for arguments in inputs:
+        jax.block_until_ready(run(*arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for i in range(repeats):
+                last = run(*inputs[i % len(inputs)])
+            jax.block_until_ready(last)
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+        durations = [
+            event.duration_ns
+            for plane in planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+    if not durations:
+        raise RuntimeError("The profiler saw no kernel on a CUDA device.")
+    return sum(durations) * 1e-9 / repeats
 
 
 def copy_bandwidth(size: int = 1 << 30) -> float:

@@ -1,0 +1,87 @@
+"""Group-wise codes: golden values, and properties over drawn numbers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from minikv_jax import quantize
+from pallas_kernels import dequantize
+from pallas_kernels.packed_decode.layout import pack, unpack
+
+
+def test_four_codes_in_turn_pack_to_the_published_word():
+    # The published packing interleaves: a run of four codes shares a byte. Here that is planes of one code each.
+    codes = np.tile(np.arange(4, dtype=np.uint8), 4).reshape(4, 4)
+    word = np.asarray(pack(jnp.asarray(codes), 2, axis=1)).tobytes()
+    assert np.frombuffer(word, "<i4")[0] == -454761244
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_every_code_survives_packing(bits):
+    codes = np.random.default_rng().integers(0, 2**bits, (3, 128, 5), dtype=np.uint8)
+    for axis, x in ((1, codes), (2, codes.swapaxes(1, 2))):
+        packed = pack(jnp.asarray(x), bits, axis=axis)
+        assert packed.shape[axis] == 16 * bits
+        np.testing.assert_array_equal(unpack(packed, bits, axis=axis), x)
+
+
+def test_ties_round_to_even():
+    group = np.array([-1, 2, -0.5, 0.5, 1.5] + [0.0] * 11, np.float32).reshape(1, 1, 1, 16)
+    codes = quantize.encode(jnp.asarray(group), 2, 16, "channels", "float16")
+    assert float(codes.scale[0, 0, 0, 0]) == 1.0
+    assert np.asarray(codes.codes)[0, 0, 0, 2:5].tolist() == [0, 2, 2]
+
+
+@given(constant=st.floats(-6e4, 6e4, width=16))
+def test_a_constant_group_gives_back_the_constant(constant):
+    x = jnp.full((1, 1, 128, 16), constant, jnp.float32)
+    for axis in ("tokens", "channels"):
+        codes = quantize.encode(x, 2, 16, axis, "float16")
+        assert np.all(dequantize(quantize.to_packed(codes, 2, 16, axis, False)) == x)
+
+
+@pytest.mark.parametrize("tokens_last", [False, True])
+@pytest.mark.parametrize("axis", ["tokens", "channels"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_stored_numbers_are_the_references(bits, axis, tokens_last):
+    rng = np.random.default_rng()
+    x = rng.standard_normal((1, 2, 128, 32)).astype(np.float32) * rng.choice([0.1, 1, 30], 32).astype(np.float32)
+    for group in (4, 16, 32):
+        codes = quantize.encode(jnp.asarray(x), bits, group, axis, "float16")
+        packed = quantize.to_packed(codes, bits, group, axis, tokens_last)
+        for before, after in zip(codes, quantize.from_packed(packed)):
+            np.testing.assert_array_equal(before, after)
+        roundtrip = reference.roundtrip_per_channel if axis == "tokens" else reference.roundtrip_per_token
+        expected = np.stack([roundtrip(head, bits, group) for head in x[0]])
+        # A number half-way between two codes may go either way in float32 and float64.
+        different = np.abs(dequantize(packed)[0] - expected) > 1e-3 * np.abs(x).max()
+        assert different.mean() < 1e-3
+
+
+@given(
+    x=hnp.arrays(np.float32, (16, 8), elements=st.floats(-1e4, 1e4, width=32), fill=st.floats(-1, 1, width=32)),
+    bits=st.sampled_from([1, 2, 3, 4, 8]),
+    axis=st.sampled_from(["tokens", "channels"]),
+)
+def test_no_number_is_off_by_more_than_half_a_step(x, bits, axis):
+    x = np.tile(x, (8, 1))[None, None]
+    codes = quantize.encode(jnp.asarray(x), bits, 8, axis, "float16")
+    restored = np.asarray(dequantize(quantize.to_packed(codes, bits, 8, axis, False)))
+    groups = x.reshape(1, 1, 16, 8, 8)
+    axis_of_group = 3 if axis == "tokens" else 4
+    step = np.ptp(groups, axis=axis_of_group, keepdims=True) / (2**bits - 1)
+    # float16 metadata: eleven bits of the minimum, and of the scale times the largest code.
+    rounding = (np.abs(groups).max(axis=axis_of_group, keepdims=True) * 4 + 6e-5 * 2**bits) * 2.0**-11
+    bound = np.broadcast_to(step / 2 + rounding, groups.shape).reshape(x.shape)
+    assert np.all(np.abs(restored - x) <= bound * 1.001 + 1e-7)
+
+
+@pytest.mark.parametrize("metadata", ["float16", "bfloat16", "float8_e4m3fn"])
+def test_numbers_beyond_the_metadata_do_not_become_infinite(metadata):
+    x = jnp.asarray(np.random.default_rng().choice([-1e30, 0.0, 1e30], (1, 1, 128, 16)), jnp.float32)
+    codes = quantize.encode(x, 2, 16, "tokens", metadata)
+    assert np.all(np.isfinite(dequantize(quantize.to_packed(codes, 2, 16, "tokens", False))))
