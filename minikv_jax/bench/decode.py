@@ -1,8 +1,8 @@
 """Decode attention over packed caches beside cuDNN in bfloat16 and XLA, in one run on one GPU: `minikv bench decode`.
 
-`us` is device time: the sum of the durations of all kernels of one call, merge of the splits included, by the profiler.
-`chained_us`, where present, is a call's share of a chain of 32 inside one jit and holds launch gaps too: where a call is
-shorter than what the host needs to launch it, that is the host's figure and not the kernel's.
+`us` is device time: the sum of the durations of all kernels of one call, the merge of the splits included, by the
+profiler. `chained_us`, where present, is a call's share of a chain of 32 inside one jit and holds launch gaps too:
+where a call is shorter than its launch takes the host, that figure is the host's and not the kernel's.
 """
 
 from collections.abc import Callable

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 
-def device_seconds(
-    step: Callable[..., Array], x: Array, *args: Array, steps: int = 32, repeats: int = 7
-) -> float:
+def device_seconds(step: Callable[..., Array], x: Array, *args: Array, steps: int = 32, repeats: int = 7) -> float:
     """Median device time of `step(x, *args)`, an array of x's shape, over `steps` calls chained inside one jit.
 
     Each call's input depends on the last call's output, so that nothing overlaps, nothing is removed, and dispatch from

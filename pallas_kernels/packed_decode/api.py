@@ -4,13 +4,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, first_that_accepts
-from pallas_kernels.packed_decode import xla
+from pallas_kernels.packed_decode import triton, xla
 from pallas_kernels.packed_decode.layout import PackedTensor
 from pallas_kernels.partial import Partial
 
-_PACKED = {"xla": xla.packed_decode_attention}
+_PACKED = {"triton": triton.packed_decode_attention, "xla": xla.packed_decode_attention}
 _DENSE = {"xla": xla.dense_decode_attention}
-_DEFAULT = ("xla",)
+_DEFAULT = ("triton", "xla")
 
 
 def packed_decode_attention(
@@ -93,7 +93,7 @@ def dense_decode_attention(
     lengths = jnp.broadcast_to(lengths, (b, t, heads))
     scale = h**-0.5 if scale is None else scale
     return first_that_accepts(
-        "dense_decode_attention", _DENSE, implementation, _DEFAULT, query, key, value, lengths, scale=scale
+        "dense_decode_attention", _DENSE, implementation, ("xla",), query, key, value, lengths, scale=scale
     )
 
 

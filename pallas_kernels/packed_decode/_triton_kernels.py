@@ -1,0 +1,814 @@
+"""Device code of the Triton decode kernel: one warp, one lane per element of a [32] tensor.
+
+The reason for this file, the pictures and the arithmetic of its limit stand in `triton.py`. Every tensor here has shape
+[32] and means one 32-bit register of a warp; tuples of them are register fragments. Lane = 4 g + t throughout, the
+naming of the PTX manual for `mma.m16n8k16`.
+"""
+# Triton builds tuples by `+` alone.
+# ruff: noqa: RUF005
+
+import triton
+import triton.language as tl
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single instructions.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@tl.core.builtin
+def limit_registers(count, _semantic=None, _generator=None):
+    """Caps the registers of a lane, so that more warps fit a processor; what jax-triton has no argument for."""
+    count = tl.core._unwrap_if_constexpr(count)
+    if count:
+        _generator.module.set_attr("ttg.maxnreg", _semantic.builder.get_int32_attr(count))
+
+
+@triton.constexpr_function
+def ring_text(size):
+    return f".shared .align 128 .b8 ring[{size}]; mov.u32 $0, ring;"
+
+
+@triton.jit
+def ring(lane, SIZE: tl.constexpr):
+    """Address of SIZE bytes of shared memory. Called once: every call would reserve bytes of its own."""
+    return tl.inline_asm_elementwise(
+        "{ " + ring_text(SIZE) + " }", "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def copy16(to, source, valid):
+    """Starts the copy of 16 bytes from global to shared memory where `valid`."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.cg.shared.global [$1], [$2], 16; mov.u32 $0, 0; }",
+        "=r,r,l,r",
+        [to, source, valid],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def close_group(lane):
+    """All copies started since the last call become one group."""
+    tl.inline_asm_elementwise(
+        "cp.async.commit_group; mov.u32 $0, 0;", "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def wait_group(lane):
+    """Waits for all groups but the newest, and makes them visible to the whole warp."""
+    tl.inline_asm_elementwise(
+        "cp.async.wait_group 1; bar.warp.sync -1; mov.u32 $0, 0;",
+        "=r,r",
+        [lane],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def warp_barrier(lane):
+    tl.inline_asm_elementwise("bar.warp.sync -1; mov.u32 $0, 0;", "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def load1(address):
+    return tl.inline_asm_elementwise(
+        "ld.shared.b32 $0, [$1];", "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def store1(address, x):
+    tl.inline_asm_elementwise(
+        "st.shared.b32 [$1], $2; mov.u32 $0, 0;", "=r,r,r", [address, x], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def load2(address):
+    return tl.inline_asm_elementwise(
+        "ld.shared.v2.b32 {$0,$1}, [$2];",
+        "=r,=r,r",
+        [address],
+        dtype=(tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def load4(address):
+    return tl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];",
+        "=r,=r,=r,=r,r",
+        [address],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def mma(a0, a1, a2, a3, b0, b1, c):
+    """c + A B with A [16, 16] and B [16, 8] in float16, c [16, 8] in float32."""
+    return tl.inline_asm_elementwise(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def transpose8(x):
+    """Transposes an 8 x 8 float16 matrix: lane (g, t) gives row g, columns 2t and 2t + 1."""
+    return tl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def shuffle(x, lane):
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def warp_max(x):
+    """Maximum of a non-negative int32 over the warp."""
+    return tl.inline_asm_elementwise(
+        "redux.sync.max.s32 $0, $1, -1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def low_bytes(x):
+    """Bytes 0 and 1 of a word, each widened to 16 bits."""
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x4140;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def high_bytes(x):
+    """Bytes 2 and 3 of a word, each widened to 16 bits."""
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x4342;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def multiply2(x, y):
+    """Product of two pairs of float16."""
+    return tl.inline_asm_elementwise("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def pair(low, high):
+    """Rounds two float32 to a pair of float16."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scales and zero points: KIND 0 float16, 1 bfloat16, 2 float8_e4m3fn; always handed on as pairs of float16.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def from_bfloat16(x):
+    return pair((x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def from_float8(x):
+    """Two float8_e4m3fn in the low bytes of the two halves: move the fields under float16's, correct the exponent."""
+    moved = ((x & 0x00800080) << 8) | ((x & 0x007F007F) << 7)
+    return multiply2(moved, tl.full([32], 0x5C005C00, tl.int32))  # times 256
+
+
+@triton.jit
+def metadata4(address, KIND: tl.constexpr):
+    """Four consecutive numbers as two pairs."""
+    if KIND == 0:
+        return load2(address)
+    elif KIND == 1:
+        x = load2(address)
+        return from_bfloat16(x[0]), from_bfloat16(x[1])
+    else:
+        y = load1(address)
+        return from_float8(low_bytes(y)), from_float8(high_bytes(y))
+
+
+@triton.jit
+def metadata8(address, KIND: tl.constexpr):
+    """Eight consecutive numbers as four pairs."""
+    if KIND == 0:
+        return load4(address)
+    elif KIND == 1:
+        x = load4(address)
+        return from_bfloat16(x[0]), from_bfloat16(x[1]), from_bfloat16(x[2]), from_bfloat16(x[3])
+    else:
+        y = load2(address)
+        return (
+            from_float8(low_bytes(y[0])),
+            from_float8(high_bytes(y[0])),
+            from_float8(low_bytes(y[1])),
+            from_float8(high_bytes(y[1])),
+        )
+
+
+@triton.jit
+def token_metadata(address, t, NARROW: tl.constexpr, KIND: tl.constexpr):
+    """Numbers of the tokens of a run of 32 that lane t multiplies: pairs in the order (w, b) of `row_of`."""
+    BYTES: tl.constexpr = 1 if KIND == 2 else 2
+    if NARROW:
+        x = metadata4(address + t * (4 * BYTES), KIND)
+        y = metadata4(address + t * (4 * BYTES) + 16 * BYTES, KIND)
+        return x[0], x[1], y[0], y[1]
+    else:
+        return metadata8(address + t * (8 * BYTES), KIND)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three products of a block of 128 tokens.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_of(g, w: tl.constexpr, b: tl.constexpr, NARROW: tl.constexpr):
+    """Byte row of a run of 32 that is row g + 8 b of the w-th tile of 16.
+
+    Chosen so that, after `transpose8`, lane t holds the tokens whose value codes it loads: bytes 8t .. 8t + 7 of a run,
+    or, NARROW, bytes 4t .. 4t + 3 of either half, which keeps a tile inside a group of 16 tokens.
+    """
+    if NARROW:
+        return 16 * w + 4 * (g // 2) + 2 * b + g % 2
+    else:
+        return 8 * (g // 2) + 4 * w + 2 * b + g % 2
+
+
+@triton.jit
+def key_chunk(row, chunk, H: tl.constexpr):
+    """Where 16 bytes of a row of key codes lie in shared memory.
+
+    A quarter warp reads 64 bytes of an even row and of the next: with rows of 128 bytes the odd ones have their halves
+    swapped, so that the two miss each other's banks.
+    """
+    if H == 128:
+        return row * 128 + 16 * (chunk ^ (4 * (row % 2)))
+    else:
+        return row * 64 + 16 * chunk
+
+
+@triton.jit
+def fetch_key_codes(to, source, valid, lane, BITS: tl.constexpr, H: tl.constexpr):
+    for i in tl.static_range(BITS * H // 32):
+        chunk = 32 * i + lane
+        copy16(to + key_chunk(chunk // (H // 16), chunk % (H // 16), H), source + 16 * chunk, valid)
+
+
+@triton.jit
+def fetch(to, source, valid, lane, BYTES: tl.constexpr):
+    """Starts the copy of BYTES bytes."""
+    for i in tl.static_range((BYTES + 511) // 512):
+        use = valid
+        if BYTES % 512 != 0 and i == BYTES // 512:
+            use = tl.where(lane < BYTES % 512 // 16, valid, 0)
+        copy16(to + 512 * i + 16 * lane, source + 512 * i + 16 * lane, use)
+
+
+@triton.jit
+def fragment(x, y, PLANE: tl.constexpr, BITS: tl.constexpr):
+    """Left operand of an `mma` from words of rows g and g + 8: the codes of a plane, as float16 subnormals."""
+    MASK: tl.constexpr = (((1 << BITS) - 1) * 0x10001) << (BITS * PLANE)
+    return low_bytes(x) & MASK, low_bytes(y) & MASK, high_bytes(x) & MASK, high_bytes(y) & MASK
+
+
+@triton.jit
+def third_bits(x, y, g, W: tl.constexpr, PLANE: tl.constexpr, NARROW: tl.constexpr):
+    """`fragment` of the one-bit part of three-bit codes: bit 2 plane + (row >= 16) of the word moves to 2 plane + 2."""
+    MASK: tl.constexpr = (4 * 0x10001) << (2 * PLANE)
+    up = 2 - row_of(g, W, 0, NARROW) // 16
+    down = 2 - row_of(g, W, 1, NARROW) // 16
+    return (
+        (low_bytes(x) << up) & MASK,
+        (low_bytes(y) << down) & MASK,
+        (high_bytes(x) << up) & MASK,
+        (high_bytes(y) << down) & MASK,
+    )
+
+
+@triton.jit
+def key_tile(
+    d,
+    words,
+    high,
+    s,
+    g,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """d plus the products of tile TILE over 16 channels, the K-th words of the lanes' rows."""
+    PART: tl.constexpr = 2 if BITS == 3 else BITS
+    UNITS: tl.constexpr = PART // 2
+    W: tl.constexpr = TILE % 2
+    RUN: tl.constexpr = TILE // 2
+    PLANE: tl.constexpr = RUN // UNITS
+    FIRST: tl.constexpr = 4 * (RUN % UNITS) + 2 * W
+    GROUP_INDEX: tl.constexpr = (32 * RUN + 16 * W) // GROUP
+    a = fragment(words[FIRST][K], words[FIRST + 1][K], PLANE, PART)
+    if BITS == 3:
+        e = third_bits(high[2 * W][K], high[2 * W + 1][K], g, W, PLANE, NARROW)
+        a = (a[0] | e[0], a[1] | e[1], a[2] | e[2], a[3] | e[3])
+    return mma(a[0], a[1], a[2], a[3], s[GROUP_INDEX][0], s[GROUP_INDEX][1], d)
+
+
+@triton.jit
+def key_products(
+    q,
+    codes,
+    scale,
+    zero,
+    g,
+    t,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KIND: tl.constexpr,
+    H: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """Products of the queries with the codes times scales, and with the zero points, of one block.
+
+    Returns:
+        d: eight tiles [16 tokens, 8 queries], tile 2 i + w of the i-th run of 32 tokens; times 2^-24 4^plane.
+        z: tile [groups spread over 8 rows, 8 queries].
+    """
+    PART: tl.constexpr = 2 if BITS == 3 else BITS
+    UNITS: tl.constexpr = PART // 2  # runs of 32 bytes
+    GROUPS: tl.constexpr = 128 // GROUP
+    BYTES: tl.constexpr = 1 if KIND == 2 else 2
+    nil = tl.zeros([32], tl.float32)
+    none = tl.zeros([32], tl.int32)
+    d = ()
+    for _ in tl.static_range(8):
+        d = d + ((nil, nil, nil, nil),)
+    z = (nil, nil, nil, nil)
+    own_group = g * GROUPS // 8
+    for h in tl.static_range(H // 64):
+        words = ()
+        high = ()
+        for u in tl.static_range(UNITS):
+            for w in tl.static_range(2):
+                for b in tl.static_range(2):
+                    row = row_of(g, w, b, NARROW)
+                    words = words + (load4(codes + key_chunk(row + 32 * u, 4 * h + t, H)),)
+                    if BITS == 3:
+                        high = high + (load4(codes + key_chunk(32 + row % 16, 4 * h + t, H)),)
+        for half in tl.static_range(2):
+            channel = 64 * h + 16 * t + 8 * half
+            zeros = metadata8(zero + (own_group * H + channel) * BYTES, KIND)
+            scales = ()
+            for i in tl.static_range(GROUPS):
+                scales = scales + (metadata8(scale + (i * H + channel) * BYTES, KIND),)
+            for c in tl.static_range(2):
+                q0 = q[8 * h + 4 * half + 2 * c]
+                q1 = q[8 * h + 4 * half + 2 * c + 1]
+                z = mma(zeros[2 * c], none, zeros[2 * c + 1], none, q0, q1, z)
+                s = ()
+                for i in tl.static_range(GROUPS):
+                    s = s + ((multiply2(q0, scales[i][2 * c]), multiply2(q1, scales[i][2 * c + 1])),)
+                after = ()
+                for tile in tl.static_range(8):
+                    after = after + (key_tile(d[tile], words, high, s, g, 2 * half + c, tile, BITS, GROUP, NARROW),)
+                d = after
+    return d, z
+
+
+@triton.jit
+def value_products(
+    acc,
+    p,
+    codes,
+    scale,
+    g,
+    t,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KIND: tl.constexpr,
+    H: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """Adds (probability times scale) . codes of one block to the tiles [16 channels, 8 queries], times 2^-24."""
+    UNITS: tl.constexpr = BITS // 2
+    P: tl.constexpr = 16 * BITS
+    BYTES: tl.constexpr = 1 if KIND == 2 else 2
+    TOGETHER: tl.constexpr = min(GROUP // 16, 4)  # independent accumulators in flight
+    done = ()
+    for group in tl.static_range(H // GROUP):
+        s = ()
+        for run in tl.static_range(4):
+            x = token_metadata(scale + (128 * group + 32 * run) * BYTES, t, NARROW, KIND)
+            for i in tl.static_range(4):
+                y = p[4 * run + i]
+                if run >= UNITS:  # 2^-(BITS plane)
+                    y = multiply2(y, tl.full([32], (15 - BITS * (run // UNITS)) * 1024 * 0x10001, tl.int32))
+                s = s + (multiply2(y, x[i]),)
+        for first in tl.static_range(GROUP // 16 // TOGETHER):
+            part = ()
+            for i in tl.static_range(TOGETHER):
+                part = part + (acc[(GROUP // 16) * group + TOGETHER * first + i],)
+            for u in tl.static_range(UNITS):
+                words = ()
+                for i in tl.static_range(TOGETHER):
+                    for b in tl.static_range(2):
+                        channel = 16 * ((GROUP // 16) * group + TOGETHER * first + i) + 8 * b + g
+                        address = codes + channel * P + 32 * u
+                        if NARROW:
+                            words = words + ((load1(address + 4 * t), load1(address + 4 * t + 16)),)
+                        else:
+                            words = words + (load2(address + 8 * t),)
+                for w in tl.static_range(2):
+                    for plane in tl.static_range(8 // BITS):
+                        after = ()
+                        for i in tl.static_range(TOGETHER):
+                            a = fragment(words[2 * i][w], words[2 * i + 1][w], plane, BITS)
+                            b0 = s[4 * (plane * UNITS + u) + 2 * w]
+                            b1 = s[4 * (plane * UNITS + u) + 2 * w + 1]
+                            after = after + (mma(a[0], a[1], a[2], a[3], b0, b1, part[i]),)
+                        part = after
+            done = done + part
+    return done
+
+
+@triton.jit
+def scale_exponent(scale, lane, GROUPS: tl.constexpr, KIND: tl.constexpr):
+    """max(0, e) with all value scales of the block below 2^e."""
+    BYTES: tl.constexpr = 1 if KIND == 2 else 2
+    largest = tl.zeros([32], tl.int32)
+    for group in tl.static_range(GROUPS):
+        x = metadata4(scale + (128 * group + 4 * lane) * BYTES, KIND)
+        for i in tl.static_range(2):
+            largest = tl.maximum(largest, tl.maximum(x[i] & 0x7FFF, (x[i] >> 16) & 0x7FFF))
+    return tl.maximum((warp_max(largest) >> 10) - 14, 0).to(tl.float32)
+
+
+@triton.jit
+def column_max(x, lane):
+    """Maximum over g: every lane gets that of its t."""
+    x = tl.maximum(x, shuffle(x, lane ^ 4))
+    x = tl.maximum(x, shuffle(x, lane ^ 8))
+    return tl.maximum(x, shuffle(x, lane ^ 16))
+
+
+@triton.jit
+def tile_logits(
+    d,
+    z,
+    factor,
+    t,
+    TILE: tl.constexpr,
+    PART: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Logits of one tile, base 2: rows g and g + 8, each for the queries 2t and 2t + 1."""
+    W: tl.constexpr = TILE % 2
+    RUN: tl.constexpr = TILE // 2
+    GROUPS: tl.constexpr = 128 // GROUP
+    UNIT: tl.constexpr = (1 << (24 - PART * (RUN // (PART // 2)))) * 1.0
+    logits = ()
+    for b in tl.static_range(2):
+        for i in tl.static_range(2):
+            zero = z[i]
+            if GROUPS > 1:
+                zero = shuffle(zero, t + 4 * (((32 * RUN + 16 * W) // GROUP) * 8 // GROUPS))
+            logits = logits + (d[2 * b + i] * (factor[i] * UNIT) + zero * factor[i],)
+    return logits
+
+
+@triton.jit
+def fetch_keys(
+    memory, codes, scale, zero, block, valid, lane,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """Starts the copies of a block's keys; one group."""
+    CODES: tl.constexpr = 16 * BITS * H
+    METADATA: tl.constexpr = (128 // GROUP) * H * (1 if KIND == 2 else 2)
+    block = block.to(tl.int64)
+    fetch_key_codes(memory, codes + block * CODES, valid, lane, BITS, H)
+    fetch(memory + CODES, scale + block * METADATA, valid, lane, METADATA)
+    fetch(memory + (CODES + METADATA), zero + block * METADATA, valid, lane, METADATA)
+    close_group(lane)
+
+
+@triton.jit
+def fetch_values(
+    memory, codes, scale, zero, block, valid, lane,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """Starts the copies of a block's values; one group."""
+    CODES: tl.constexpr = 16 * BITS * H
+    METADATA: tl.constexpr = (H // GROUP) * 128 * (1 if KIND == 2 else 2)
+    block = block.to(tl.int64)
+    fetch(memory, codes + block * CODES, valid, lane, CODES)
+    fetch(memory + CODES, scale + block * METADATA, valid, lane, METADATA)
+    fetch(memory + (CODES + METADATA), zero + block * METADATA, valid, lane, METADATA)
+    close_group(lane)
+
+
+@triton.jit
+def hide_logits(logits, left, g, NARROW: tl.constexpr):
+    """-inf for the tokens from `left` on."""
+    hidden = ()
+    for tile in tl.static_range(8):
+        for b in tl.static_range(2):
+            seen = 32 * (tile // 2) + row_of(g, tile % 2, b, NARROW) < left
+            for i in tl.static_range(2):
+                hidden = hidden + (tl.where(seen, logits[4 * tile + 2 * b + i], -float("inf")),)
+    return hidden
+
+
+@triton.jit
+def clear_metadata(address, left, lane, GROUPS: tl.constexpr, KIND: tl.constexpr):
+    """Zeroes, in shared memory, value metadata of the tokens from `left` on: 0 times garbage may be NaN."""
+    BYTES: tl.constexpr = 1 if KIND == 2 else 2
+    for group in tl.static_range(GROUPS):
+        for i in tl.static_range(BYTES):
+            token = (4 // BYTES) * (lane + 32 * i)
+            word = address + 128 * BYTES * group + 128 * i + 4 * lane
+            kept = tl.minimum(tl.maximum(left - token, 0), 4 // BYTES)
+            mask = tl.where(kept == 4 // BYTES, -1, (1 << (kept * (8 * BYTES) % 32)) - 1)
+            store1(word, load1(word) & mask)
+
+
+@triton.jit
+def attend_block(
+    state,
+    q,
+    factor,
+    memory,
+    sources,
+    block,
+    last,
+    left,
+    lane,
+    KBITS: tl.constexpr,
+    KGROUP: tl.constexpr,
+    KKIND: tl.constexpr,
+    VBITS: tl.constexpr,
+    VGROUP: tl.constexpr,
+    VKIND: tl.constexpr,
+    H: tl.constexpr,
+):
+    """One block of 128 tokens, of which the first `left` count; starts the copies of the next block."""
+    acc, sums, reference, maximum = state
+    g = lane // 4
+    t = lane % 4
+    NARROW: tl.constexpr = KGROUP == 16
+    KPART: tl.constexpr = 2 if KBITS == 3 else KBITS
+    KGROUPS: tl.constexpr = 128 // KGROUP
+    VGROUPS: tl.constexpr = H // VGROUP
+    VBYTES: tl.constexpr = 1 if VKIND == 2 else 2
+    KCODES: tl.constexpr = 16 * KBITS * H
+    KMETADATA: tl.constexpr = KGROUPS * H * (1 if KKIND == 2 else 2)
+    VCODES: tl.constexpr = 16 * VBITS * H
+    more = tl.where(lane + block + 1 < lane + last, 1, 0)
+    values = memory + (KCODES + 2 * KMETADATA)
+    vs = values + VCODES
+    vz = vs + VGROUPS * 128 * VBYTES
+
+    wait_group(lane)
+    d, z = key_products(
+        q, memory, memory + KCODES, memory + (KCODES + KMETADATA), g, t, KBITS, KGROUP, KKIND, H, NARROW
+    )
+    warp_barrier(lane)
+    fetch_keys(memory, sources[0], sources[1], sources[2], block + 1, more, lane, KBITS, KGROUP, KKIND, H)
+    wait_group(lane)
+
+    # Logits in base 2; columns 2t and 2t + 1 are the lane's two queries.
+    logits = ()
+    for tile in tl.static_range(8):
+        logits = logits + tile_logits(d[tile], z, factor, t, tile, KPART, KGROUP)
+    if left < 128:
+        logits = hide_logits(logits, left, g, NARROW)
+        clear_metadata(vs, left, lane, VGROUPS, VKIND)
+        clear_metadata(vz, left, lane, VGROUPS, VKIND)
+        warp_barrier(lane)
+    top = (logits[0], logits[1])
+    for i in tl.static_range(1, 16):
+        top = (tl.maximum(top[0], logits[2 * i]), tl.maximum(top[1], logits[2 * i + 1]))
+    top = (column_max(top[0], lane), column_max(top[1], lane))
+    maximum = (tl.maximum(maximum[0], top[0]), tl.maximum(maximum[1], top[1]))
+
+    # Probabilities are kept as 2^15 p where value scales allow it, for float16's sake.
+    lift = scale_exponent(vs, lane, VGROUPS, VKIND) - 15.0
+    new = (tl.maximum(reference[0], top[0] + lift), tl.maximum(reference[1], top[1] + lift))
+    fade = (tl.exp2(reference[0] - new[0]), tl.exp2(reference[1] - new[1]))
+    faded = ()
+    for i in tl.static_range(H // 16):
+        x = acc[i]
+        faded = faded + ((x[0] * fade[0], x[1] * fade[1], x[2] * fade[0], x[3] * fade[1]),)
+    sums = (sums[0] * fade[0], sums[1] * fade[1], sums[2] * fade[0], sums[3] * fade[1])
+
+    p = ()
+    for i in tl.static_range(16):
+        p = p + (transpose8(pair(tl.exp2(logits[2 * i] - new[0]), tl.exp2(logits[2 * i + 1] - new[1]))),)
+
+    # Rows 0..7: probability . zero points; rows 8..15: their sum.
+    one = tl.full([32], 0x3C003C00, tl.int32)
+    for run in tl.static_range(4):
+        zeros = token_metadata(vz + (128 * (g * VGROUPS // 8) + 32 * run) * VBYTES, t, NARROW, VKIND)
+        sums = mma(zeros[0], one, zeros[1], one, p[4 * run], p[4 * run + 1], sums)
+        sums = mma(zeros[2], one, zeros[3], one, p[4 * run + 2], p[4 * run + 3], sums)
+
+    acc = value_products(faded, p, values, vs, g, t, VBITS, VGROUP, VKIND, H, NARROW)
+    warp_barrier(lane)
+    fetch_values(values, sources[3], sources[4], sources[5], block + 1, more, lane, VBITS, VGROUP, VKIND, H)
+    return acc, sums, new, maximum
+
+
+@triton.jit
+def load_queries(q, row, t, valid, H: tl.constexpr):
+    """The warp's eight queries as the right operand of key products, and the power of two they were divided by.
+
+    Returns:
+        pairs: register 8 h + 2 k + i holds channels 64 h + 16 t + 4 k + 2 i and the next.
+        power: 2^e with all of row g's numbers below it, in lane (g, t).
+    """
+    x = ()
+    largest = tl.zeros([32], tl.float32)
+    for i in tl.static_range(H // 4):
+        y = tl.load(q + row + 64 * (i // 16) + 16 * t + i % 16, mask=valid, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(y))
+        x = x + (y,)
+    lane = tl.arange(0, 32)
+    largest = tl.maximum(largest, shuffle(largest, lane ^ 1))
+    largest = tl.maximum(largest, shuffle(largest, lane ^ 2))
+    exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 1), 252)
+    down = ((253 - exponent) << 23).to(tl.float32, bitcast=True)
+    power = ((exponent + 1) << 23).to(tl.float32, bitcast=True)
+    pairs = ()
+    for i in tl.static_range(H // 8):
+        pairs = pairs + (pair(x[2 * i] * down, x[2 * i + 1] * down),)
+    return pairs, power
+
+
+@triton.jit
+def decode_kernel(
+    q,
+    kc,
+    ks,
+    kz,
+    vc,
+    vs,
+    vz,
+    lengths,
+    softmax_scale,
+    capacity,
+    heads,
+    group,
+    rows,
+    splits,
+    out,
+    stats,
+    KBITS: tl.constexpr,
+    KGROUP: tl.constexpr,
+    KKIND: tl.constexpr,
+    VBITS: tl.constexpr,
+    VGROUP: tl.constexpr,
+    VKIND: tl.constexpr,
+    H: tl.constexpr,
+    REGISTERS: tl.constexpr,
+):
+    """Grid (row tiles, splits, B K). Split i of a sequence takes the i-th of `splits` even shares of its blocks.
+
+    Writes, per split and query row: unnormalised output [B K, splits, rows, H] and (max in base 2, sum)
+    [B K, splits, rows, 2]. A split without tokens writes (-inf, 0) and no output.
+
+    The five sizes arrive negated: for an argument of 1 jax-triton would compile a program of its own.
+    """
+    limit_registers(REGISTERS)
+    capacity, heads, group, rows, splits = -capacity, -heads, -group, -rows, -splits
+    first_row = 8 * tl.program_id(0)
+    split = tl.program_id(1)
+    head = tl.program_id(2)
+    lane = tl.arange(0, 32)
+    g = lane // 4
+    t = lane % 4
+
+    length = tl.load(lengths + head)
+    blocks = (length + 127) // 128
+    share = (blocks + splits - 1) // splits
+    first = split * share
+    last = tl.minimum(first + share, blocks)
+
+    nil = tl.zeros([32], tl.float32)
+    low = tl.full([32], -float("inf"), tl.float32)
+    acc = ()
+    for _ in tl.static_range(H // 16):
+        acc = acc + ((nil, nil, nil, nil),)
+    sums = (nil, nil, nil, nil)
+    reference = (low, low)
+    maximum = (low, low)
+
+    if first < last:
+        KBLOCK: tl.constexpr = 16 * KBITS * H
+        VBLOCK: tl.constexpr = 16 * VBITS * H
+        KMETA: tl.constexpr = (128 // KGROUP) * H * (1 if KKIND == 2 else 2)
+        VMETA: tl.constexpr = (H // VGROUP) * 128 * (1 if VKIND == 2 else 2)
+        start = head.to(tl.int64) * capacity
+        kcodes = kc.to(tl.int64) + start * KBLOCK
+        kscale = ks.to(tl.int64) + start * KMETA
+        kzero = kz.to(tl.int64) + start * KMETA
+        vcodes = vc.to(tl.int64) + start * VBLOCK
+        vscale = vs.to(tl.int64) + start * VMETA
+        vzero = vz.to(tl.int64) + start * VMETA
+        memory = ring(lane, KBLOCK + 2 * KMETA + VBLOCK + 2 * VMETA)
+        sources = (kcodes, kscale, kzero, vcodes, vscale, vzero)
+        yes = tl.full([32], 1, tl.int32)
+        values = memory + (KBLOCK + 2 * KMETA)
+        fetch_keys(memory, kcodes, kscale, kzero, first, yes, lane, KBITS, KGROUP, KKIND, H)
+        fetch_values(values, vcodes, vscale, vzero, first, yes, lane, VBITS, VGROUP, VKIND, H)
+        row = first_row + g
+        token = row // group
+        batch = head // heads
+        position = ((batch * (rows // group) + token) * heads + head % heads) * group + row % group
+        pairs, power = load_queries(q, position * H, t, row < rows, H)
+        # power of row 2t and 2t + 1 sits in lanes 8t and 8t + 4
+        factor = (
+            shuffle(power, 8 * t) * (softmax_scale * 1.4426950408889634),
+            shuffle(power, 8 * t + 4) * (softmax_scale * 1.4426950408889634),
+        )
+        for block in range(first, last):
+            acc, sums, reference, maximum = attend_block(
+                (acc, sums, reference, maximum), pairs, factor, memory, sources, block, last,
+                length - 128 * block, lane,
+                KBITS, KGROUP, KKIND, VBITS, VGROUP, VKIND, H,
+            )  # fmt: skip
+        to_maximum = (tl.exp2(reference[0] - maximum[0]), tl.exp2(reference[1] - maximum[1]))
+        VGROUPS: tl.constexpr = H // VGROUP
+        for i in tl.static_range(2):
+            query = first_row + 2 * t + i
+            base = ((head * splits + split) * rows + query).to(tl.int64) * H
+            for tile in tl.static_range(H // 16):
+                zero = sums[i]
+                if VGROUPS > 1:
+                    zero = shuffle(zero, t + 4 * ((16 * tile // VGROUP) * 8 // VGROUPS))
+                for b in tl.static_range(2):
+                    x = (acc[tile][2 * b + i] * 16777216.0 + zero) * to_maximum[i]
+                    tl.store(out + base + 16 * tile + 8 * b + g, x, mask=query < rows)
+        sums = (sums[0], sums[1], sums[2] * to_maximum[0], sums[3] * to_maximum[1])
+
+    for i in tl.static_range(2):
+        query = first_row + 2 * t + i
+        place = ((head * splits + split) * rows + query) * 2
+        tl.store(stats + place, maximum[i], mask=(query < rows) & (g == 0))
+        tl.store(stats + place + 1, sums[2 + i], mask=(query < rows) & (g == 0))
+
+
+@triton.jit
+def merge_kernel(
+    part,
+    stats,
+    lengths,
+    heads,
+    group,
+    rows,
+    splits,
+    out,
+    out_maximum,
+    out_total,
+    PADDED: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Grid (B K rows, H / WIDTH): joins the splits of one query row, WIDTH channels a program, all loads at once."""
+    heads, group, rows, splits = -heads, -group, -rows, -splits
+    index = tl.program_id(0)
+    head = index // rows
+    row = index % rows
+    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    # The same shares as in `decode_kernel`: splits past the last share hold nothing.
+    blocks = (tl.load(lengths + head) + 127) // 128
+    share = tl.maximum((blocks + splits - 1) // splits, 1)
+    used = (blocks + share - 1) // share
+    every = tl.arange(0, PADDED)
+    at = (head * splits + every) * rows + row
+    x = tl.load(part + at.to(tl.int64)[:, None] * H + channel[None, :], mask=(every < used)[:, None], other=0.0)
+    maxima = tl.load(stats + at * 2, mask=every < used, other=-float("inf"))
+    totals = tl.load(stats + at * 2 + 1, mask=every < used, other=0.0)
+    top = tl.max(maxima, 0)
+    weight = tl.exp2(maxima - tl.where(top == -float("inf"), 0.0, top))
+    position = ((head // heads * (rows // group) + row // group) * heads + head % heads) * group + row % group
+    tl.store(out + position.to(tl.int64) * H + channel, tl.sum(x * weight[:, None], 0))
+    if tl.program_id(1) == 0:
+        tl.store(out_maximum + position, top * 0.6931471805599453)
+        tl.store(out_total + position, tl.sum(totals * weight, 0))

@@ -1,0 +1,282 @@
+"""Packed decode attention against float64 attention over the dequantised cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.packed_decode import layout
+from pallas_kernels.packed_decode.api import dense_decode_attention, packed_decode_attention
+from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor, pack, rows_per_block, unpack
+from pallas_kernels.partial import Partial, merge_partials
+
+FORMATS = {
+    "2-bit": (2, 32, "float16", 2, 128, "float16"),
+    "2-bit, groups of 64 channels": (2, 32, "float16", 2, 64, "float16"),
+    "groups of 16": (2, 16, "float16", 2, 16, "float16"),
+    "groups of 128 tokens, 32 channels, bfloat16": (2, 128, "bfloat16", 2, 32, "bfloat16"),
+    "3 and 2 bits, fp8": (3, 64, "float8_e4m3fn", 2, 64, "float8_e4m3fn"),
+    "3 and 2 bits, groups of 16": (3, 16, "float16", 2, 16, "float16"),
+    "4-bit": (4, 32, "float16", 4, 128, "float16"),
+    "4 and 2 bits": (4, 32, "float16", 2, 64, "float16"),
+    "8-bit": (8, 32, "float16", 8, 64, "bfloat16"),
+}
+
+
+def segment(rng, b, heads, blocks, h, fmt, low=-1.0, high=1.0, scales=None):
+    """Random codes with random metadata: keys, values."""
+    kbits, kgroup, ktype, vbits, vgroup, vtype = fmt
+    vgroup = min(vgroup, h)
+
+    def metadata(shape, dtype, a, z):
+        return jnp.asarray(rng.uniform(a, z, shape), dtype)
+
+    def one(codes_shape, shape, bits, group, dtype, axis, last):
+        top = 1.0 / 2**bits
+        scale = metadata(shape, dtype, 0, top) if scales is None else jnp.asarray(rng.choice(scales, shape), dtype)
+        codes = jnp.asarray(rng.integers(0, 256, codes_shape), jnp.uint8)
+        return PackedTensor(codes, scale, metadata(shape, dtype, low, high), bits, group, axis, last)
+
+    lead = (b, heads, blocks)
+    return (
+        one((*lead, 16 * kbits, h), (*lead, BLOCK // kgroup, h), kbits, kgroup, ktype, "tokens", False),
+        one((*lead, h, 16 * vbits), (*lead, h // vgroup, BLOCK), vbits, vgroup, vtype, "channels", True),
+    )
+
+
+def codes_of(packed):
+    """The definition of the layout, bit by bit, in numpy: codes [B, K, S, H]."""
+    x = np.asarray(packed.codes)
+    x = np.swapaxes(x, -1, -2) if packed.tokens_last else x  # [B, K, blocks, P, H]
+    b, k, blocks, _, h = x.shape
+    out = np.zeros((b, k, blocks, BLOCK, h), np.int64)
+    parts = [(2, 0, 32), (1, 2, 16)] if packed.bits == 3 else [(packed.bits, 0, rows_per_block(packed.bits))]
+    first = 0
+    for bits, shift, rows in parts:
+        for token in range(BLOCK):
+            byte = x[..., first + token % rows, :].astype(np.int64)
+            out[..., token, :] |= ((byte >> (bits * (token // rows))) & (2**bits - 1)) << shift
+        first += rows
+    return out.reshape(b, k, blocks * BLOCK, h)
+
+
+def dequantised(packed):
+    """float64 [B, K, S, H], by the definition."""
+    codes = codes_of(packed)
+    b, k, s, h = codes.shape
+
+    def spread(x):
+        x = np.asarray(x.astype(jnp.float32)).astype(np.float64)
+        x = np.repeat(x, packed.group_size, axis=-2)
+        if packed.group_axis == "channels":
+            x = np.swapaxes(x, -1, -2)
+        return x.reshape(b, k, s, h)
+
+    return codes * spread(packed.scale) + spread(packed.zero)
+
+
+def attention(query, key, value, lengths, scale):
+    """float64: output, maximum, total, unnormalised as in `Partial`."""
+    query = np.asarray(query.astype(jnp.float32)).astype(np.float64)
+    b, t, n, _ = query.shape
+    group = n // key.shape[1]
+    out, maximum, total = np.zeros(query.shape), np.full((b, t, n), -np.inf), np.zeros((b, t, n))
+    for i in range(b):
+        for head in range(n):
+            length = int(lengths[i, head // group])
+            if length == 0:
+                continue
+            x = query[i, :, head] @ key[i, head // group, :length].T * scale
+            top = x.max(axis=1)
+            p = np.exp(x - top[:, None])
+            out[i, :, head] = p @ value[i, head // group, :length]
+            maximum[i, :, head], total[i, :, head] = top, p.sum(axis=1)
+    return out, maximum, total
+
+
+def error(got: Partial, want) -> float:
+    """Relative error of the normalised output, after checks of the other two numbers."""
+    out, maximum, total = (np.asarray(x, np.float64) for x in got)
+    empty = want[2] == 0
+    assert np.isneginf(maximum[empty]).all() and (total[empty] == 0).all() and (out[empty] == 0).all()
+    held = ~empty
+    if not held.any():
+        return 0.0
+    lse, want_lse = (m[held] + np.log(t[held]) for m, t in ((maximum, total), want[1:]))
+    np.testing.assert_allclose(lse, want_lse, rtol=2e-3, atol=5e-3)
+    got_mean, want_mean = out[held] / total[held][:, None], want[0][held] / want[2][held][:, None]
+    return float(np.linalg.norm(got_mean - want_mean) / max(np.linalg.norm(want_mean), 1e-30))
+
+
+def compare(implementation, fmt, *, b=2, heads=2, group=2, t=1, h=64, blocks=2, lengths=None, dtype="bfloat16", seed=0):
+    rng = np.random.default_rng(seed)
+    keys, values = segment(rng, b, heads, blocks, h, fmt)
+    query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)), dtype)
+    if lengths is None:
+        lengths = rng.integers(0, blocks * BLOCK + 1, (b, heads))
+    lengths = np.asarray(lengths)
+    got = packed_decode_attention(query, keys, values, jnp.asarray(lengths, jnp.int32), implementation=implementation)
+    lengths = np.broadcast_to(lengths.reshape(b, -1), (b, heads))
+    return error(got, attention(query, dequantised(keys), dequantised(values), lengths, h**-0.5))
+
+
+@pytest.mark.parametrize("bits", layout.SUPPORTED_BITS)
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_pack_and_unpack_are_inverse(bits, axis):
+    rng = np.random.default_rng(bits)
+    codes = jnp.asarray(rng.integers(0, 2**bits, (3, 128, 128)), jnp.uint8)
+    packed = pack(codes, bits, axis)
+    assert packed.shape[axis] == rows_per_block(bits)
+    np.testing.assert_array_equal(unpack(packed, bits, axis), codes)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_dequantize_follows_the_definition(name):
+    for packed in segment(np.random.default_rng(0), 1, 2, 2, 64, FORMATS[name]):
+        np.testing.assert_allclose(layout.dequantize(packed), dequantised(packed), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_xla_matches_float64(name):
+    assert compare("xla", FORMATS[name], lengths=[[256, 100], [0, 129]]) < 1e-5
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    name=st.sampled_from(sorted(FORMATS)),
+    heads=st.sampled_from([(1, 1), (1, 8), (2, 4), (3, 3)]),
+    t=st.sampled_from([1, 3]),
+    blocks=st.integers(1, 3),
+    seed=st.integers(0, 2**20),
+)
+def test_xla_matches_float64_on_drawn_shapes(name, heads, t, blocks, seed):
+    k, group = heads
+    assert compare("xla", FORMATS[name], heads=k, group=group, t=t, blocks=blocks, seed=seed) < 1e-5
+
+
+@pytest.mark.parametrize("scales", [[0.0], [1e-6], [1e4], [0.0, 1e-6, 0.1, 1e4]])
+def test_xla_takes_adversarial_scales(scales):
+    rng = np.random.default_rng(1)
+    keys, values = segment(rng, 1, 2, 1, 64, FORMATS["2-bit"], scales=scales)
+    query = jnp.asarray(rng.normal(size=(1, 1, 4, 64)) * 1e-3, jnp.float32)
+    lengths = jnp.asarray([100])
+    got = packed_decode_attention(query, keys, values, lengths, implementation="xla")
+    want = attention(query, dequantised(keys), dequantised(values), np.full((1, 2), 100), 64**-0.5)
+    assert error(got, want) < 1e-4
+
+
+def poison(packed, length):
+    """Garbage in everything that only tokens past `length` touch."""
+    keep = np.arange(packed.capacity) < length
+    keep = keep.reshape(-1, BLOCK)
+    nan = jnp.asarray(np.nan, packed.scale.dtype)
+    if packed.group_axis == "tokens":
+        held = keep.reshape(keep.shape[0], -1, packed.group_size).any(axis=-1)[None, None, :, :, None]
+    else:
+        held = keep[None, None, :, None, :]
+    return PackedTensor(
+        packed.codes,
+        jnp.where(held, packed.scale, nan),
+        jnp.where(held, packed.zero, nan),
+        packed.bits,
+        packed.group_size,
+        packed.group_axis,
+        packed.tokens_last,
+    )
+
+
+def check_nothing_beyond_the_length(implementation, length, fmt, h=64):
+    rng = np.random.default_rng(2)
+    keys, values = segment(rng, 1, 2, 3, h, fmt)
+    query = jnp.asarray(rng.normal(size=(1, 1, 4, h)), jnp.bfloat16)
+    lengths = jnp.asarray([length])
+    clean = packed_decode_attention(query, keys, values, lengths, implementation=implementation)
+    dirty = packed_decode_attention(
+        query, poison(keys, length), poison(values, length), lengths, implementation=implementation
+    )
+    for a, b in zip(clean, dirty):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 200, 384])
+def test_xla_reads_nothing_beyond_the_length(length):
+    check_nothing_beyond_the_length("xla", length, FORMATS["groups of 16"])
+
+
+def random_partials(rng, count):
+    return [
+        Partial(
+            jnp.asarray(rng.normal(size=(1, 2, 3, 4)), jnp.float32),
+            jnp.asarray(rng.normal(size=(1, 2, 3)) * 30, jnp.float32),
+            jnp.asarray(rng.uniform(1, 50, (1, 2, 3)), jnp.float32),
+        )
+        for _ in range(count)
+    ]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**20), order=st.permutations(range(4)))
+def test_merge_does_not_depend_on_the_order(seed, order):
+    partials = random_partials(np.random.default_rng(seed), 4)
+    for a, b in zip(merge_partials(partials), merge_partials([partials[i] for i in order])):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_merge_ignores_empty_parts():
+    (part,) = random_partials(np.random.default_rng(0), 1)
+    empty = Partial(jnp.zeros((1, 2, 3, 4)), jnp.full((1, 2, 3), -jnp.inf), jnp.zeros((1, 2, 3)))
+    for a, b in zip(merge_partials([part]), merge_partials([empty, part, empty])):
+        np.testing.assert_array_equal(a, b)
+    output, lse = merge_partials([empty, empty])
+    assert (output == 0).all() and np.isneginf(lse).all()
+
+
+def test_merging_segments_is_attention_over_all_of_them():
+    rng = np.random.default_rng(3)
+    parts = [segment(rng, 1, 2, blocks, 64, FORMATS["2-bit"]) for blocks in (1, 2)]
+    query = jnp.asarray(rng.normal(size=(1, 2, 4, 64)), jnp.float32)
+    lengths = (70, 200)
+    merged, lse = merge_partials(
+        [packed_decode_attention(query, *part, jnp.asarray([n])) for part, n in zip(parts, lengths)]
+    )
+    key, value = (
+        np.concatenate([dequantised(part[i])[:, :, :n] for part, n in zip(parts, lengths)], axis=2) for i in range(2)
+    )
+    want = attention(query, key, value, np.full((1, 2), sum(lengths)), 64**-0.5)
+    np.testing.assert_allclose(merged, want[0] / want[2][..., None], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(lse, want[1] + np.log(want[2]), rtol=1e-5)
+
+
+def test_dense_matches_float64():
+    rng = np.random.default_rng(4)
+    query, key, value = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(2, 2, 4, 64), *[(2, 2, 90, 64)] * 2])
+    lengths = np.asarray([90, 31])
+    got = dense_decode_attention(query, key, value, jnp.asarray(lengths))
+    want = attention(query, np.asarray(key), np.asarray(value), np.broadcast_to(lengths[:, None], (2, 2)), 64**-0.5)
+    assert error(got, want) < 1e-5
+
+
+def test_wrong_arguments_are_refused():
+    keys, values = segment(np.random.default_rng(5), 1, 2, 1, 64, FORMATS["2-bit"])
+    query, lengths = jnp.zeros((1, 1, 4, 64)), jnp.asarray([3])
+    with pytest.raises(ValueError, match="head size"):
+        packed_decode_attention(jnp.zeros((1, 1, 4, 128)), keys, values, lengths)
+    with pytest.raises(ValueError, match="does not fit"):
+        packed_decode_attention(jnp.zeros((1, 1, 3, 64)), keys, values, lengths)
+    with pytest.raises(ValueError, match="lengths"):
+        packed_decode_attention(query, keys, values, jnp.zeros((2,), jnp.int32))
+    with pytest.raises(ValueError, match="unknown implementation"):
+        packed_decode_attention(query, keys, values, lengths, implementation="cuda")
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="declines only without a GPU")
+def test_triton_declines_without_a_gpu():
+    keys, values = segment(np.random.default_rng(6), 1, 2, 1, 64, FORMATS["2-bit"])
+    query, lengths = jnp.zeros((1, 1, 4, 64)), jnp.asarray([3])
+    with pytest.raises(NotImplementedError, match="needs a CUDA GPU"):
+        packed_decode_attention(query, keys, values, lengths, implementation="triton")
+    first = packed_decode_attention(query, keys, values, lengths)
+    second = packed_decode_attention(query, keys, values, lengths, implementation=("triton", "xla"))
+    np.testing.assert_array_equal(first.output, second.output)

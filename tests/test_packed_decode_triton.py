@@ -1,0 +1,103 @@
+"""The Triton kernel without a GPU: its arithmetic lane by lane in numpy, and its compilation for several chips."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_packed_decode import FORMATS, attention, dequantised, error, poison, segment
+
+from pallas_kernels.partial import Partial
+
+pytest.importorskip("triton")
+
+import triton
+import triton_warp
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pallas_kernels.packed_decode import _triton_kernels as kernels
+from pallas_kernels.packed_decode.triton import constants
+
+
+def simulate(query, keys, values, lengths, splits) -> Partial:
+    """The kernel's programs in numpy, and the merge of their splits."""
+    b, t, n, h = query.shape
+    heads, blocks = keys.codes.shape[1:3]
+    group = n // heads
+    rows = t * group
+    tensors = [query.astype(jnp.float32), *(x for p in (keys, values) for x in (p.codes, p.scale, p.zero)), lengths]
+    arrays = [np.asarray(x) for x in tensors]
+    arrays += [np.full((b * heads, splits, rows, width), np.nan, np.float32) for width in (h, 2)]
+    sizes = [np.float32(h**-0.5), *(-x for x in (blocks, heads, group, rows, splits))]
+    grid = (-(-rows // 8), splits, b * heads)
+    scalars = dict(zip(range(8, 14), sizes))
+    result = triton_warp.run(kernels, "decode_kernel", grid, arrays, scalars, constants(keys, values))
+    part, stats = (x.reshape(b * heads, splits, rows, -1) for x in result[-2:])
+    top = stats[..., 0].max(axis=1)
+    weight = np.exp2(stats[..., 0] - np.where(np.isneginf(top), 0, top)[:, None])
+    output = (np.where(weight[..., None] > 0, part, 0) * weight[..., None]).sum(axis=1)
+
+    def unrows(x):
+        x = x.reshape(b, heads, t, group, *x.shape[2:])
+        return x.swapaxes(1, 2).reshape(b, t, n, *x.shape[4:])
+
+    return Partial(unrows(output), unrows(top) * np.log(2), unrows((stats[..., 1] * weight).sum(axis=1)))
+
+
+def check(fmt, *, h=64, heads=1, group=2, t=1, scales=None, query_size=1.0, splits=2, lengths=((200,), (128,), (0,))):
+    rng = np.random.default_rng(0)
+    b = len(lengths)
+    keys, values = segment(rng, b, heads, 2, h, fmt, scales=scales)
+    query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)) * query_size, jnp.bfloat16)
+    lengths = np.asarray(lengths, np.int32)
+    got = simulate(query, keys, values, lengths, splits)
+    return error(got, attention(query, dequantised(keys), dequantised(values), lengths, h**-0.5))
+
+
+@pytest.mark.parametrize("h", [64, 128])
+@pytest.mark.parametrize("name", FORMATS)
+def test_lanes_compute_attention(name, h):
+    assert check(FORMATS[name], h=h) < 1e-3
+
+
+@pytest.mark.parametrize(("group", "t"), [(4, 1), (8, 1), (3, 3), (4, 8)])
+def test_lanes_take_every_grouping(group, t):
+    assert check(FORMATS["2-bit"], group=group, t=t) < 1e-3
+
+
+@pytest.mark.parametrize("scales", [[0.0], [1e-6], [1e4], [0.0, 1e-6, 0.1, 1e4]])
+def test_lanes_take_adversarial_scales(scales):
+    assert check(FORMATS["2-bit"], scales=scales, query_size=1e-3) < 2e-3
+
+
+@pytest.mark.parametrize("length", [1, 127, 200])
+@pytest.mark.parametrize("name", ["2-bit", "3 and 2 bits, fp8"])
+def test_lanes_read_nothing_beyond_the_length(name, length):
+    rng = np.random.default_rng(2)
+    keys, values = segment(rng, 1, 1, 2, 64, FORMATS[name])
+    query, lengths = jnp.asarray(rng.normal(size=(1, 1, 2, 64)), jnp.float32), np.asarray([[length]], np.int32)
+    clean = simulate(query, keys, values, lengths, 1)
+    for a, b in zip(clean, simulate(query, poison(keys, length), poison(values, length), lengths, 1)):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [
+        (90, "2-bit"),
+        pytest.param(80, "2-bit", marks=pytest.mark.slow),
+        pytest.param(100, "2-bit", marks=pytest.mark.slow),
+        pytest.param(80, "3 and 2 bits, fp8", marks=pytest.mark.slow),
+        pytest.param(90, "groups of 16", marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_for(capability, name):
+    keys, values = segment(np.random.default_rng(0), 1, 1, 1, 128, FORMATS[name])
+    constant = constants(keys, values)
+    types = dict.fromkeys(("kc", "ks", "kz", "vc", "vs", "vz"), "*u8")
+    types = {"q": "*bf16", **types, "lengths": "*i32", "softmax_scale": "fp32"}
+    types |= dict.fromkeys(("capacity", "heads", "group", "rows", "splits"), "i32") | {"out": "*fp32", "stats": "*fp32"}
+    source = ASTSource(kernels.decode_kernel, types | dict.fromkeys(constant, "constexpr"), constexprs=constant)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
+    assert "mma.sync.aligned.m16n8k16" in compiled.asm["ptx"]
+    assert "cp.async" in compiled.asm["ptx"]
+    assert ".maxnreg" in compiled.asm["ptx"]
