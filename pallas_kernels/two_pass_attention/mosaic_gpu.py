@@ -85,14 +85,17 @@ _BLOCKS = {
     128: (ForwardBlocks(), ScoreBlocks()),
     256: (ForwardBlocks(2, 64, 64), ScoreBlocks(2, 64, 128)),
 }
+# When a block of threads of pass 2 takes a whole group of query heads.
 _ENOUGH_BLOCKS = 1024
+_FEW_ROWS = 512
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
 def _swizzled(head_size: int):
     """Shared memory layout of a [rows, head_size] block of 16-bit numbers that TMA writes and wgmma reads."""
     columns = 64 if head_size % 64 == 0 else 32
-    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
+    return tiling, plgpu.SwizzleTransform(2 * columns)  # pyright: ignore[reportAbstractUsage]
 
 
 def _int(x) -> jax.Array:
@@ -240,7 +243,7 @@ def _forward(
 
             zero = _row_constant(rows, 0.0)
             middle = jnp.clip(unmasked, 1, steps)
-            tall_acc, out_acc = plgpu.ACC(tall, jnp.float32), plgpu.ACC((rows, size), jnp.float32)
+            tall_acc, out_acc = (plgpu.WGMMAAccumulatorRef(x, jnp.float32) for x in (tall, (rows, size)))
 
             def walk(s_acc, o_acc):
                 def body(step, state, masked):
@@ -394,7 +397,7 @@ def _column_sums(
                         plgpu.wgmma(accumulator, k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
                         return _loaded(accumulator, 0)
 
-                    logits = pl.run_scoped(product, plgpu.ACC(tall, jnp.float32))
+                    logits = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(tall, jnp.float32))
                     lse = plgpu.load(lse_smem.at[slot], layout=_COLUMN_LAYOUT)
                     if interpret:  # its model of TMA wants a fence after a lane's read, beside the barrier
                         plgpu.commit_smem()
@@ -543,8 +546,10 @@ def _two_passes(
     if score_rows == 0:
         scores = jnp.zeros((b, kv_heads, s), jnp.float32)
     else:
-        whole_group = b * kv_heads * -(-s // (blocks[1].warpgroups * blocks[1].keys)) >= _ENOUGH_BLOCKS
-        score_blocks = dataclasses.replace(blocks[1], whole_group=whole_group or blocks[1].whole_group)
+        few_rows = score_rows != "all" and score_rows <= _FEW_ROWS
+        enough_blocks = b * kv_heads * -(-s // (blocks[1].warpgroups * blocks[1].keys)) >= _ENOUGH_BLOCKS
+        whole_group = blocks[1].whole_group or few_rows or enough_blocks
+        score_blocks = dataclasses.replace(blocks[1], whole_group=whole_group)
         scores = _column_sums(query, key, lse2, extent, **run(blocks=score_blocks))[..., :s]
     lse = jnp.where(jnp.isposinf(lse2), -jnp.inf, lse2 * math.log(2))
     return output[:, :t], scores, jnp.swapaxes(lse[..., :t], 1, 2)
