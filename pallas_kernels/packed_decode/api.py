@@ -10,7 +10,8 @@ from pallas_kernels.partial import Partial
 
 _PACKED = {"triton": triton.packed_decode_attention, "xla": xla.packed_decode_attention}
 _DENSE = {"xla": xla.dense_decode_attention}
-_DEFAULT = ("triton", "xla")
+_PACKED_DEFAULT = ("triton", "xla")
+_DENSE_DEFAULT = ("xla",)
 
 
 def packed_decode_attention(
@@ -33,7 +34,8 @@ def packed_decode_attention(
         values: packed values.
         lengths: tokens held, per sequence or per sequence and key/value head; 0 <= length <= capacity.
         scale: of the logits; default H ** -0.5.
-        implementation: None, "xla", or a sequence of names to try.
+        implementation: None, "triton", "xla", or a sequence of names to try; None is Triton on a CUDA device where it
+            accepts the format, else XLA.
 
     Returns:
         Float32 `Partial`, to be joined with other segments by `merge_partials`.
@@ -53,7 +55,7 @@ def packed_decode_attention(
     lengths = jnp.broadcast_to(lengths.reshape(b, -1), (b, heads))
     scale = h**-0.5 if scale is None else scale
     return first_that_accepts(
-        "packed_decode_attention", _PACKED, implementation, _DEFAULT, query, keys, values, lengths, scale=scale
+        "packed_decode_attention", _PACKED, implementation, _PACKED_DEFAULT, query, keys, values, lengths, scale=scale
     )
 
 
@@ -93,7 +95,7 @@ def dense_decode_attention(
     lengths = jnp.broadcast_to(lengths, (b, t, heads))
     scale = h**-0.5 if scale is None else scale
     return first_that_accepts(
-        "dense_decode_attention", _DENSE, implementation, ("xla",), query, key, value, lengths, scale=scale
+        "dense_decode_attention", _DENSE, implementation, _DENSE_DEFAULT, query, key, value, lengths, scale=scale
     )
 
 
