@@ -75,10 +75,11 @@ class ScoreBlocks:
     whole_group: bool = False
 
 
-# By head size, measured on an H100. What was tried and lost: two consumers with 128 keys each in pass 2 (508 TFLOP/s at
-# S = 32768, H = 128, against 637), three consumers (587), keys in registers (592), two products in flight per consumer
-# (566), consumers taking turns (593), a part of the exponentials as a polynomial (-5 % at a quarter); in pass 1
-# three stages (631 against 635), 64 keys per step (561), query rows in registers (577).
+# By head size, measured on an H100. What was tried and lost, each against its neighbour of the same run, H = 128.
+# Pass 2 at S = 32768, the shipped tiles 619 TFLOP/s: two consumers of 128 keys 508, three of 64 keys 592, keys held in
+# registers 431, two products in flight per consumer 566 at best; sums over lanes in every step cost 4 %; one eighth of
+# the exponentials as a polynomial costs 5 % at S = 8192, a quarter 13 %. Pass 1: 64 keys per step 561 against 650,
+# query rows held in registers 577 against 618, three stages 548 against 608 at S = 8192.
 _BLOCKS = {
     64: (ForwardBlocks(3, 64, 128), ScoreBlocks(stages=4)),
     96: (ForwardBlocks(), ScoreBlocks()),
