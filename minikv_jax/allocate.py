@@ -1,56 +1,96 @@
-"""Budgets: how many prompt tokens each layer's tier takes."""
+"""Budgets: how many prompt tokens each layer's first tier takes."""
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from minikv_jax.config import Allocation
+from minikv_jax.config import Allocation, Amount, CacheConfig
 
 
-def heavy_share(allocation: Allocation, layer: int, layers: int) -> float:
-    """Share of the prompt that `layer` of `layers` keeps by rank.
+class Budget(NamedTuple):
+    """Tokens of a first tier, per prompt: all of them, and those among them that are the newest.
 
-    With a pyramid of depth d the share falls linearly from 2 r - r / d to r / d and its mean is r = `heavy`
-    (MiniKV section 3.2).
+    `total` exceeds the prompt where the allocation counts in tokens: an evicting cache grows up to it.
     """
+
+    total: Int[Array, "B"]
+    recent: Int[Array, "B"]
+
+
+def count(tokens: np.ndarray, amount: Amount) -> np.ndarray:
+    """int(tokens * share), or the number itself."""
+    if isinstance(amount, float):
+        return (tokens * amount).astype(np.int32)
+    return np.full_like(tokens, amount, np.int32)
+
+
+def heavy_share(allocation: Allocation, layer: int, layers: int) -> Amount:
+    """What `layer` of `layers` keeps by rank; with a pyramid of depth d it falls from 2 r - r / d to r / d."""
     share = allocation.heavy
-    if allocation.pyramid_depth is None:
+    if allocation.pyramid_depth is None or layers == 1:
         return share
     last = share / allocation.pyramid_depth
     first = 2 * share - last
-    if layers == 1:
-        return share
     return first + (last - first) * layer / (layers - 1)
 
 
-def kept_tokens(allocation: Allocation, layer: int, layers: int, prompt: np.ndarray | int) -> tuple[np.ndarray, ...]:
-    """(heavy, recent) tokens of prompts of the given lengths: int(N * share) each (MiniKV's released code).
+def budget(config: CacheConfig, layer: int, layers: int, prompt: np.ndarray | int) -> Budget:
+    """The budget of `layer` for prompts of the given lengths, in the arithmetic of the methods' released code.
 
-    Shares that add up to 1 keep everything, whatever their rounding. A prompt that has tokens keeps at least its last
-    one, so no cache is ever empty.
+    Shares that add up to 1 keep everything, whatever their rounding. Where the other tokens are dropped, a prompt
+    keeps at least its last one, so no cache is ever empty.
     """
-    prompt = np.asarray(prompt)
+    allocation, prompt = config.allocation, np.asarray(prompt, np.int32)
     share = heavy_share(allocation, layer, layers)
-    heavy = (prompt * share).astype(np.int32)
-    recent = (prompt * allocation.recent).astype(np.int32)
-    recent = np.where(heavy + recent == 0, np.minimum(prompt, 1), recent)
-    everything = (heavy + recent >= prompt) | (share + allocation.recent >= 1)
-    return np.where(everything, prompt - recent, heavy).astype(np.int32), np.minimum(recent, prompt).astype(np.int32)
+    if allocation.budget is None:
+        recent = count(prompt, allocation.recent)
+        total = count(prompt, share) + recent
+        shares = sum(float(x) for x in (share, allocation.recent) if isinstance(x, float))
+        total = np.where(shares >= 1, prompt, total)
+    else:
+        total = count(prompt, allocation.budget)
+        recent = np.minimum(count(total, allocation.recent), total)
+        if allocation.pyramid_beta is not None:
+            total = _pyramidkv(allocation, layer, layers, prompt, total, recent)
+    total = total + allocation.sinks
+    if config.retained is None:
+        recent = np.where(total == 0, 1, recent)
+    total = np.maximum(total, recent)
+    if all(isinstance(x, float) for x in (allocation.heavy, allocation.recent)) and allocation.budget is None:
+        total = np.minimum(total, prompt + allocation.sinks)
+    return Budget(total.astype(np.int32), recent.astype(np.int32))
 
 
-def capacity(allocation: Allocation, layer: int, layers: int, prompt_capacity: int) -> int:
-    """Most prompt tokens that `layer` keeps of any prompt up to `prompt_capacity`."""
-    heavy, recent = kept_tokens(allocation, layer, layers, prompt_capacity)
-    return max(int(heavy + recent), 1)
+def _pyramidkv(allocation, layer, layers, prompt, total, recent):
+    """Totals of PyramidKV's released code: an arithmetic sequence over the layers with mean `budget`."""
+    mean = total - recent
+    low = mean // allocation.pyramid_beta
+    high = 2 * mean - low
+    clipped = np.minimum(high, prompt - recent)
+    low = np.where(clipped < high, 2 * mean - clipped, low)
+    step = (clipped - low) // max(layers - 1, 1)
+    falling = (prompt >= 2 * mean) & (prompt >= total) & (layers > 1)
+    return np.where(falling, clipped - layer * step, mean) + recent
 
 
-def budgets(
-    allocation: Allocation, layer: int, layers: int, lengths: Int[Array, "B"], longest: int
-) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-    """(heavy, recent) tokens for traced prompt lengths, none above `longest`.
+def capacity(config: CacheConfig, layer: int, layers: int, prompt_capacity: int) -> int:
+    """Most tokens the first tier of `layer` ever holds of a prompt of up to `prompt_capacity`."""
+    prompt = np.arange(prompt_capacity + 1)
+    return max(int(np.minimum(budget(config, layer, layers, prompt).total, prompt).max()), 1)
 
-    int(N * share) in the arithmetic of Python is looked up rather than computed: float32 would round some products
-    across a whole number.
+
+def retained_capacity(config: CacheConfig, layer: int, layers: int, prompt_capacity: int) -> int:
+    """Most prompt tokens that are left over for a retained tier."""
+    prompt = np.arange(prompt_capacity + 1)
+    return max(int((prompt - budget(config, layer, layers, prompt).total).max()), 0)
+
+
+def budgets(config: CacheConfig, layer: int, layers: int, lengths: Int[Array, "B"], longest: int) -> Budget:
+    """The budget for traced prompt lengths, none above `longest`.
+
+    int(N * share) is looked up rather than computed: float32 would round some products across a whole number.
     """
-    heavy, recent = kept_tokens(allocation, layer, layers, np.arange(longest + 1))
-    return jnp.asarray(heavy)[lengths], jnp.asarray(recent)[lengths]
+    table = budget(config, layer, layers, np.arange(longest + 1))
+    return Budget(*(jnp.asarray(column)[lengths] for column in table))

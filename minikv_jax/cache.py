@@ -1,62 +1,52 @@
-"""The cache: segments of keys and values per layer, and how prompts and new tokens get into them.
+"""The cache of a batch of sequences: how prompts and new tokens get into a layer, and what leaves it.
 
-    KVCache
-      layers[l]: LayerCache
-        segment   DenseSegment | PackedSegment     what the prompt leaves, and where encoded new tokens go
-        window    DenseSegment | None              the newest tokens, until enough of them can be encoded together
-
-Rows of a segment are in the order they were written. A row is not a position: keys carry their rotary position from
-before they were cached, so attention never needs to know where in the text a row comes from.
+KVCache
+  layers[l]: LayerCache
+    prefix     Segment | None                what forked sequences share
+    segment    DenseSegment | PackedSegment  the first tier, and where new tokens end up
+    retained   PackedSegment | None          the second tier (MiKV)
+    window     DenseSegment | KiviWindow     the newest tokens, until they are encoded
+    ledger     Ledger | None                 positions and scores of a first tier that gives tokens up
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from minikv_jax import quantize, rank
-from minikv_jax.config import CacheConfig, Codec
-from minikv_jax.quantize import Codes
-from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
+from minikv_jax import allocate, kivi, rank, segments
+from minikv_jax.allocate import Budget
+from minikv_jax.config import CacheConfig
+from minikv_jax.kivi import KiviWindow
+from minikv_jax.segments import DenseSegment, PackedSegment, Segment
+from pallas_kernels import Partial, merge_partials
+from pallas_kernels.packed_decode.layout import BLOCK
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DenseSegment:
-    """Keys and values in a float dtype, head-major. Rows at and past `length` are meaningless."""
+class Ledger:
+    """What eviction needs to know of each row of the first tier. `size` is what the tier may hold after a step."""
 
-    key: Float[Array, "B K S H"]
-    value: Float[Array, "B K S H"]
-    length: Int[Array, "B"]
-
-    @property
-    def capacity(self) -> int:
-        return self.key.shape[2]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PackedSegment:
-    """Keys and values as packed codes. Tokens at and past `length` are meaningless."""
-
-    keys: PackedTensor
-    values: PackedTensor
-    length: Int[Array, "B"]
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.capacity
-
-
-Segment = DenseSegment | PackedSegment
+    positions: Int[Array, "B K S"]
+    scores: Float[Array, "B K S"]
+    friendliness: Float[Array, "B K S"] | None
+    size: Int[Array, "B"]
+    recent: Int[Array, "B"]
+    protected: Int[Array, "B"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
     segment: Segment
-    window: DenseSegment | None
+    window: DenseSegment | KiviWindow | None = None
+    retained: PackedSegment | None = None
+    ledger: Ledger | None = None
+    prefix: Segment | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -77,175 +67,311 @@ class KVCache:
     config: CacheConfig = dataclasses.field(metadata={"static": True})
 
 
+class Shape(NamedTuple):
+    """Rows that one layer's tiers have room for; static."""
+
+    segment: int
+    retained: int
+
+    @classmethod
+    def of(cls, config: CacheConfig, layer: int, layers: int) -> "Shape":
+        prompt, generated = config.prompt_capacity, config.generated_capacity
+        kept = allocate.capacity(config, layer, layers, prompt)
+        left = allocate.retained_capacity(config, layer, layers, prompt) if config.retained else 0
+        if config.evict == "never":
+            # What a window encodes touches whole blocks, even at the end of the segment.
+            touched = BLOCK * segments.touched_blocks(config.window) if config.window else 0
+            return cls(max(kept + generated, touched), left)
+        # A tier counted in tokens grows up to its size; one more row holds the token a step gives up.
+        size = int(allocate.budget(config, layer, layers, prompt).total)
+        return cls(min(max(kept, size), prompt + generated) + 1, left + generated if config.retained else 0)
+
+
 def nbytes(cache: KVCache | LayerCache | Segment) -> int:
     """Bytes of every array the cache holds: codes, scales, minima, windows and counters."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
+# ---- prompt --------------------------------------------------------------------------------------------------------
+
+
 def compress(
+    query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     scores: Float[Array, "B K T"],
     lengths: Int[Array, "B"],
-    heavy: Int[Array, "B"],
-    recent: Int[Array, "B"],
+    budget: Budget,
     config: CacheConfig,
-    kept_capacity: int,
+    shape: Shape,
 ) -> LayerCache:
     """One layer's keys and values of the prompt, as the method keeps them.
 
     Args:
-        key, value: of the prompt, after rotary embedding.
-        scores: attention received; ignored where the method does not rank by it.
+        query, key, value: of the prompt, after rotary embedding.
+        scores: attention received (`CacheConfig.score_rows`); ignored by ranks by position.
         lengths: true prompt lengths.
-        heavy, recent: tokens to keep (`allocate.budgets`).
-        kept_capacity: static bound of heavy + recent.
+        budget: of the first tier (`allocate.budgets`).
+        config: the method.
+        shape: static capacities (`Shape.of`).
     """
+    balance = channel_balance(query, key, lengths) if _balances(config) else None
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-    if config.needs_scores:
-        rows = rank.select(scores, lengths, heavy, recent, kept_capacity)
-        key, value = (jnp.take_along_axis(x, rows[..., None], axis=2, mode="clip") for x in (key, value))
-    else:
-        key, value = (_fit(x, kept_capacity) for x in (key, value))
-    kept = heavy + recent
-    # Rows past the kept ones are padding of unknown content; zeros keep NaN out of everything stored.
-    present = (jnp.arange(kept_capacity) < kept[:, None])[:, None, :, None]
-    key, value = (jnp.where(present, x, 0) for x in (key, value))
+    # Padding may hold anything; zeros keep NaN out of everything stored.
+    tokens = key.shape[2]
+    present = (jnp.arange(tokens) < lengths[:, None])[:, None]
+    key, value = (jnp.where(present[..., None], x, 0) for x in (key, value))
     dtype = config.dtype or key.dtype
-    if config.codec.dense:
-        capacity = kept_capacity + config.generated_capacity
-        rows = (_fit(x, capacity).astype(dtype) for x in (key, value))
-        return LayerCache(DenseSegment(*rows, kept), None)
+    if config.window_style == "kivi":
+        return LayerCache(*kivi.compress(key, value, lengths, config, shape.segment, dtype, balance))
+
+    scores = rank.refine(scores, value, lengths, budget.recent, config.rank)
+    friendliness = _friendliness(key, value, present, config) if config.rank.attention_weight < 1 else None
+    kept = jnp.minimum(budget.total, lengths)
+    if config.selects or config.evict != "never" or config.retained is not None:
+        best_first = _order(scores, friendliness, present, lengths, budget, config)
+        rows = rank.in_text_order(best_first, jnp.zeros_like(kept), kept, min(shape.segment, tokens), tokens)
+        first_key, first_value = _gather(key, rows), _gather(value, rows)
+    else:
+        rows, first_key, first_value = None, key, value
 
     # Tokens that do not fill a group cannot be encoded yet: they start the window.
-    group = config.codec.token_group
-    whole = kept // group * group
-    tail = whole[:, None] + jnp.arange(config.window)
-    window_key, window_value = (
-        jnp.take_along_axis(x, tail[:, None, :, None], axis=2, mode="fill", fill_value=0).astype(dtype)
-        for x in (key, value)
-    )
-    capacity = packed_capacity(config, kept_capacity)
-    keys, values = (
-        quantize.to_packed(codes, *shape)
-        for codes, shape in zip(
-            _encode(config.codec, _fit(key, capacity), _fit(value, capacity)), _layouts(config.codec)
+    whole = kept // config.codec.token_group * config.codec.token_group if config.window else kept
+    segment = segments.build(config.codec, first_key, first_value, whole, shape.segment, dtype, balance)
+    window = retained = ledger = None
+    if config.window is not None:
+        tail = whole[:, None, None] + jnp.arange(config.window)
+        window = DenseSegment(*(_gather(x, tail).astype(dtype) for x in (first_key, first_value)), kept - whole)
+    if config.retained is not None:
+        rest = rank.in_text_order(best_first, kept, lengths, min(max(shape.retained, 1), tokens), tokens)
+        retained = segments.build(
+            config.retained, _gather(key, rest), _gather(value, rest), lengths - kept, shape.retained, dtype, balance
         )
+    if config.evict != "never":
+        ledger = _ledger(rows, scores, friendliness, budget, lengths, config, segment.capacity)
+    return LayerCache(segment, window, retained, ledger)
+
+
+def _balances(config: CacheConfig) -> bool:
+    return config.codec.balance or (config.retained is not None and config.retained.balance)
+
+
+def channel_balance(
+    query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], lengths: Int[Array, "B"]
+) -> Float[Array, "B K H"]:
+    """b = sqrt(max |query| / max |key|) of each channel over the prompt and the group's queries (MiKV equation 2)."""
+    b, t, n, h = query.shape
+    heads = key.shape[2]
+    present = (jnp.arange(t) < lengths[:, None])[:, :, None, None]
+    loudest_key = jnp.abs(jnp.where(present, key, 0)).max(axis=1)
+    loudest_query = jnp.abs(jnp.where(present, query, 0)).max(axis=1).reshape(b, heads, n // heads, h).max(axis=2)
+    loudest = (jnp.maximum(x.astype(jnp.float32), 1e-5) for x in (loudest_query, loudest_key))
+    return jnp.sqrt(jnp.divide(*loudest))
+
+
+def _gather(x: Float[Array, "B K T H"], rows: Int[Array, "B K R"]) -> Float[Array, "B K R H"]:
+    """Rows of x; zeros for rows that are none."""
+    return jnp.take_along_axis(x, rows[..., None], axis=2, mode="fill", fill_value=0)
+
+
+def _order(scores, friendliness, present, lengths, budget: Budget, config: CacheConfig) -> Int[Array, "B K T"]:
+    tokens = scores.shape[-1]
+    if friendliness is not None:
+        candidates = present & (jnp.arange(tokens) < (lengths - budget.recent)[:, None])[:, None]
+        protected = _protected(lengths, budget, config)
+        weight = config.rank.attention_weight
+        scores = rank.mix(scores, friendliness, candidates, jnp.broadcast_to(present, scores.shape), protected, weight)
+    return rank.order(scores, lengths, budget.recent, config.allocation.sinks, tokens)
+
+
+def _protected(lengths, budget: Budget, config: CacheConfig) -> Int[Array, "B"]:
+    table = allocate.count(np.arange(config.prompt_capacity + 1), config.rank.protected)
+    return jnp.minimum(jnp.asarray(table)[lengths], budget.total - budget.recent)
+
+
+def _friendliness(key, value, valid, config: CacheConfig) -> Float[Array, "B K T"]:
+    """How well tokens survive the codec: (2 - e_K - e_V) / 2 with errors scaled to 0..1 (Q-Hitter)."""
+    coded = segments.decode(config.codec, *segments.encode(config.codec, key, value, None), None)
+    valid = jnp.broadcast_to(valid, key.shape[:3])
+    errors = (jnp.linalg.norm(a - b.astype(jnp.float32), axis=-1) for a, b in zip(coded, (key, value)))
+    return (2 - sum(rank.to_unit(error, valid) for error in errors)) / 2
+
+
+def _ledger(rows, scores, friendliness, budget: Budget, lengths, config: CacheConfig, capacity: int) -> Ledger:
+    def of_rows(x):
+        taken = jnp.take_along_axis(x, rows, axis=2, mode="fill", fill_value=0)
+        return jnp.pad(taken, ((0, 0), (0, 0), (0, capacity - taken.shape[2])))
+
+    positions = jnp.pad(rows, ((0, 0), (0, 0), (0, capacity - rows.shape[2])))
+    return Ledger(
+        positions.astype(jnp.int32),
+        of_rows(scores),
+        None if friendliness is None else of_rows(friendliness),
+        jnp.array(budget.total),
+        jnp.array(budget.recent),
+        _protected(lengths, budget, config),
     )
-    return LayerCache(PackedSegment(keys, values, whole), DenseSegment(window_key, window_value, kept - whole))
 
 
-def packed_capacity(config: CacheConfig, kept_capacity: int) -> int:
-    """Tokens a packed segment has room for: whole blocks, and never fewer than one encoding of the window touches."""
-    tokens = max(kept_capacity + config.generated_capacity, _touched_blocks(config.window) * BLOCK)
-    return -(-tokens // BLOCK) * BLOCK
+# ---- one new token -------------------------------------------------------------------------------------------------
 
 
-def append(
+def read_token(
     layer: LayerCache,
+    query: Float[Array, "B 1 N H"],
     key: Float[Array, "B 1 K H"],
     value: Float[Array, "B 1 K H"],
+    position: Int[Array, "B"],
     accept: Bool[Array, "B"],
-    codec: Codec,
-) -> LayerCache:
-    """The layer with one more token for the sequences that accept it.
+    config: CacheConfig,
+) -> tuple[LayerCache, Float[Array, "B 1 N H"]]:
+    """Stores one more token of every accepting sequence, and attends to all that is held, the token included.
 
-    A window that is full with the new token is encoded at once (MiniKV Algorithm 1: before this step's attention).
+    In the order of the methods' code: make room, append, encode a full window, attend, update scores, give up.
     """
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-    if layer.window is None:
-        return LayerCache(_append_dense(layer.segment, key, value, accept), None)
-    window = _append_dense(layer.window, key, value, accept)
+    layer = arrive(layer, key, value, position, accept, config)
+    output, lse = attend(layer, query, position)
+    if config.evict == "after":
+        layer = add_scores(layer, query, lse, accept[:, None])
+    return settle(layer, position, accept, config), output
+
+
+def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig) -> LayerCache:
+    """The layer with one more token [B, K, 1, H], before attention."""
+    if isinstance(layer.window, KiviWindow):
+        window = kivi.arrive(layer.window, key, value, position, accept)
+        return dataclasses.replace(layer, window=window)
+    if layer.window is not None:
+        return _arrive_in_window(layer, key, value, accept)
+    if config.evict == "before":
+        layer = _give_up(layer, position, accept & (layer.segment.length >= layer.ledger.size), config)
+    ledger = layer.ledger
+    if ledger is not None:
+        ledger = _enter(ledger, layer.segment, key, value, position, accept, config)
+    return dataclasses.replace(layer, segment=segments.append(layer.segment, key, value, accept), ledger=ledger)
+
+
+def _arrive_in_window(layer: LayerCache, key, value, accept) -> LayerCache:
+    """A window that is full with the new token is encoded at once (MiniKV Algorithm 1)."""
+    window = segments.append(layer.window, key, value, accept)
     full = window.length == window.capacity
     segment, window = jax.lax.cond(
-        full.any(), lambda s, w: _flush(s, w, full, codec), lambda s, w: (s, w), layer.segment, window
+        full.any(), lambda s, w: _flush(s, w, full), lambda s, w: (s, w), layer.segment, window
     )
-    return LayerCache(segment, window)
+    return dataclasses.replace(layer, segment=segment, window=window)
 
 
-def _append_dense(segment: DenseSegment, key, value, accept) -> DenseSegment:
-    # Writing the old row back where nothing is accepted keeps the index in bounds, and XLA the update in place: a
-    # scatter that may drop rows copies the whole segment.
-    row = jnp.minimum(segment.length, segment.capacity - 1)
-
-    def write(rows, new):
-        at = rows.at[jnp.arange(rows.shape[0]), :, row]
-        kept = jnp.where(accept[:, None, None], new[:, :, 0].astype(rows.dtype), at.get(mode="promise_in_bounds"))
-        return at.set(kept, mode="promise_in_bounds", unique_indices=True)
-
-    # Without the barrier XLA writes the row once for the result and once more, into a copy, for the attention.
-    written = jax.lax.optimization_barrier((write(segment.key, key), write(segment.value, value)))
-    return DenseSegment(*written, segment.length + accept)
-
-
-def _flush(
-    segment: PackedSegment, window: DenseSegment, full: Bool[Array, "B"], codec: Codec
-) -> tuple[PackedSegment, DenseSegment]:
+def _flush(segment: PackedSegment, window: DenseSegment, full: Bool[Array, "B"]) -> tuple[PackedSegment, DenseSegment]:
     """Encodes the windows of the sequences that are `full` behind their segment's last token."""
-    keys, values = (
-        _write(packed, codes, segment.length, full)
-        for packed, codes in zip((segment.keys, segment.values), _encode(codec, window.key, window.value))
-    )
+    codes = segments.encode(segment.codec, window.key, window.value, segment.balance)
+    start = jnp.broadcast_to(segment.length[:, None], window.key.shape[:2])
     moved = jnp.where(full, window.capacity, 0)
+    segment = segments.put_codes(segment, start, *codes, full)
     return (
-        PackedSegment(keys, values, segment.length + moved),
+        dataclasses.replace(segment, length=segment.length + moved),
         dataclasses.replace(window, length=window.length - moved),
     )
 
 
-def _touched_blocks(tokens: int) -> int:
-    """Blocks that a run of tokens can lie in, wherever it starts."""
-    return (tokens - 2) // BLOCK + 2 if tokens > 1 else 1
+def _enter(ledger: Ledger, segment: Segment, key, value, position, accept, config: CacheConfig) -> Ledger:
+    """The ledger with a row for the new token."""
+    new = (jnp.arange(segment.capacity) == segment.length[:, None]) & accept[:, None]
+    new = new[:, None]
+    score = position.astype(jnp.float32) if config.rank.by == "position" else jnp.zeros(position.shape)
+    friendliness = ledger.friendliness
+    if friendliness is not None:
+        fresh = _friendliness(key, value, jnp.ones((1, 1, 1), bool), config)
+        friendliness = jnp.where(new, fresh, friendliness)
+    return dataclasses.replace(
+        ledger,
+        positions=jnp.where(new, position[:, None, None], ledger.positions),
+        scores=jnp.where(new, score[:, None, None], ledger.scores),
+        friendliness=friendliness,
+    )
 
 
-def _write(packed: PackedTensor, new: Codes, start: Int[Array, "B"], accept: Bool[Array, "B"]) -> PackedTensor:
-    """Writes codes of consecutive tokens at token `start` of each accepting sequence.
+def attend(
+    layer: LayerCache, query: Float[Array, "B T N H"], position: Int[Array, "B"], also: tuple[Partial, ...] = ()
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attention over everything the layer holds, and `also`: output in the query's dtype, and log-sum-exp.
 
-    A run rarely starts on a block boundary and bytes carry tokens that lie far apart, so the blocks it touches are
-    unpacked, changed and packed again: a few hundred tokens, however long the segment is.
+    `position` is that of the newest token held.
     """
-    tokens = new.codes.shape[2]
-    blocks = packed.codes.shape[2]
-    count = min(_touched_blocks(tokens), blocks)
-    first = jnp.minimum(start // BLOCK, blocks - count)
-    index = first[:, None] + jnp.arange(count)
-    touched = jax.tree.map(lambda x: jnp.take_along_axis(x, index[:, None, :, None, None], axis=2), packed)
-    old = quantize.from_packed(touched)
+    partials = [segments.attention(query, part) for part in (layer.segment, layer.retained) if part is not None]
+    if layer.prefix is not None:
+        partials.append(_shared_attention(query, layer.prefix))
+    if isinstance(layer.window, KiviWindow):
+        partials.append(segments.attention(query, kivi.tail(layer.segment, layer.window, position)))
+    elif layer.window is not None:
+        partials.append(segments.attention(query, layer.window))
+    output, lse = merge_partials([*partials, *also])
+    return output.astype(query.dtype), lse
 
-    def replace(old_rows, new_rows):
-        per_row = tokens // new_rows.shape[2]
-        row = jnp.arange(old_rows.shape[2]) - ((start - first * BLOCK) // per_row)[:, None]
-        inside = (row >= 0) & (row < new_rows.shape[2]) & accept[:, None]
-        taken = jnp.take_along_axis(new_rows, row[:, None, :, None], axis=2, mode="clip")
-        return jnp.where(inside[:, None, :, None], taken, old_rows)
 
-    changed = quantize.to_packed(
-        Codes(*map(replace, old, new)), packed.bits, packed.group_size, packed.group_axis, packed.tokens_last
+def _shared_attention(query: Float[Array, "B T N H"], prefix: Segment) -> Partial:
+    """All sequences' queries over one shared segment: to it they are so many more queries of one sequence."""
+    b, t = query.shape[:2]
+    partial = segments.attention(query.reshape(1, b * t, *query.shape[2:]), prefix)
+    return Partial(*(x.reshape(b, t, *x.shape[2:]) for x in partial))
+
+
+def add_scores(layer: LayerCache, query, lse, counted: Bool[Array, "B T"]) -> LayerCache:
+    """The layer whose tokens are credited with the attention they just received."""
+    gained = segments.received(query, layer.segment, lse, counted)
+    return dataclasses.replace(layer, ledger=dataclasses.replace(layer.ledger, scores=layer.ledger.scores + gained))
+
+
+def settle(layer: LayerCache, position, accept, config: CacheConfig) -> LayerCache:
+    """What a method does after attention: give up a token, or encode what has grown too old."""
+    if isinstance(layer.window, KiviWindow):
+        segment, window = kivi.settle(layer.segment, layer.window, position, accept)
+        return dataclasses.replace(layer, segment=segment, window=window)
+    if config.evict == "after":
+        return _give_up(layer, position, accept & (layer.segment.length > layer.ledger.size), config)
+    return layer
+
+
+def _give_up(layer: LayerCache, position, must: Bool[Array, "B"], config: CacheConfig) -> LayerCache:
+    """Takes the lowest token of each head out of the first tier: into the retained tier, or away.
+
+    The last row moves into its place, so that rows stay without gaps. Of equal scores the later token goes.
+    """
+    segment, ledger = layer.segment, layer.ledger
+    victim = _victim(segment, ledger, position, config)
+    retained = layer.retained
+    if retained is not None:
+        retained = segments.append(retained, *segments.take(segment, victim), must)
+    last = jnp.broadcast_to(segment.length[:, None] - 1, victim.shape)
+    last = jnp.maximum(last, 0)
+    segment = segments.move(segment, last, victim, must)
+    into = (jnp.arange(segment.capacity) == victim[..., None]) & must[:, None, None]
+
+    def moved(x):
+        return jnp.where(into, jnp.take_along_axis(x, last[..., None], axis=2), x)
+
+    ledger = dataclasses.replace(
+        ledger,
+        positions=moved(ledger.positions),
+        scores=moved(ledger.scores),
+        friendliness=None if ledger.friendliness is None else moved(ledger.friendliness),
     )
-    sequence = jnp.arange(start.shape[0])[:, None]
-    return jax.tree.map(
-        lambda x, y: x.at[sequence, :, index].set(jnp.swapaxes(y, 1, 2), mode="promise_in_bounds", unique_indices=True),
-        packed,
-        changed,
-    )
+    segment = dataclasses.replace(segment, length=segment.length - must)
+    return dataclasses.replace(layer, segment=segment, retained=retained, ledger=ledger)
 
 
-def _encode(codec: Codec, key, value) -> tuple[Codes, Codes]:
-    return (
-        quantize.encode(key, codec.key_bits, codec.key_group, codec.key_axis, codec.metadata_dtype),
-        quantize.encode(value, codec.value_bits, codec.value_group, "channels", codec.metadata_dtype),
-    )
-
-
-def _layouts(codec: Codec):
-    """Arguments of `to_packed` for keys and for values."""
-    return (
-        (codec.key_bits, codec.key_group, codec.key_axis, False),
-        (codec.value_bits, codec.value_group, "channels", True),
-    )
-
-
-def _fit(x: Float[Array, "B K S H"], rows: int) -> Float[Array, "B K rows H"]:
-    """Cut or filled with zeros to `rows`."""
-    x = x[:, :, :rows]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, rows - x.shape[2]), (0, 0)))
+def _victim(segment: Segment, ledger: Ledger, position, config: CacheConfig) -> Int[Array, "B K"]:
+    held = (jnp.arange(segment.capacity) < segment.length[:, None])[:, None]
+    # The oldest of the newest `recent` tokens stands at position + 1 - recent; make room before the next one arrives.
+    newest = position - 1 if config.evict == "before" else position
+    old = ledger.positions <= (newest - ledger.recent)[:, None, None]
+    if config.evict == "before":
+        old = jnp.ones_like(held)
+    candidates = held & old & (ledger.positions >= config.allocation.sinks)
+    priority = ledger.scores
+    if ledger.friendliness is not None:
+        valid = jnp.broadcast_to(held, priority.shape)
+        weight = config.rank.attention_weight
+        priority = rank.mix(priority, ledger.friendliness, candidates, valid, ledger.protected, weight)
+    lowest = jnp.min(jnp.where(candidates, priority, jnp.inf), axis=-1, keepdims=True)
+    return jnp.argmax(jnp.where(candidates & (priority == lowest), ledger.positions, -1), axis=-1)

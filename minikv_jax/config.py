@@ -13,10 +13,22 @@ import jax
 from minikv_jax.errors import ConfigError
 from pallas_kernels.packed_decode.layout import BLOCK, SUPPORTED_BITS, GroupAxis
 
+# A share of the prompt (float, int(N * share) tokens) or a number of tokens (int).
+type Amount = float | int
+# Consecutive numbers that share a scale: a count, or a part of the head.
+type GroupSize = int | Literal["half_head", "head"]
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _require_amount(name: str, amount: Amount) -> None:
+    if isinstance(amount, float):
+        _require(0.0 <= amount <= 1.0, f"{name}={amount} is a share of the prompt: give a number from 0.0 to 1.0.")
+    else:
+        _require(isinstance(amount, int) and amount >= 0, f"{name}={amount!r}: give a share or a number of tokens.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,39 +36,85 @@ class Rank:
     """Which tokens matter: the order in which tiers are filled.
 
     Attributes:
-        by: "position" keeps the text's order (nothing is ranked); "attention" ranks by the attention a token received
-            from the prompt's queries (H2O, arXiv 2306.14048; MiniKV, arXiv 2411.18077, Algorithm 1).
+        by: "position" prefers newer tokens; "attention" those that received most attention from all of the prompt's
+            queries (H2O, arXiv 2306.14048; MiniKV Algorithm 1); "window" from its last `window` queries (SnapKV,
+            arXiv 2404.14469).
+        window: queries that count, for "window".
+        pooling: scores are pooled over this many neighbouring tokens (odd; 1: not).
+        pool: "avg" or "max".
+        normalize: divide a score by the number of queries that can see the token (ZipCache, arXiv 2405.14256).
+        value_norm: multiply a score by the length of the token's value (VATP, arXiv 2406.12335).
+        attention_weight: below 1, scores are mixed with how well a token survives its codec, both scaled to 0..1 over
+            the layer (Q-Hitter's lambda).
+        protected: tokens chosen by attention alone before the mix decides (Q-Hitter).
     """
 
-    by: Literal["position", "attention"] = "position"
+    by: Literal["position", "attention", "window"] = "position"
+    window: int = 0
+    pooling: int = 1
+    pool: Literal["avg", "max"] = "avg"
+    normalize: bool = False
+    value_norm: bool = False
+    attention_weight: float = 1.0
+    protected: Amount = 0
+
+    def __post_init__(self):
+        _require(self.by in ("position", "attention", "window"), f"by={self.by!r}: choose position, attention, window.")
+        _require((self.by == "window") == (self.window > 0), f"window={self.window} goes with by='window', above 0.")
+        _require(self.pooling >= 1 and self.pooling % 2 == 1, f"pooling={self.pooling}: give an odd number of tokens.")
+        _require(self.pool in ("avg", "max"), f"pool={self.pool!r}: choose avg or max.")
+        _require(0 <= self.attention_weight <= 1, f"attention_weight={self.attention_weight}: give 0 to 1.")
+        _require_amount("protected", self.protected)
 
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """How many of N prompt tokens each layer's first tier takes: int(N * heavy) by rank plus int(N * recent) newest.
+    """How many tokens of a prompt of N the first tier of each layer takes.
 
     Attributes:
-        heavy: share chosen by rank among the tokens outside the recent ones.
-        recent: share of newest tokens that are always taken.
-        pyramid_depth: None gives every layer the same. A depth d lets the heavy share fall linearly over the layers
-            from 2 * heavy - heavy / d to heavy / d, with mean `heavy` (MiniKV section 3.2; the paper's code has 7).
+        heavy: tokens chosen by rank outside the recent ones.
+        recent: newest tokens, always taken. With `budget`, a share is one of the budget.
+        budget: all of them together, instead of `heavy`.
+        sinks: first tokens, always taken, on top of the others.
+        pyramid_depth: a depth d lets a heavy share fall linearly over the layers from 2 heavy - heavy / d to heavy / d,
+            with mean `heavy` (MiniKV section 3.2; its code has 7).
+        pyramid_beta: PyramidKV's (arXiv 2406.02069) arithmetic sequence of budgets around `budget`; its code has 20.
     """
 
-    heavy: float = 1.0
-    recent: float = 0.0
+    heavy: Amount = 1.0
+    recent: Amount = 0.0
+    budget: Amount | None = None
+    sinks: int = 0
     pyramid_depth: float | None = None
+    pyramid_beta: int | None = None
 
     def __post_init__(self):
-        for name in ("heavy", "recent"):
-            share = getattr(self, name)
-            _require(0.0 <= share <= 1.0, f"{name}={share} is a share of the prompt: give a number from 0 to 1.")
-        _require(self.heavy + self.recent > 0, "heavy and recent are both 0: nothing would be kept.")
-        depth = self.pyramid_depth
+        _require_amount("heavy", self.heavy)
+        _require_amount("recent", self.recent)
+        _require(isinstance(self.sinks, int) and self.sinks >= 0, f"sinks={self.sinks}: give a number of tokens.")
+        if self.budget is not None:
+            _require_amount("budget", self.budget)
+            _require(self.budget > 0, f"budget={self.budget}: nothing would be kept.")
+        else:
+            _require(self.heavy + self.recent + self.sinks > 0, "heavy and recent are both 0: nothing would be kept.")
+        depth, beta = self.pyramid_depth, self.pyramid_beta
         _require(depth is None or depth >= 1, f"pyramid_depth={depth}: give None or a number of at least 1.")
+        _require(
+            depth is None or (isinstance(self.heavy, float) and self.budget is None),
+            "pyramid_depth shapes a heavy share: give heavy as a float and no budget.",
+        )
+        _require(
+            beta is None or (beta >= 1 and self.budget is not None and isinstance(self.recent, int)),
+            f"pyramid_beta={beta} shapes a budget beside a number of recent tokens: give both.",
+        )
 
     @property
     def keeps_everything(self) -> bool:
-        return self.pyramid_depth is None and self.heavy + self.recent >= 1
+        if self.pyramid_depth is not None or self.pyramid_beta is not None:
+            return False
+        if self.budget is not None:
+            return isinstance(self.budget, float) and self.budget >= 1
+        return sum(amount for amount in (self.heavy, self.recent) if isinstance(amount, float)) >= 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +122,32 @@ class Codec:
     """How a tier stores its keys and values.
 
     Attributes:
-        key_bits: 1, 2, 3, 4 or 8; 16 stores the model's own dtype and has no groups.
+        key_bits: 1, 2, 3, 4 or 8; 16 stores the cache's dense dtype and has no groups.
         value_bits: as key_bits. Both are 16 or neither is.
-        key_group: numbers that share a scale and a minimum; divides 128 over tokens, the head size over channels.
-        value_group: likewise.
+        key_group: numbers that share a scale and a minimum.
+        value_group: likewise, over the channels of one token.
         key_axis: "tokens" groups consecutive kept tokens of one channel (KIVI, MiniKV), "channels" consecutive
-            channels of one token.
+            channels of one token (MiKV).
         metadata_dtype: of scales and minima.
+        balance: divide key channels by how loud they are next to the queries', and multiply the queries (MiKV
+            equations 2-4).
+        rotate_keys: store keys, and ask with queries, after a Hadamard rotation, which spreads outlier channels.
+        rotate_values: likewise for values; the output is rotated back.
+        clip: shrink factors of a group's range to try; the one with the smallest squared error is kept.
+        integer_zero: the minimum is a whole number of scales (Q-Hitter's quantiser).
     """
 
     key_bits: int = 16
     value_bits: int = 16
-    key_group: int = 16
-    value_group: int = 16
+    key_group: GroupSize = 16
+    value_group: GroupSize = 16
     key_axis: GroupAxis = "tokens"
     metadata_dtype: str = "float16"
+    balance: bool = False
+    rotate_keys: bool = False
+    rotate_values: bool = False
+    clip: tuple[float, ...] = ()
+    integer_zero: bool = False
 
     def __post_init__(self):
         for name in ("key_bits", "value_bits"):
@@ -88,16 +157,23 @@ class Codec:
             (self.key_bits == 16) == (self.value_bits == 16),
             f"key_bits={self.key_bits} and value_bits={self.value_bits}: 16 bits go for both or for neither.",
         )
+        _require(self.key_axis in ("tokens", "channels"), f"key_axis={self.key_axis!r}: choose tokens or channels.")
         for name in ("key_group", "value_group"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: give at least 1.")
+            size = getattr(self, name)
+            named = size in ("half_head", "head")
+            _require(named or (isinstance(size, int) and size >= 1), f"{name}={size!r}: give at least 1.")
+        over_tokens = not self.dense and self.key_axis == "tokens"
         _require(
-            self.dense or self.key_axis == "channels" or BLOCK % self.key_group == 0,
+            not over_tokens or (isinstance(self.key_group, int) and BLOCK % self.key_group == 0),
             f"key_group={self.key_group} over tokens must divide {BLOCK}.",
         )
         _require(
             self.metadata_dtype in ("float16", "bfloat16", "float8_e4m3fn"),
             f"metadata_dtype={self.metadata_dtype!r}: choose float16, bfloat16 or float8_e4m3fn.",
         )
+        _require(all(0 < f <= 1 for f in self.clip), f"clip={self.clip}: factors lie above 0 and at most at 1.")
+        plain = not (self.balance or self.rotate_keys or self.rotate_values or self.clip or self.integer_zero)
+        _require(plain or not self.dense, "balance, rotation, clip and integer_zero need fewer than 16 bits.")
 
     @property
     def dense(self) -> bool:
@@ -106,7 +182,7 @@ class Codec:
     @property
     def token_group(self) -> int:
         """Tokens that can only be encoded together."""
-        return 1 if self.dense or self.key_axis == "channels" else self.key_group
+        return self.key_group if not self.dense and self.key_axis == "tokens" else 1
 
 
 @jax.tree_util.register_static
@@ -117,8 +193,14 @@ class CacheConfig:
     Attributes:
         name: of the method.
         rank, allocation: choose the tokens of the first tier.
-        codec: of the first tier; tokens outside it are dropped.
-        window: newest tokens kept in 16 bits until this many can be encoded together. None where the codec is dense.
+        codec: of the first tier.
+        retained: codec of all other tokens; None drops them.
+        window: newest tokens kept dense until they are encoded; None: new tokens go straight into the first tier.
+        window_style: "block" encodes a full window at once, before the step's attention (MiniKV); "kivi" encodes a
+            full window of keys after it, and values one by one as they grow older than the window.
+        evict: "never": chosen tokens stay and new ones are added. "after": each step adds its attention to the scores
+            and then gives up the first tier's lowest token (H2O, MiKV). "before": makes room before the step, for
+            ranks by position (StreamingLLM). What is given up goes to the retained tier, or away.
         dtype: of dense rows, the window's included; None: the model's own.
         prompt_capacity: longest prompt; None: as long as the token array given to `prefill`.
         generated_capacity: tokens that can follow the prompt.
@@ -128,7 +210,10 @@ class CacheConfig:
     rank: Rank = Rank()
     allocation: Allocation = Allocation()
     codec: Codec = Codec()
+    retained: Codec | None = None
     window: int | None = None
+    window_style: Literal["block", "kivi"] = "block"
+    evict: Literal["never", "before", "after"] = "never"
     dtype: str | None = None
     prompt_capacity: int | None = None
     generated_capacity: int = 512
@@ -141,21 +226,42 @@ class CacheConfig:
             self.dtype in (None, "float32", "bfloat16", "float16"),
             f"dtype={self.dtype!r}: choose float32, bfloat16 or float16, or None for the model's own.",
         )
-        if self.codec.dense:
-            _require(self.window is None, f"window={self.window}: a dense cache has no window to encode, give None.")
-            return
         _require(
-            self.window is not None and self.window >= 1, f"window={self.window}: an encoded cache needs one of >= 1."
+            self.evict != "before" or self.rank.by == "position", "evict='before' goes with a rank by position only."
         )
+        _require(
+            self.retained is None or (not self.retained.dense and self.retained.token_group == 1),
+            "A retained tier takes tokens one at a time: give it fewer than 16 bits and key_axis='channels'.",
+        )
+        self._check_window()
+
+    def _check_window(self) -> None:
         group = self.codec.token_group
-        _require(
-            self.window % group == 0, f"window={self.window} must be a multiple of the key group of {group} tokens."
-        )
+        if self.codec.dense or self.evict != "never":
+            _require(self.window is None, f"window={self.window}: only tokens that are encoded together need one.")
+            _require(group == 1, "A tier that gives up single tokens needs key_axis='channels'.")
+            return
+        window = self.window
+        _require(window is not None or group == 1, f"window={window}: an encoded cache needs one of at least {group}.")
+        _require(window is None or window >= 1, f"window={window}: give at least 1 token.")
+        _require(window is None or window % group == 0, f"window={window} must be a multiple of the key group {group}.")
+        kivi = self.window_style == "kivi"
+        _require(not kivi or (window is not None and self.allocation.keeps_everything),
+                 "window_style='kivi' needs a window and keeps every token.")  # fmt: skip
 
     def replace(self, **changes) -> "CacheConfig":
         """A copy with some fields changed, as `dataclasses.replace`."""
         return dataclasses.replace(self, **changes)
 
     @property
-    def needs_scores(self) -> bool:
-        return self.rank.by == "attention" and not self.allocation.keeps_everything
+    def selects(self) -> bool:
+        """Whether some tokens of a prompt may stay outside the first tier."""
+        return not self.allocation.keeps_everything
+
+    @property
+    def score_rows(self) -> int | str:
+        """Rows of the prompt whose attention is summed (`two_pass_attention`)."""
+        tracked = self.evict == "after"
+        if not (self.selects or tracked) or self.rank.by == "position":
+            return 0
+        return "all" if self.rank.by == "attention" else self.rank.window

@@ -15,11 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import allocate
-from minikv_jax.attention import attend
-from minikv_jax.cache import KVCache, LayerCache, append, compress
+from minikv_jax.cache import KVCache, LayerCache, Shape, compress, read_token
 from minikv_jax.config import CacheConfig
 from minikv_jax.errors import ConfigError, PromptError
 from minikv_jax.models.llama import Llama, LlamaLayer
+from minikv_jax.segments import group_size
 from pallas_kernels import two_pass_attention
 
 type Params = Llama | tuple[Any, Any]
@@ -43,10 +43,10 @@ def _read_layer(layer: LlamaLayer, x, lengths, score_rows, sliding_window):
         score_rows=score_rows,
         sliding_window=sliding_window,
     )
-    return layer.after_attention(x, attention), key, value, scores
+    return layer.after_attention(x, attention), query, key, value, scores
 
 
-_compress = jax.jit(compress, static_argnames=("config", "kept_capacity"))
+_compress = jax.jit(compress, static_argnames=("config", "shape"))
 
 
 @functools.partial(jax.jit, static_argnames=("like",))
@@ -116,23 +116,20 @@ def prefill(
     model = _model(params)
     lengths = jnp.asarray(lengths, jnp.int32)
     cache_config = _fitting(model, tokens, lengths, cache_config)
-    allocation, layers = cache_config.allocation, model.config.num_layers
-    capacities = [allocate.capacity(allocation, i, layers, cache_config.prompt_capacity) for i in range(layers)]
+    layers = model.config.num_layers
+    shapes = [Shape.of(cache_config, i, layers) for i in range(layers)]
+    largest = Shape(*map(max, zip(*shapes)))
 
     x = _embed(model, tokens)
     caches = []
     for i, layer in enumerate(model.layers):
-        x, key, value, scores = _read_layer(
-            layer, x, lengths, score_rows="all" if cache_config.needs_scores else 0, sliding_window=None
-        )
-        heavy, recent = allocate.budgets(allocation, i, layers, lengths, tokens.shape[1])
+        x, *attended = _read_layer(layer, x, lengths, score_rows=cache_config.score_rows, sliding_window=None)
+        budget = allocate.budgets(cache_config, i, layers, lengths, tokens.shape[1])
         # Every layer is compressed at the largest layer's capacity and then cut: one program for a whole pyramid.
-        arguments = (key, value, scores, lengths, heavy, recent)
-        cache = _compress(*arguments, config=cache_config, kept_capacity=max(capacities))
-        if capacities[i] < max(capacities):
-            like = jax.eval_shape(
-                functools.partial(compress, config=cache_config, kept_capacity=capacities[i]), *arguments
-            )
+        cache = _compress(*attended, lengths, budget, config=cache_config, shape=largest)
+        if shapes[i] != largest:
+            compress_to = functools.partial(compress, config=cache_config, shape=shapes[i])
+            like = jax.eval_shape(compress_to, *attended, lengths, budget)
             cache = _shrink(cache, tuple(leaf.shape for leaf in jax.tree.leaves(like)))
         caches.append(cache)
         if progress is not None:
@@ -172,11 +169,19 @@ def _fitting(model: Llama, tokens, lengths, config: CacheConfig) -> CacheConfig:
             f"This model attends to the last {window} tokens only; a cache for {total} tokens would need masking by "
             f"position, which compressed rows do not have. Keep prompt and answer within {window} tokens."
         )
-    head, codec = model.config.head_dim, config.codec
-    groups = [codec.value_group] + ([codec.key_group] if codec.key_axis == "channels" else [])
-    if not codec.dense and any(head % group for group in groups):
-        raise ConfigError(f"Groups of {groups} channels must divide the model's head size of {head}.")
+    _check_codecs(config, model.config.head_dim)
     return config.replace(prompt_capacity=prompt_capacity)
+
+
+def _check_codecs(config: CacheConfig, head_size: int) -> None:
+    for codec in (config.codec, config.retained):
+        if codec is None or codec.dense:
+            continue
+        groups = [codec.value_group] + ([codec.key_group] if codec.key_axis == "channels" else [])
+        if any(head_size % group_size(group, head_size) for group in groups):
+            raise ConfigError(f"Groups of {groups} channels must divide the model's head size of {head_size}.")
+        if (codec.rotate_keys or codec.rotate_values) and head_size & (head_size - 1):
+            raise ConfigError(f"A Hadamard rotation needs a head size that is a power of two, not {head_size}.")
 
 
 def decode_step(params: Params, cache: KVCache, tokens: Int[Array, "B"]) -> tuple[Float[Array, "B V"], KVCache]:
@@ -200,8 +205,8 @@ def decode_step(params: Params, cache: KVCache, tokens: Int[Array, "B"]) -> tupl
     for layer, layer_cache in zip(model.layers, cache.layers):
         with jax.named_scope("decode_layer"):
             query, key, value = layer.before_attention(x, cache.lengths[:, None])
-            layer_cache = append(layer_cache, key, value, accept, cache.config.codec)
-            x = layer.after_attention(x, attend(query, layer_cache))
+            layer_cache, attention = read_token(layer_cache, query, key, value, cache.lengths, accept, cache.config)
+            x = layer.after_attention(x, attention)
             layers.append(layer_cache)
     logits = jnp.where(accept[:, None], model.logits(x)[:, 0], jnp.nan)
     step = accept.astype(jnp.int32)

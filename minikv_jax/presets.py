@@ -3,13 +3,77 @@
 import inspect
 from collections.abc import Callable
 
-from minikv_jax.config import Allocation, CacheConfig, Codec, Rank
+from minikv_jax.config import Allocation, Amount, CacheConfig, Codec, Rank
 from minikv_jax.errors import ConfigError
 
 
 def full() -> CacheConfig:
     """Everything, in the model's dtype: what the others are measured against."""
     return CacheConfig(name="full")
+
+
+def streaming_llm(sinks: int = 4, recent: Amount = 512) -> CacheConfig:
+    """StreamingLLM (arXiv 2309.17453): the first tokens and the newest ones; the oldest of these leaves at each step.
+
+    Keys keep the rotary positions of the text.
+    """
+    return CacheConfig(name="streaming_llm", allocation=Allocation(heavy=0, recent=recent, sinks=sinks), evict="before")
+
+
+def h2o(heavy: Amount = 0.1, recent: Amount = 0.1, persistent: bool = False, sinks: int = 0) -> CacheConfig:
+    """H2O (arXiv 2306.14048, Algorithm 1): most attended and newest tokens; each step gives up the least attended.
+
+    `persistent` fixes the choice after the prompt and keeps all new tokens.
+    """
+    return CacheConfig(
+        name="h2o",
+        rank=Rank(by="attention"),
+        allocation=Allocation(heavy=heavy, recent=recent, sinks=sinks),
+        evict="never" if persistent else "after",
+    )
+
+
+def snapkv(budget: Amount = 2048, window: int = 32, pooling: int = 5, pool: str = "avg") -> CacheConfig:
+    """SnapKV (arXiv 2404.14469, Listing 1): what the prompt's last queries attend to, pooled, and those last tokens."""
+    return CacheConfig(
+        name="snapkv",
+        rank=Rank(by="window", window=window, pooling=pooling, pool=pool),
+        allocation=Allocation(budget=budget, recent=window),
+    )
+
+
+def pyramidkv(budget: int = 2048, window: int = 32, pooling: int = 5, pool: str = "avg", beta: int = 20) -> CacheConfig:
+    """PyramidKV (arXiv 2406.02069, section 3.2): SnapKV with budgets that fall from layer to layer."""
+    return CacheConfig(
+        name="pyramidkv",
+        rank=Rank(by="window", window=window, pooling=pooling, pool=pool),
+        allocation=Allocation(budget=budget, recent=window, pyramid_beta=beta),
+    )
+
+
+def qhitter(
+    heavy: Amount = 0.15, recent: Amount = 0.05, protected: Amount = 0.07, attention_weight: float = 0.5, bits: int = 4
+) -> CacheConfig:
+    """Q-Hitter (MLSys 2024, section 3): H2O that prefers tokens which survive 4 bits, and stores them so."""
+    return CacheConfig(
+        name="qhitter",
+        rank=Rank(by="attention", attention_weight=attention_weight, protected=protected),
+        allocation=Allocation(heavy=heavy, recent=recent),
+        codec=Codec(bits, bits, "head", "head", "channels", integer_zero=True),
+        evict="after",
+    )
+
+
+def kivi(
+    key_bits: int = 2, value_bits: int = 2, group_size: int = 32, residual: int = 128, balance: bool = False
+) -> CacheConfig:
+    """KIVI (arXiv 2402.02750, section 4): every token; keys per channel, values per token, the newest dense."""
+    return CacheConfig(
+        name="kivi",
+        codec=Codec(key_bits, value_bits, group_size, group_size, balance=balance),
+        window=residual,
+        window_style="kivi",
+    )
 
 
 def minikv(
@@ -19,8 +83,18 @@ def minikv(
     group_size: int = 16,
     residual: int = 128,
     pyramid_depth: float | None = None,
+    *,
+    key_bits: int | None = None,
+    sinks: int = 0,
+    normalize: bool = False,
+    pooling: int = 1,
+    value_norm: bool = False,
+    balance: bool = False,
+    rotate: bool = False,
+    metadata_dtype: str = "float16",
+    clip: tuple[float, ...] = (),
 ) -> CacheConfig:
-    """MiniKV (arXiv 2411.18077, Algorithm 1): heavy hitters and recent tokens in 2 bits, fixed after the prompt.
+    """MiniKV (arXiv 2411.18077, Algorithm 1): most attended and newest tokens in 2 bits, fixed after the prompt.
 
     Args:
         heavy: share of the prompt kept for the attention it received.
@@ -29,13 +103,30 @@ def minikv(
         group_size: tokens (keys) or channels (values) that share a scale.
         residual: tokens of the window that is encoded as one when it is full.
         pyramid_depth: None: the same budget in every layer; 7 is the paper's pyramid.
+        key_bits: of keys, where they differ from values.
+        sinks: first tokens that are always kept, on top of the others.
+        normalize, pooling, value_norm: of the scores, see `Rank`. Not in the paper, as all that follows.
+        balance, metadata_dtype, clip: see `Codec`.
+        rotate: Hadamard rotation of keys and values.
     """
+    dense = bits == 16
+    codec = Codec(
+        key_bits or bits,
+        bits,
+        group_size,
+        group_size,
+        metadata_dtype=metadata_dtype,
+        balance=balance,
+        rotate_keys=rotate,
+        rotate_values=rotate,
+        clip=tuple(clip),
+    )
     return CacheConfig(
         name="minikv" if pyramid_depth is None else "minikv_pyramid",
-        rank=Rank(by="attention"),
-        allocation=Allocation(heavy=heavy, recent=recent, pyramid_depth=pyramid_depth),
-        codec=Codec(key_bits=bits, value_bits=bits, key_group=group_size, value_group=group_size),
-        window=None if bits == 16 else residual,
+        rank=Rank(by="attention", normalize=normalize, pooling=pooling, value_norm=value_norm),
+        allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks, pyramid_depth=pyramid_depth),
+        codec=codec,
+        window=None if dense else residual,
     )
 
 
@@ -46,7 +137,44 @@ def minikv_pyramid(
     return minikv(heavy, recent, bits, group_size, residual, pyramid_depth=7)
 
 
-METHODS: dict[str, Callable[..., CacheConfig]] = {"full": full, "minikv": minikv, "minikv_pyramid": minikv_pyramid}
+def mikv(
+    ratio: float = 0.2,
+    recent: float = 0.5,
+    bits: int = 16,
+    retained_bits: int = 2,
+    balance: bool = True,
+    persistent: bool = False,
+    metadata_dtype: str = "float16",
+) -> CacheConfig:
+    """MiKV (arXiv 2402.18096, section 3): no token is dropped; important ones stay precise, the others take 2 bits.
+
+    Args:
+        ratio: share of the prompt that is important: by accumulated attention, and the newest `recent` share of it.
+        recent: see `ratio`.
+        bits: of important tokens.
+        retained_bits: of the others, in groups of half a head per token.
+        balance: MiKV's channel balancer for the retained keys.
+        persistent: fixes the choice after the prompt and keeps new tokens important; else each step demotes one.
+        metadata_dtype: of scales and minima.
+    """
+    half = {"key_group": "half_head", "value_group": "half_head", "key_axis": "channels"}
+    everything = ratio >= 1
+    return CacheConfig(
+        name="mikv",
+        rank=Rank(by="attention"),
+        allocation=Allocation(budget=float(ratio), recent=float(recent)),
+        codec=Codec() if bits == 16 else Codec(bits, bits, **half, metadata_dtype=metadata_dtype),
+        retained=None
+        if everything
+        else Codec(retained_bits, retained_bits, **half, metadata_dtype=metadata_dtype, balance=balance),
+        evict="never" if persistent or everything else "after",
+    )
+
+
+METHODS: dict[str, Callable[..., CacheConfig]] = {
+    preset.__name__: preset
+    for preset in (full, streaming_llm, h2o, snapkv, pyramidkv, qhitter, kivi, minikv, minikv_pyramid, mikv)
+}
 
 
 def by_name(name: str, **knobs) -> CacheConfig:

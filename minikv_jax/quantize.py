@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels.packed_decode import layout
@@ -20,12 +21,26 @@ class Codes(NamedTuple):
     zero: Float[Array, "B K groups lanes"]
 
 
-def encode(x: Float[Array, "B K S H"], bits: int, group_size: int, group_axis: GroupAxis, metadata_dtype: str) -> Codes:
-    """Asymmetric min/max quantisation (KIVI, arXiv 2402.02750, equation 1; MiniKV keeps it).
+def encode(
+    x: Float[Array, "B K S H"],
+    bits: int,
+    group_size: int,
+    group_axis: GroupAxis,
+    metadata_dtype: str = "float16",
+    clip: tuple[float, ...] = (),
+    integer_zero: bool = False,
+) -> Codes:
+    """Asymmetric min/max quantisation (KIVI, arXiv 2402.02750, equation 1; MiniKV and MiKV keep it).
 
     scale = (max - min) / (2**bits - 1) and code = round(clip((x - min) / scale, 0, 2**bits - 1)), ties to even. Codes
     are computed in float32 against scale and minimum as they are stored, so their rounding costs nothing twice. A
     group without range (or one whose scale rounds to zero) has scale 0, codes 0 and gives back its minimum.
+
+    Args:
+        x: numbers; S is a multiple of a group over tokens, H of one over channels.
+        bits, group_size, group_axis, metadata_dtype: as `Codec`.
+        clip: factors by which the range is shrunk around its middle; every group takes the one that fits it best.
+        integer_zero: the minimum is rounded to a whole number of scales and must not be positive (Q-Hitter).
     """
     b, k, s, h = x.shape
     axis, shape = (
@@ -34,15 +49,50 @@ def encode(x: Float[Array, "B K S H"], bits: int, group_size: int, group_axis: G
         else (4, (b, k, s, h // group_size, group_size))
     )
     grouped = x.astype(jnp.float32).reshape(shape)
-    minimum = grouped.min(axis=axis, keepdims=True)
+    low, high = grouped.min(axis=axis, keepdims=True), grouped.max(axis=axis, keepdims=True)
     levels = (1 << bits) - 1
     limit = float(jnp.finfo(metadata_dtype).max)
-    zero = jnp.clip(minimum, -limit, limit).astype(metadata_dtype)
-    scale = jnp.minimum((grouped.max(axis=axis, keepdims=True) - minimum) / levels, limit).astype(metadata_dtype)
-    step = scale.astype(jnp.float32)
-    code = jnp.where(step > 0, (grouped - zero.astype(jnp.float32)) / jnp.where(step > 0, step, 1), 0)
-    codes = jnp.round(jnp.clip(code, 0, levels)).astype(jnp.uint8).reshape(x.shape)
-    return Codes(codes, scale.squeeze(axis), zero.squeeze(axis))
+
+    def within(low, high):
+        if integer_zero:
+            scale = jnp.minimum(jnp.maximum(high - low, 1e-5) / levels, limit).astype(metadata_dtype)
+            step = scale.astype(jnp.float32)
+            whole = jnp.clip(-jnp.round(low / jnp.where(step > 0, step, 1)), 0, levels)
+            codes = jnp.where(step > 0, jnp.round(grouped / jnp.where(step > 0, step, 1)) + whole, 0)
+            return jnp.clip(codes, 0, levels), scale, (-whole * step).astype(metadata_dtype)
+        zero = jnp.clip(low, -limit, limit).astype(metadata_dtype)
+        scale = jnp.minimum((high - low) / levels, limit).astype(metadata_dtype)
+        step = scale.astype(jnp.float32)
+        codes = jnp.where(step > 0, (grouped - zero.astype(jnp.float32)) / jnp.where(step > 0, step, 1), 0)
+        return jnp.round(jnp.clip(codes, 0, levels)), scale, zero
+
+    def error(codes, scale, zero):
+        restored = codes * scale.astype(jnp.float32) + zero.astype(jnp.float32)
+        return jnp.square(restored - grouped).sum(axis=axis, keepdims=True)
+
+    best = within(low, high)
+    for factor in clip:
+        middle, half = (low + high) / 2, (high - low) / 2 * factor
+        other = within(middle - half, middle + half)
+        better = error(*other) < error(*best)
+        best = tuple(jnp.where(better, new, old) for new, old in zip(other, best))
+    codes, scale, zero = best
+    return Codes(codes.astype(jnp.uint8).reshape(x.shape), scale.squeeze(axis), zero.squeeze(axis))
+
+
+def decode(codes: Codes, group_size: int, group_axis: GroupAxis) -> Float[Array, "B K S H"]:
+    """The numbers that codes stand for, float32."""
+    axis = 2 if group_axis == "tokens" else 3
+    scale, zero = (jnp.repeat(x.astype(jnp.float32), group_size, axis=axis) for x in (codes.scale, codes.zero))
+    return codes.codes.astype(jnp.float32) * scale + zero
+
+
+def hadamard(size: int) -> Float[np.ndarray, "size size"]:
+    """The orthonormal Hadamard matrix of a power of two (Sylvester's): symmetric, its own inverse."""
+    matrix = np.ones((1, 1), np.float32)
+    while matrix.shape[0] < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.sqrt(np.float32(size))
 
 
 def to_packed(codes: Codes, bits: int, group_size: int, group_axis: GroupAxis, tokens_last: bool) -> PackedTensor:

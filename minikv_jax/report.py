@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 
-from minikv_jax.cache import DenseSegment, KVCache, LayerCache, nbytes
+from minikv_jax.cache import KVCache, LayerCache, nbytes
+from minikv_jax.segments import DenseSegment
 
 _BFLOAT16_BYTES = 2
 

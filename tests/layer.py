@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minikv_jax import allocate
-from minikv_jax.attention import attend
-from minikv_jax.cache import LayerCache, append, compress
+from minikv_jax.cache import LayerCache, Shape, compress, read_token
 from minikv_jax.config import CacheConfig
 from pallas_kernels import two_pass_attention
 
@@ -25,18 +24,22 @@ class Run(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config", "layer", "layers"))
 def run(config: CacheConfig, query, key, value, lengths, stream, layer: int = 0, layers: int = 1) -> Run:
     """Prompts [B, T, N | K, H] with true lengths, then a stream of tokens [steps, B, N | K, H], through one layer."""
-    _, scores, _ = two_pass_attention(query, key, value, query_lengths=lengths, key_value_lengths=lengths)
-    capacity = config.prompt_capacity or key.shape[1]
-    heavy, recent = allocate.budgets(config.allocation, layer, layers, lengths, key.shape[1])
-    kept = allocate.capacity(config.allocation, layer, layers, capacity)
-    prompt = compress(key, value, scores, lengths, heavy, recent, config, kept)
+    config = config.replace(
+        prompt_capacity=config.prompt_capacity or key.shape[1], generated_capacity=stream[0].shape[0]
+    )
+    _, scores, _ = two_pass_attention(
+        query, key, value, query_lengths=lengths, key_value_lengths=lengths, score_rows=config.score_rows
+    )
+    budget = allocate.budgets(config, layer, layers, lengths, key.shape[1])
+    prompt = compress(query, key, value, scores, lengths, budget, config, Shape.of(config, layer, layers))
+    accept = jnp.ones(lengths.shape, bool)
 
-    def step(cache, token):
-        q, k, v = (x[:, None] for x in token)
-        cache = append(cache, k, v, jnp.ones(lengths.shape, bool), config.codec)
-        return cache, attend(q, cache)[:, 0]
+    def step(state, token):
+        cache, position = state
+        cache, output = read_token(cache, *(x[:, None] for x in token), position, accept, config)
+        return (cache, position + 1), output[:, 0]
 
-    after, outputs = jax.lax.scan(step, prompt, stream)
+    (after, _), outputs = jax.lax.scan(step, (prompt, lengths), stream)
     return Run(prompt, outputs, after)
 
 

@@ -8,37 +8,62 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minikv_jax import ConfigError, allocate, presets, rank
-from minikv_jax.config import Allocation
 
 
 def test_pyramid_of_the_paper():
-    allocation = Allocation(0.25, 0.25, pyramid_depth=7)
-    shares = [allocate.heavy_share(allocation, layer, 32) for layer in range(32)]
+    config = presets.minikv_pyramid()
+    shares = [allocate.heavy_share(config.allocation, layer, 32) for layer in range(32)]
     np.testing.assert_allclose([shares[0], shares[31], np.mean(shares)], [0.464286, 0.035714, 0.25], atol=1e-6)
     np.testing.assert_allclose(shares, reference.pyramid_ratios(0.25, 32, 7))
-    heavy = [int(allocate.kept_tokens(allocation, layer, 32, 4096)[0]) for layer in range(32)]
+    heavy = [int(budget.total - budget.recent) for budget in (allocate.budget(config, i, 32, 4096) for i in range(32))]
     assert heavy[:3] == [1901, 1845, 1788] and heavy[-2:] == [202, 146]
 
 
 @given(length=st.integers(1, 5000), heavy=st.floats(0.001, 1), recent=st.floats(0, 1))
 def test_counts_are_those_of_python(length, heavy, recent):
-    counts = allocate.kept_tokens(Allocation(heavy, recent), 0, 1, length)
+    budget = allocate.budget(presets.minikv(heavy, recent), 0, 1, length)
     kept = int(length * heavy) + int(length * recent)
     if heavy + recent >= 1:
         kept = length
-    assert sum(counts) == min(max(kept, 1), length)
+    assert budget.total == min(max(kept, 1), length)
 
 
-@given(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 64), heavy=st.integers(0, 40), recent=st.integers(0, 40))
-def test_selection_is_the_recent_tokens_and_the_best_others(seed, length, heavy, recent):
+def test_pyramidkv_budgets_of_its_paper():
+    config = presets.pyramidkv()
+    totals = [int(allocate.budget(config, layer, 32, 8192).total) for layer in range(32)]
+    assert (totals[0], totals[31]) == (3932 + 32, 119 + 32)
+
+
+@given(length=st.integers(1, 9000), budget=st.integers(64, 3000), layers=st.integers(1, 40))
+def test_pyramidkv_budgets_are_the_references(length, budget, layers):
+    config = presets.pyramidkv(budget=budget)
+    expected = reference.pyramidkv_budgets(budget, 32, layers, length)
+    for layer in range(layers):
+        kept = min(int(allocate.budget(config, layer, layers, length).total), length)
+        assert kept == min(expected[layer] + 32, length)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    length=st.integers(1, 64),
+    heavy=st.integers(0, 40),
+    recent=st.integers(0, 40),
+    sinks=st.integers(0, 3),
+)
+def test_selection_is_sinks_recent_tokens_and_the_best_others(seed, length, heavy, recent, sinks):
     recent = min(recent, length)
-    heavy = min(heavy, length - recent)
     scores = np.random.default_rng(seed).random((1, 2, 64)).astype(np.float32)
-    rows = rank.select(jnp.asarray(scores), *(jnp.array([n]) for n in (length, heavy, recent)), capacity=80)
+    always = set(range(min(sinks, length))) | set(range(length - recent, length))
+    total = min(len(always) + heavy, length)
+    best_first = rank.order(jnp.asarray(scores), jnp.array([length]), jnp.array([recent]), sinks, 64)
+    rows = rank.in_text_order(best_first, jnp.array([0]), jnp.array([total]), 80, 64)
+    rest = rank.in_text_order(best_first, jnp.array([total]), jnp.array([length]), 80, 64)
     for head in range(2):
-        best = sorted(range(length - recent), key=lambda i: -scores[0, head, i])[:heavy]
-        expected = sorted([*best, *range(length - recent, length)])
+        others = sorted(set(range(length)) - always, key=lambda i: (-scores[0, head, i], i))
+        expected = sorted([*always, *others[: total - len(always)]])
         assert rows[0, head].tolist() == expected + [64] * (80 - len(expected))
+        left = sorted(set(range(length)) - set(expected))
+        assert rest[0, head].tolist() == left + [64] * (80 - len(left))
 
 
 @pytest.mark.parametrize(

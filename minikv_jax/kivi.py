@@ -1,0 +1,111 @@
+"""KIVI's window (arXiv 2402.02750, section 4): keys wait until R of them are there, values leave one by one.
+
+tokens     0 ........ packed_values ...... packed_keys ........ position
+keys       packed ....................... | window.key (0 to R - 1 rows)
+values     packed ........| window.value, a ring of the newest R (and the one that is about to leave)
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from minikv_jax import quantize, segments
+from minikv_jax.config import CacheConfig
+from minikv_jax.segments import DenseSegment, PackedSegment
+from pallas_kernels.packed_decode.layout import BLOCK
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KiviWindow:
+    """The newest keys and values. The value of token t lies in ring row t % (R + 1).
+
+    The segment's length counts packed values; `packed_keys` counts packed keys, which are never fewer.
+    """
+
+    key: Float[Array, "B K R H"]
+    value: Float[Array, "B K ring H"]
+    packed_keys: Int[Array, "B"]
+
+
+def compress(
+    key: Float[Array, "B K T H"],
+    value: Float[Array, "B K T H"],
+    lengths: Int[Array, "B"],
+    config: CacheConfig,
+    capacity: int,
+    dtype: jnp.dtype,
+    balance: Float[Array, "B K H"] | None,
+) -> tuple[PackedSegment, KiviWindow]:
+    """The prompt: all whole multiples of R of its keys are packed, and all but the last R of its values."""
+    size = config.window
+    packed_keys = lengths // size * size
+    segment = segments.build(config.codec, key, value, jnp.maximum(lengths - size, 0), capacity, dtype, balance)
+    # Ring row r holds the newest token t with t % (R + 1) == r.
+    last = lengths[:, None] - 1
+    newest = last - (last - jnp.arange(size + 1)) % (size + 1)
+    rows = _rows(key, packed_keys[:, None] + jnp.arange(size)), _rows(value, newest)
+    return segment, KiviWindow(*(x.astype(dtype) for x in rows), packed_keys)
+
+
+def _rows(x: Float[Array, "B K S H"], at: Int[Array, "B R"]) -> Float[Array, "B K R H"]:
+    """Rows of each sequence; what lies outside is clipped and never looked at."""
+    return jnp.take_along_axis(x, at[:, None, :, None], axis=2, mode="clip")
+
+
+def _per_head(x: Int[Array, "B"], heads: int) -> Int[Array, "B K"]:
+    return jnp.broadcast_to(x[:, None], (x.shape[0], heads))
+
+
+def arrive(window: KiviWindow, key, value, position: Int[Array, "B"], accept: Bool[Array, "B"]) -> KiviWindow:
+    """The window with one more token [B, K, 1, H]."""
+    heads, ring = key.shape[1], window.value.shape[2]
+    return dataclasses.replace(
+        window,
+        key=segments.put_row(window.key, _per_head(position - window.packed_keys, heads), key, accept),
+        value=segments.put_row(window.value, _per_head(position % ring, heads), value, accept),
+    )
+
+
+def tail(segment: PackedSegment, window: KiviWindow, position: Int[Array, "B"]) -> DenseSegment:
+    """The tokens whose values are not packed yet, with their keys from wherever they are.
+
+    Some of those keys are packed already: the few blocks that hold them are decoded.
+    """
+    ring = window.value.shape[2]
+    tokens = segment.length[:, None] + jnp.arange(ring)
+    blocks = segment.keys.codes.shape[2]
+    count = min(segments.touched_blocks(ring), blocks)
+    first = jnp.minimum(segment.length // BLOCK, blocks - count)[:, None]
+    near = first + jnp.arange(count)
+    packed = (jax.tree.map(lambda x: x[jnp.arange(x.shape[0])[:, None], :, near].swapaxes(1, 2), x)
+              for x in (segment.keys, segment.values))  # fmt: skip
+    packed_key, _ = segments.decode(segment.codec, *map(quantize.from_packed, packed), segment.balance)
+    packed_key = _rows(packed_key, tokens - first * BLOCK)
+    dense_key = _rows(window.key, tokens - window.packed_keys[:, None])
+    is_packed = (tokens < window.packed_keys[:, None])[:, None, :, None]
+    key = jnp.where(is_packed, packed_key.astype(dense_key.dtype), dense_key)
+    return DenseSegment(key, _rows(window.value, tokens % ring), position + 1 - segment.length)
+
+
+def settle(
+    segment: PackedSegment, window: KiviWindow, position: Int[Array, "B"], accept: Bool[Array, "B"]
+) -> tuple[PackedSegment, KiviWindow]:
+    """Encodes a full window of keys, and the one value that is now older than the window."""
+    size, heads = window.key.shape[2], window.key.shape[1]
+    full = accept & (position + 1 - window.packed_keys == size)
+
+    def flush(keys):
+        codes = segments.encode_keys(segment.codec, window.key, segment.balance)
+        return segments.write_codes(keys, codes, _per_head(window.packed_keys, heads), full)
+
+    keys = jax.lax.cond(full.any(), flush, lambda keys: keys, segment.keys)
+    old = accept & (position + 1 - segment.length > size)
+    codes = segments.encode_values(segment.codec, _rows(window.value, (segment.length % (size + 1))[:, None]))
+    values = segments.write_codes(segment.values, codes, _per_head(segment.length, heads), old)
+    return (
+        dataclasses.replace(segment, keys=keys, values=values, length=segment.length + old),
+        dataclasses.replace(window, packed_keys=window.packed_keys + jnp.where(full, size, 0)),
+    )

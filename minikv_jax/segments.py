@@ -1,0 +1,281 @@
+"""Segments: runs of cached keys and values, dense or packed. Each answers one question, partial attention.
+
+Rows of a segment are in the order they were written. A row is not a position: keys carry their rotary position from
+before they were cached, so attention never needs to know where in the text a row comes from.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from minikv_jax import quantize
+from minikv_jax.config import Codec, GroupSize
+from minikv_jax.quantize import Codes
+from pallas_kernels import Partial, dense_decode_attention, packed_decode_attention
+from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseSegment:
+    """Keys and values in a float dtype, head-major. Rows at and past `length` are meaningless."""
+
+    key: Float[Array, "B K S H"]
+    value: Float[Array, "B K S H"]
+    length: Int[Array, "B"]
+
+    @property
+    def capacity(self) -> int:
+        return self.key.shape[2]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedSegment:
+    """Keys and values as packed codes. Tokens at and past `length` are meaningless.
+
+    `balance` (MiKV's b, float32) multiplies a key before it is stored and divides the queries that meet it.
+    """
+
+    keys: PackedTensor
+    values: PackedTensor
+    length: Int[Array, "B"]
+    balance: Float[Array, "B K H"] | None
+    codec: Codec = dataclasses.field(metadata={"static": True})
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.capacity
+
+
+Segment = DenseSegment | PackedSegment
+
+
+def build(
+    codec: Codec,
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
+    length: Int[Array, "B"],
+    capacity: int,
+    dtype: jnp.dtype,
+    balance: Float[Array, "B K H"] | None,
+) -> Segment:
+    """A segment of the first rows, with room for `capacity` tokens (packed: rounded up to whole blocks)."""
+    if codec.dense:
+        return DenseSegment(fit(key, capacity).astype(dtype), fit(value, capacity).astype(dtype), length)
+    capacity = max(-(-capacity // BLOCK), 1) * BLOCK
+    balance = balance if codec.balance else None
+    codes = encode(codec, fit(key, capacity), fit(value, capacity), balance)
+    keys, values = (quantize.to_packed(x, *shape) for x, shape in zip(codes, _layouts(codec, key.shape[-1])))
+    return PackedSegment(keys, values, length, balance, codec)
+
+
+def fit(x: Float[Array, "B K S H"], rows: int) -> Float[Array, "B K rows H"]:
+    """Cut or filled with zeros to `rows`."""
+    x = x[:, :, :rows]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, rows - x.shape[2]), (0, 0)))
+
+
+# ---- codec ---------------------------------------------------------------------------------------------------------
+
+
+def group_size(size: GroupSize, head_size: int) -> int:
+    return {"head": head_size, "half_head": head_size // 2}.get(size, size)
+
+
+def _layouts(codec: Codec, head_size: int):
+    """(bits, group size, group axis, tokens last) of keys and of values."""
+    key_group, value_group = (group_size(x, head_size) for x in (codec.key_group, codec.value_group))
+    return (
+        (codec.key_bits, key_group, codec.key_axis, False),
+        (codec.value_bits, value_group, "channels", True),
+    )
+
+
+def encode_keys(codec: Codec, key: Float[Array, "B K S H"], balance: Float[Array, "B K H"] | None) -> Codes:
+    if balance is not None:
+        key = key.astype(jnp.float32) * balance[:, :, None]
+    head_size = key.shape[-1]
+    key = _rotate(key, head_size) if codec.rotate_keys else key
+    return quantize.encode(key, *_layouts(codec, head_size)[0][:3], *_options(codec))
+
+
+def encode_values(codec: Codec, value: Float[Array, "B K S H"]) -> Codes:
+    head_size = value.shape[-1]
+    value = _rotate(value, head_size) if codec.rotate_values else value
+    return quantize.encode(value, *_layouts(codec, head_size)[1][:3], *_options(codec))
+
+
+def encode(codec: Codec, key, value, balance: Float[Array, "B K H"] | None) -> tuple[Codes, Codes]:
+    return encode_keys(codec, key, balance), encode_values(codec, value)
+
+
+def _options(codec: Codec):
+    return codec.metadata_dtype, codec.clip, codec.integer_zero
+
+
+def decode(
+    codec: Codec, keys: Codes, values: Codes, balance: Float[Array, "B K H"] | None
+) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """Keys and values as attention effectively sees them, float32."""
+    head_size = keys.codes.shape[-1]
+    key, value = (
+        quantize.decode(codes, group, axis)
+        for codes, (_, group, axis, _) in zip((keys, values), _layouts(codec, head_size))
+    )
+    if codec.rotate_keys:
+        key = _rotate(key, head_size)
+    if balance is not None:
+        key = key / balance[:, :, None]
+    return key, _rotate(value, head_size) if codec.rotate_values else value
+
+
+def _rotate(x: Float[Array, "... H"], head_size: int) -> Float[Array, "... H"]:
+    return x.astype(jnp.float32) @ quantize.hadamard(head_size)
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def attention(query: Float[Array, "B T N H"], segment: Segment, rows: Int[Array, "B T"] | None = None) -> Partial:
+    """Partial attention of the queries over the tokens the segment holds, or over the first `rows` for each query."""
+    if isinstance(segment, DenseSegment):
+        return dense_decode_attention(query, segment.key, segment.value, segment.length if rows is None else rows)
+    codec, head_size = segment.codec, query.shape[-1]
+    if segment.balance is not None:
+        heads = segment.balance.shape[1]
+        query = query / jnp.repeat(segment.balance, query.shape[2] // heads, axis=1)[:, None]
+    if codec.rotate_keys:
+        query = _rotate(query, head_size)
+    partial = packed_decode_attention(query, segment.keys, segment.values, segment.length)
+    return partial._replace(output=_rotate(partial.output, head_size)) if codec.rotate_values else partial
+
+
+def received(
+    query: Float[Array, "B T N H"], segment: Segment, lse: Float[Array, "B T N"], counted: Bool[Array, "B T"]
+) -> Float[Array, "B K S"]:
+    """Attention each token of the segment received from the counted queries, summed over them and over each group.
+
+    `lse` is the log-sum-exp of the queries' whole attention, this segment and all others.
+    """
+    key = segment.key if isinstance(segment, DenseSegment) else _all_keys(segment)
+    b, t, n, h = query.shape
+    heads = key.shape[1]
+    grouped = query.reshape(b, t, heads, n // heads, h).astype(jnp.float32)
+    logits = jnp.einsum("btkgh,bksh->bkgts", grouped, key.astype(jnp.float32)) * h**-0.5
+    lse = jnp.moveaxis(lse.reshape(b, t, heads, n // heads), 1, -1)
+    p = jnp.where(counted[:, None, None, :, None], jnp.exp(logits - lse[..., None]), 0)
+    held = jnp.arange(key.shape[2]) < segment.length[:, None]
+    return jnp.where(held[:, None], p.sum(axis=(2, 3)), 0)
+
+
+def _all_keys(segment: PackedSegment) -> Float[Array, "B K S H"]:
+    return decode(segment.codec, *map(quantize.from_packed, (segment.keys, segment.values)), segment.balance)[0]
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def append(segment: Segment, key: Float[Array, "B K 1 H"], value: Float[Array, "B K 1 H"], accept: Bool[Array, "B"]):
+    """The segment with one more token for the sequences that accept it."""
+    b, heads = key.shape[:2]
+    slot = jnp.broadcast_to(segment.length[:, None], (b, heads))
+    return dataclasses.replace(put(segment, slot, key, value, accept), length=segment.length + accept)
+
+
+def put(segment: Segment, slot: Int[Array, "B K"], key, value, accept: Bool[Array, "B"]) -> Segment:
+    """Writes one token per head into its slot, for the sequences that accept it."""
+    if isinstance(segment, PackedSegment):
+        keys, values = encode(segment.codec, key, value, segment.balance)
+        return put_codes(segment, slot, keys, values, accept)
+
+    rows = (put_row(x, slot, new, accept) for x, new in ((segment.key, key), (segment.value, value)))
+    key, value = rows
+    return dataclasses.replace(segment, key=key, value=value)
+
+
+def put_row(
+    rows: Float[Array, "B K S H"], slot: Int[Array, "B K"], new: Float[Array, "B K 1 H"], accept: Bool[Array, "B"]
+) -> Float[Array, "B K S H"]:
+    """Writes one row per head, for the sequences that accept it; in place where the array is donated."""
+    # Writing the old row back where nothing is accepted keeps the index in bounds, and XLA the update in place: a
+    # scatter that may drop rows copies the whole segment.
+    slot = jnp.minimum(slot, rows.shape[2] - 1)
+    b, heads = slot.shape
+    at = rows.at[jnp.arange(b)[:, None], jnp.arange(heads), slot]
+    kept = jnp.where(accept[:, None, None], new[:, :, 0].astype(rows.dtype), at.get(mode="promise_in_bounds"))
+    # Without the barrier XLA writes the row once for the result and once more, into a copy, for the attention.
+    return jax.lax.optimization_barrier(at.set(kept, mode="promise_in_bounds", unique_indices=True))
+
+
+def put_codes(segment: PackedSegment, start, keys: Codes, values: Codes, accept: Bool[Array, "B"]) -> PackedSegment:
+    """Writes codes of consecutive tokens at token `start` [B, K] of the sequences that accept them."""
+    written = (write_codes(x, new, start, accept) for x, new in ((segment.keys, keys), (segment.values, values)))
+    keys, values = written
+    return dataclasses.replace(segment, keys=keys, values=values)
+
+
+def take(segment: Segment, slot: Int[Array, "B K"]) -> tuple[Float[Array, "B K 1 H"], Float[Array, "B K 1 H"]]:
+    """Key and value of one token per head, as attention sees them."""
+    if isinstance(segment, DenseSegment):
+        return tuple(jnp.take_along_axis(x, slot[..., None, None], axis=2) for x in (segment.key, segment.value))
+    return decode(segment.codec, *take_codes(segment, slot), segment.balance)
+
+
+def take_codes(segment: PackedSegment, slot: Int[Array, "B K"]) -> tuple[Codes, Codes]:
+    """Codes of one token per head; its groups must lie over channels."""
+
+    def one(packed):
+        block = jax.tree.map(lambda x: _blocks(x, (slot // BLOCK)[..., None]), packed)
+        row = (slot % BLOCK)[..., None, None]
+        return Codes(*(jnp.take_along_axis(x, row, axis=2) for x in quantize.from_packed(block)))
+
+    return one(segment.keys), one(segment.values)
+
+
+def move(segment: Segment, source: Int[Array, "B K"], target: Int[Array, "B K"], accept: Bool[Array, "B"]) -> Segment:
+    """Copies one token per head from slot to slot, codes as they are."""
+    if isinstance(segment, PackedSegment):
+        return put_codes(segment, target, *take_codes(segment, source), accept)
+    return put(segment, target, *take(segment, source), accept)
+
+
+def touched_blocks(tokens: int) -> int:
+    """Blocks that a run of tokens can lie in, wherever it starts."""
+    return (tokens - 2) // BLOCK + 2 if tokens > 1 else 1
+
+
+def _blocks(x, index: Int[Array, "B K blocks"]):
+    return jnp.take_along_axis(x, index[..., None, None], axis=2)
+
+
+def write_codes(packed: PackedTensor, new: Codes, start: Int[Array, "B K"], accept: Bool[Array, "B"]) -> PackedTensor:
+    """Writes codes of consecutive tokens at token `start` of each head of each accepting sequence.
+
+    A run rarely starts on a block boundary and bytes carry tokens that lie far apart, so the blocks it touches are
+    unpacked, changed and packed again: a few hundred tokens, however long the segment is.
+    """
+    tokens = new.codes.shape[2]
+    blocks = packed.codes.shape[2]
+    count = min(touched_blocks(tokens), blocks)
+    first = jnp.minimum(start // BLOCK, blocks - count)
+    index = first[..., None] + jnp.arange(count)
+    old = quantize.from_packed(jax.tree.map(lambda x: _blocks(x, index), packed))
+
+    def replace(old_rows, new_rows):
+        per_row = tokens // new_rows.shape[2]
+        row = jnp.arange(old_rows.shape[2]) - ((start - first * BLOCK) // per_row)[..., None]
+        inside = (row >= 0) & (row < new_rows.shape[2]) & accept[:, None, None]
+        taken = jnp.take_along_axis(new_rows, row[..., None], axis=2, mode="clip")
+        return jnp.where(inside[..., None], taken, old_rows)
+
+    changed = quantize.to_packed(
+        Codes(*map(replace, old, new)), packed.bits, packed.group_size, packed.group_axis, packed.tokens_last
+    )
+    b, heads = start.shape
+    sequence, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
+    return jax.tree.map(
+        lambda x, y: x.at[sequence, head, index].set(y, mode="promise_in_bounds", unique_indices=True), packed, changed
+    )
