@@ -4,9 +4,20 @@ from minikv_jax import presets
 from minikv_jax.cache import KVCache, nbytes
 from minikv_jax.config import Allocation, CacheConfig, Codec, Rank
 from minikv_jax.errors import CheckpointError, ConfigError, MiniKVError, PromptError, UnsupportedModelError
-from minikv_jax.generate import Sampling, decode_step, forward, generate, prefill, stream
+from minikv_jax.generate import (
+    Sampling,
+    decode_step,
+    empty_cache,
+    extend,
+    forward,
+    generate,
+    prefill,
+    prefill_in_chunks,
+    stream,
+)
 from minikv_jax.models import load
 from minikv_jax.report import cache_report
+from minikv_jax.slots import fork, insert, reset
 
 __version__ = "0.1.0"
 
@@ -24,11 +35,17 @@ __all__ = [
     "UnsupportedModelError",
     "cache_report",
     "decode_step",
+    "empty_cache",
+    "extend",
+    "fork",
     "forward",
     "generate",
+    "insert",
     "load",
     "nbytes",
     "prefill",
+    "prefill_in_chunks",
     "presets",
+    "reset",
     "stream",
 ]

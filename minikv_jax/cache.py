@@ -10,7 +10,7 @@ KVCache
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from minikv_jax.allocate import Budget
 from minikv_jax.config import CacheConfig
 from minikv_jax.kivi import KiviWindow
 from minikv_jax.segments import DenseSegment, PackedSegment, Segment
-from pallas_kernels import Partial, merge_partials
+from pallas_kernels import Partial, merge_partials, two_pass_attention
 from pallas_kernels.packed_decode.layout import BLOCK
 
 
@@ -46,7 +46,7 @@ class LayerCache:
     window: DenseSegment | KiviWindow | None = None
     retained: PackedSegment | None = None
     ledger: Ledger | None = None
-    prefix: Segment | None = None
+    prefix: tuple[Segment, ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -87,8 +87,8 @@ class Shape(NamedTuple):
         return cls(min(max(kept, size), prompt + generated) + 1, left + generated if config.retained else 0)
 
 
-def nbytes(cache: KVCache | LayerCache | Segment) -> int:
-    """Bytes of every array the cache holds: codes, scales, minima, windows and counters."""
+def nbytes(cache: Any) -> int:
+    """Bytes of every array a cache, or any part of one, holds: codes, scales, minima, windows and counters."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
@@ -96,10 +96,10 @@ def nbytes(cache: KVCache | LayerCache | Segment) -> int:
 
 
 def compress(
-    query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     scores: Float[Array, "B K T"],
+    loudest: Float[Array, "B K H"],
     lengths: Int[Array, "B"],
     budget: Budget,
     config: CacheConfig,
@@ -108,20 +108,21 @@ def compress(
     """One layer's keys and values of the prompt, as the method keeps them.
 
     Args:
-        query, key, value: of the prompt, after rotary embedding.
+        key, value: of the prompt, after rotary embedding.
         scores: attention received (`CacheConfig.score_rows`); ignored by ranks by position.
+        loudest: the largest query of each channel (`loudest_query`); ignored where nothing is balanced.
         lengths: true prompt lengths.
         budget: of the first tier (`allocate.budgets`).
         config: the method.
         shape: static capacities (`Shape.of`).
     """
-    balance = channel_balance(query, key, lengths) if _balances(config) else None
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     # Padding may hold anything; zeros keep NaN out of everything stored.
     tokens = key.shape[2]
     present = (jnp.arange(tokens) < lengths[:, None])[:, None]
     key, value = (jnp.where(present[..., None], x, 0) for x in (key, value))
     dtype = config.dtype or key.dtype
+    balance = channel_balance(loudest, key) if _balances(config) else None
     if config.window_style == "kivi":
         return LayerCache(*kivi.compress(key, value, lengths, config, shape.segment, dtype, balance))
 
@@ -156,17 +157,17 @@ def _balances(config: CacheConfig) -> bool:
     return config.codec.balance or (config.retained is not None and config.retained.balance)
 
 
-def channel_balance(
-    query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], lengths: Int[Array, "B"]
-) -> Float[Array, "B K H"]:
-    """b = sqrt(max |query| / max |key|) of each channel over the prompt and the group's queries (MiKV equation 2)."""
-    b, t, n, h = query.shape
-    heads = key.shape[2]
-    present = (jnp.arange(t) < lengths[:, None])[:, :, None, None]
-    loudest_key = jnp.abs(jnp.where(present, key, 0)).max(axis=1)
-    loudest_query = jnp.abs(jnp.where(present, query, 0)).max(axis=1).reshape(b, heads, n // heads, h).max(axis=2)
-    loudest = (jnp.maximum(x.astype(jnp.float32), 1e-5) for x in (loudest_query, loudest_key))
-    return jnp.sqrt(jnp.divide(*loudest))
+def loudest_query(query: Float[Array, "B T N H"], heads: int, counted: Bool[Array, "B T"]) -> Float[Array, "B K H"]:
+    """Largest magnitude of each channel over the counted queries and the heads of each group, float32."""
+    b, _, n, h = query.shape
+    loudest = jnp.abs(jnp.where(counted[:, :, None, None], query, 0)).max(axis=1)
+    return loudest.reshape(b, heads, n // heads, h).max(axis=2).astype(jnp.float32)
+
+
+def channel_balance(loudest: Float[Array, "B K H"], key: Float[Array, "B K T H"]) -> Float[Array, "B K H"]:
+    """b = sqrt(max |query| / max |key|) of each channel over the prompt (MiKV equation 2)."""
+    loudest_key = jnp.abs(key).max(axis=2).astype(jnp.float32)
+    return jnp.sqrt(jnp.maximum(loudest, 1e-5) / jnp.maximum(loudest_key, 1e-5))
 
 
 def _gather(x: Float[Array, "B K T H"], rows: Int[Array, "B K R"]) -> Float[Array, "B K R H"]:
@@ -237,8 +238,45 @@ def read_token(
     return settle(layer, position, accept, config), output
 
 
-def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig) -> LayerCache:
-    """The layer with one more token [B, K, 1, H], before attention."""
+def read_tokens(
+    layer: LayerCache,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    position: Int[Array, "B"],
+    counts: Int[Array, "B"],
+    counted: Bool[Array, "B T"],
+    config: CacheConfig,
+) -> tuple[LayerCache, Float[Array, "B T N H"]]:
+    """Reads the first `counts` of T more tokens of each sequence at once; `position` is that of the first.
+
+    They attend to all that was held and, exactly, to each other; then they are stored one after the other. The
+    queries in `counted` add their attention to the scores.
+    """
+    tokens = jnp.arange(query.shape[1])
+    own, _, lse = two_pass_attention(query, key, value, query_lengths=counts, key_value_lengths=counts, score_rows=0)
+    own = Partial(own.astype(jnp.float32), lse, jnp.where(jnp.isneginf(lse), 0.0, 1.0))
+    output, lse = attend(layer, query, position - 1, also=(own,))
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+    scores = jnp.zeros(key.shape[:3])
+    if config.evict == "after":
+        layer = add_scores(layer, query, lse, counted)
+        causal = tokens <= tokens[:, None]
+        fresh = DenseSegment(key, value, counts)
+        scores = segments.received(query, fresh, lse, counted, causal)
+
+    def store(layer, token):
+        k, v, score, i = token
+        accept = i < counts
+        layer = arrive(layer, k[:, :, None], v[:, :, None], position + i, accept, config, score)
+        return settle(layer, position + i, accept, config), None
+
+    stream = (*(jnp.moveaxis(x, 2, 0) for x in (key, value, scores)), tokens)
+    return jax.lax.scan(store, layer, stream)[0], output
+
+
+def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig, score=0.0) -> LayerCache:
+    """The layer with one more token [B, K, 1, H], whose score so far is `score` [B, K]."""
     if isinstance(layer.window, KiviWindow):
         window = kivi.arrive(layer.window, key, value, position, accept)
         return dataclasses.replace(layer, window=window)
@@ -248,7 +286,7 @@ def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig)
         layer = _give_up(layer, position, accept & (layer.segment.length >= layer.ledger.size), config)
     ledger = layer.ledger
     if ledger is not None:
-        ledger = _enter(ledger, layer.segment, key, value, position, accept, config)
+        ledger = _enter(ledger, layer.segment, key, value, position, accept, config, score)
     return dataclasses.replace(layer, segment=segments.append(layer.segment, key, value, accept), ledger=ledger)
 
 
@@ -274,11 +312,12 @@ def _flush(segment: PackedSegment, window: DenseSegment, full: Bool[Array, "B"])
     )
 
 
-def _enter(ledger: Ledger, segment: Segment, key, value, position, accept, config: CacheConfig) -> Ledger:
+def _enter(ledger: Ledger, segment: Segment, key, value, position, accept, config: CacheConfig, score) -> Ledger:
     """The ledger with a row for the new token."""
     new = (jnp.arange(segment.capacity) == segment.length[:, None]) & accept[:, None]
     new = new[:, None]
-    score = position.astype(jnp.float32) if config.rank.by == "position" else jnp.zeros(position.shape)
+    score = position.astype(jnp.float32)[:, None] if config.rank.by == "position" else jnp.asarray(score)
+    score = jnp.broadcast_to(score, key.shape[:2])
     friendliness = ledger.friendliness
     if friendliness is not None:
         fresh = _friendliness(key, value, jnp.ones((1, 1, 1), bool), config)
@@ -286,7 +325,7 @@ def _enter(ledger: Ledger, segment: Segment, key, value, position, accept, confi
     return dataclasses.replace(
         ledger,
         positions=jnp.where(new, position[:, None, None], ledger.positions),
-        scores=jnp.where(new, score[:, None, None], ledger.scores),
+        scores=jnp.where(new, score[..., None], ledger.scores),
         friendliness=friendliness,
     )
 
@@ -299,8 +338,7 @@ def attend(
     `position` is that of the newest token held.
     """
     partials = [segments.attention(query, part) for part in (layer.segment, layer.retained) if part is not None]
-    if layer.prefix is not None:
-        partials.append(_shared_attention(query, layer.prefix))
+    partials += [_shared_attention(query, part) for part in layer.prefix]
     if isinstance(layer.window, KiviWindow):
         partials.append(segments.attention(query, kivi.tail(layer.segment, layer.window, position)))
     elif layer.window is not None:

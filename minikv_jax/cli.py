@@ -71,7 +71,7 @@ def _token_ids(tokenizer, text: str, raw: bool) -> list[int]:
 
 
 def _answer(
-    model, tokenizer, ids: list[int], config: CacheConfig, max_new_tokens: int, sampling, seed: int, write
+    model, tokenizer, ids: list[int], config: CacheConfig, request: "_Request", sampling, write
 ) -> tuple[Answer, CacheReport]:
     """Reads the prompt, streams the answer through `write`, and reports (answer, cache report)."""
     import jax.numpy as jnp
@@ -79,8 +79,14 @@ def _answer(
 
     from minikv_jax.generate import stream
 
+    def read() -> tuple[str, bool]:
+        """The answer so far, and whether it ends here."""
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        line, end, _ = text.lstrip().partition("\n")
+        return (line, bool(end)) if request.one_line else (text, False)
+
     ends = set(model.config.eos_token_ids)
-    config = config.replace(generated_capacity=max_new_tokens)
+    config = config.replace(generated_capacity=request.max_new_tokens)
     start, times, written, shown, report = time.perf_counter(), [], [], "", None
     with _progress_bar(f"reading {len(ids):,} tokens ({config.name})") as progress:
         tokens = stream(
@@ -88,9 +94,9 @@ def _answer(
             jnp.asarray([ids], jnp.int32),
             jnp.asarray([len(ids)], jnp.int32),
             config,
-            max_new_tokens,
+            request.max_new_tokens,
             sampling=sampling,
-            seed=seed,
+            seed=request.seed,
             progress=progress,
         )
         token, cache = next(tokens)
@@ -101,22 +107,25 @@ def _answer(
         if new in ends:
             break
         written.append(new)
-        text = tokenizer.decode(written, skip_special_tokens=True)
+        text, ended = read()
         # A character may need several tokens: hold back what is not whole yet.
         if not text.endswith("\ufffd"):
             write(text[len(shown) :])
             shown = text
+        if ended:
+            break
         try:
             token, cache = next(tokens)
         except StopIteration:
             break
-    write(tokenizer.decode(written, skip_special_tokens=True)[len(shown) :] + "\n")
+    text, _ = read()
+    write(text[len(shown) :] + "\n")
     # The second token waits for the decode step's compilation.
     rate = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else None
     total = report.total
     answer = Answer(
         method=config.name,
-        text=tokenizer.decode(written, skip_special_tokens=True),
+        text=text,
         prompt_tokens=len(ids),
         new_tokens=len(times),
         tokens_kept=total.tokens_kept,
@@ -188,6 +197,7 @@ def _asking(command: Callable) -> Callable:
             click.option("--top-p", type=float, default=1.0, help="Draw among the most likely with this probability."),
             click.option("--seed", type=int, default=0, help="Of the random draws."),
             click.option("--raw", is_flag=True, help="No chat template: continue the text."),
+            click.option("--one-line", is_flag=True, help="End the answer with its first line."),
             click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text and table."),
         )
     ):
@@ -253,6 +263,7 @@ class _Request:
     top_p: float
     seed: int
     raw: bool
+    one_line: bool
 
 
 def _answers(configs: list[CacheConfig], request: _Request, quiet: bool) -> list[tuple[Answer, CacheReport]]:
@@ -272,14 +283,20 @@ def _answers(configs: list[CacheConfig], request: _Request, quiet: bool) -> list
     for config in configs:
         if len(configs) > 1:
             write(f"\n[{config.name}] ")
-        answers.append(_answer(model, tokenizer, ids, config, request.max_new_tokens, sampling, request.seed, write))
+        answers.append(_answer(model, tokenizer, ids, config, request, sampling, write))
     return answers
 
 
 @app.command()
+@click.option("--model-shape", help="Say what each method's cache weighs for a model: llama2-7b, llama3-8b, ...")
+@click.option("--prompt", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of the prompt.")
+@click.option("--generated", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens after it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def methods(as_json: bool) -> None:
-    """List the methods and their knobs."""
+def methods(model_shape: str | None, prompt: int, generated: int, as_json: bool) -> None:
+    """List the methods and their knobs, or with --model-shape their sizes."""
+    if model_shape is not None:
+        _print_sizes(model_shape, prompt, generated, as_json)
+        return
     rows = [
         {
             "method": name,
@@ -294,6 +311,41 @@ def methods(as_json: bool) -> None:
     table = Table("method", "what it does", "knobs (--set knob=value)")
     for row in rows:
         table.add_row(row["method"], row["about"], ", ".join(f"{k}={v}" for k, v in row["knobs"].items()))
+    Console().print(table)
+
+
+def _print_sizes(model_shape: str, prompt: int, generated: int, as_json: bool) -> None:
+    from minikv_jax.models.shapes import shape_of
+    from minikv_jax.report import planned_report
+
+    shape = shape_of(model_shape)
+    totals = {
+        name: planned_report(shape, preset(), prompt, generated).total for name, preset in presets.METHODS.items()
+    }
+    rows = [
+        {
+            "method": name,
+            "bits_per_element": round(size.bits_per_element, 3),
+            "mib": round(size.bytes_held / 2**20, 2),
+            "mib_without_window": round(size.bytes_tiers / 2**20, 2),
+            "tokens_kept": size.tokens_kept,
+        }
+        for name, size in totals.items()
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(title=f"{model_shape}, one sequence of {prompt:,} + {generated:,} tokens")
+    for column in ("method", "tokens kept", "bits per element", "MiB held", "MiB of tiers alone"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        table.add_row(
+            row["method"],
+            f"{row['tokens_kept']:,.0f}",
+            f"{row['bits_per_element']:.2f}",
+            f"{row['mib']:,.1f}",
+            f"{row['mib_without_window']:,.1f}",
+        )
     Console().print(table)
 
 

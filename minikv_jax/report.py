@@ -1,11 +1,17 @@
 """What a cache costs: every array it holds against a bfloat16 cache of the same text."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from minikv_jax.cache import KVCache, LayerCache, nbytes
+from minikv_jax import allocate
+from minikv_jax.cache import KVCache, LayerCache, Shape, compress, nbytes
+from minikv_jax.config import CacheConfig
+from minikv_jax.kivi import KiviWindow
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.segments import DenseSegment
 
 _BFLOAT16_BYTES = 2
@@ -18,18 +24,22 @@ class Size:
     Attributes:
         tokens_kept: of all sequences together, averaged over the layers for a whole cache.
         tokens_read: of all sequences together.
-        bytes_held: codes, scales, minima, windows, counters and unused room.
+        bytes_tiers: codes, scales and minima of all tiers, their unused room included. Papers count only this.
+        bytes_window: the dense window.
+        bytes_held: everything: tiers, window, scores, balancers, counters.
         bytes_bfloat16: of a cache that keeps every token read in bfloat16.
     """
 
     tokens_kept: float
     tokens_read: int
+    bytes_tiers: int
+    bytes_window: int
     bytes_held: int
     bytes_bfloat16: int
 
     @property
     def bits_per_element(self) -> float:
-        """Bits held for each number that a full cache would hold."""
+        """Bits held, whatever for, for each number that a full cache would hold."""
         return 8 * _BFLOAT16_BYTES * self.bytes_held / max(self.bytes_bfloat16, 1)
 
     @property
@@ -46,24 +56,77 @@ class CacheReport:
 def cache_report(cache: KVCache) -> CacheReport:
     """Sizes of a concrete cache, per layer and in total."""
     read = int(np.sum(jax.device_get(cache.lengths)))
-    layers = tuple(_layer_size(layer, read) for layer in cache.layers)
+    layers = [_size(layer, _tokens_kept(layer, cache), read) for layer in cache.layers]
+    return _report(layers, nbytes(cache))
+
+
+def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generated: int) -> CacheReport:
+    """Sizes of the cache of one sequence of a model, from shapes alone: nothing is computed or allocated.
+
+    Args:
+        model: its sizes; the cache is that of a bfloat16 model.
+        config: the method; its capacities are replaced.
+        prompt, generated: tokens read.
+    """
+    config = config.replace(prompt_capacity=prompt, generated_capacity=generated)
+    heads, head_size, layers = model.num_kv_heads, model.head_dim, model.num_layers
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    key = array(1, prompt, heads, head_size)
+    scores, loudest = array(1, heads, prompt, dtype=jnp.float32), array(1, heads, head_size, dtype=jnp.float32)
+    lengths = array(1, dtype=jnp.int32)
+    sizes = []
+    for i in range(layers):
+        make = functools.partial(compress, config=config, shape=Shape.of(config, i, layers))
+        layer = jax.eval_shape(make, key, key, scores, loudest, lengths, allocate.Budget(lengths, lengths))
+        total = int(allocate.budget(config, i, layers, prompt).total)
+        kept = min(total, prompt + generated if config.evict != "never" else prompt)
+        if config.retained is not None:
+            kept = prompt
+        kept += generated if config.evict == "never" or config.retained is not None else 0
+        sizes.append(_size(layer, kept, prompt + generated))
+    return _report(sizes, sum(size.bytes_held for size in sizes))
+
+
+def _report(layers: list[Size], bytes_held: int) -> CacheReport:
     total = Size(
         tokens_kept=float(np.mean([layer.tokens_kept for layer in layers])),
-        tokens_read=read,
-        bytes_held=nbytes(cache),
+        tokens_read=layers[0].tokens_read,
+        bytes_tiers=sum(layer.bytes_tiers for layer in layers),
+        bytes_window=sum(layer.bytes_window for layer in layers),
+        bytes_held=bytes_held,
         bytes_bfloat16=sum(layer.bytes_bfloat16 for layer in layers),
     )
-    return CacheReport(layers, total)
+    return CacheReport(tuple(layers), total)
 
 
-def _layer_size(layer: LayerCache, read: int) -> Size:
-    parts = [layer.segment] if layer.window is None else [layer.segment, layer.window]
-    dense = isinstance(layer.segment, DenseSegment)
-    codes = layer.segment.key if dense else layer.segment.keys.codes
-    heads, head_size = codes.shape[1], codes.shape[-1]
+def _size(layer: LayerCache, tokens_kept: int, read: int) -> Size:
+    segment = layer.segment
+    rows = segment.key if isinstance(segment, DenseSegment) else segment.keys.codes
+    heads, head_size = rows.shape[1], rows.shape[-1]
+    tiers = (*layer.prefix, segment, layer.retained)
+    tier_arrays = [
+        (tier.key, tier.value) if isinstance(tier, DenseSegment) else (tier.keys, tier.values)
+        for tier in tiers
+        if tier is not None
+    ]
     return Size(
-        tokens_kept=int(sum(np.sum(jax.device_get(part.length)) for part in parts)),
+        tokens_kept=tokens_kept,
         tokens_read=read,
+        bytes_tiers=nbytes(tier_arrays),
+        bytes_window=nbytes(layer.window),
         bytes_held=nbytes(layer),
         bytes_bfloat16=2 * read * heads * head_size * _BFLOAT16_BYTES,
     )
+
+
+def _tokens_kept(layer: LayerCache, cache: KVCache) -> int:
+    if isinstance(layer.window, KiviWindow):
+        return int(np.sum(jax.device_get(cache.lengths)))
+    parts = [part for part in (layer.segment, layer.retained, layer.window) if part is not None]
+    own = sum(int(np.sum(jax.device_get(part.length))) for part in parts)
+    # Every fork keeps the shared tokens.
+    shared = sum(int(jax.device_get(part.length)[0]) for part in layer.prefix)
+    return own + shared * cache.lengths.shape[0]

@@ -72,6 +72,22 @@ def build(
     return PackedSegment(keys, values, length, balance, codec)
 
 
+def empty_like(segment: Segment, batch: int, capacity: int) -> Segment:
+    """An empty segment of the same kind for `batch` sequences, with room for `capacity` tokens each."""
+    length = jnp.zeros((batch,), jnp.int32)
+    if isinstance(segment, DenseSegment):
+        _, heads, _, head_size = segment.key.shape
+        rows = (jnp.zeros((batch, heads, capacity, head_size), x.dtype) for x in (segment.key, segment.value))
+        return DenseSegment(*rows, length)
+    blocks = -(-capacity // BLOCK) + 1  # a run that is encoded together may touch one block more than it fills
+
+    def zeros(packed):
+        return jax.tree.map(lambda x: jnp.zeros((batch, x.shape[1], blocks, *x.shape[3:]), x.dtype), packed)
+
+    balance = None if segment.balance is None else jnp.repeat(segment.balance, batch, axis=0)
+    return PackedSegment(zeros(segment.keys), zeros(segment.values), length, balance, segment.codec)
+
+
 def fit(x: Float[Array, "B K S H"], rows: int) -> Float[Array, "B K rows H"]:
     """Cut or filled with zeros to `rows`."""
     x = x[:, :, :rows]
@@ -154,7 +170,11 @@ def attention(query: Float[Array, "B T N H"], segment: Segment, rows: Int[Array,
 
 
 def received(
-    query: Float[Array, "B T N H"], segment: Segment, lse: Float[Array, "B T N"], counted: Bool[Array, "B T"]
+    query: Float[Array, "B T N H"],
+    segment: Segment,
+    lse: Float[Array, "B T N"],
+    counted: Bool[Array, "B T"],
+    visible: Bool[Array, "T S"] | None = None,
 ) -> Float[Array, "B K S"]:
     """Attention each token of the segment received from the counted queries, summed over them and over each group.
 
@@ -166,7 +186,8 @@ def received(
     grouped = query.reshape(b, t, heads, n // heads, h).astype(jnp.float32)
     logits = jnp.einsum("btkgh,bksh->bkgts", grouped, key.astype(jnp.float32)) * h**-0.5
     lse = jnp.moveaxis(lse.reshape(b, t, heads, n // heads), 1, -1)
-    p = jnp.where(counted[:, None, None, :, None], jnp.exp(logits - lse[..., None]), 0)
+    seen = counted[:, None, None, :, None] & (True if visible is None else visible)
+    p = jnp.where(seen, jnp.exp(logits - lse[..., None]), 0)
     held = jnp.arange(key.shape[2]) < segment.length[:, None]
     return jnp.where(held[:, None], p.sum(axis=(2, 3)), 0)
 

@@ -1,0 +1,82 @@
+"""What a server does with caches: an empty one, sequences put into its slots and taken out, one prefix for many."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from minikv_jax import segments
+from minikv_jax.cache import KVCache, LayerCache
+from minikv_jax.errors import ConfigError
+
+
+def insert(cache: KVCache, slot: int | Int[Array, ""], prefix: KVCache) -> KVCache:
+    """The cache with one sequence's state in its `slot`, whatever the slot held before. Pure; donate `cache`.
+
+    Args:
+        cache: of B sequences.
+        slot: 0 <= slot < B, may be traced.
+        prefix: of one sequence, from `prefill` with the same method and capacities.
+
+    Raises:
+        ConfigError: a prefix of several sequences, or of another method or capacity.
+    """
+    if prefix.lengths.shape != (1,):
+        raise ConfigError(f"insert takes a prefix of one sequence, not of {prefix.lengths.shape[0]}.")
+    if prefix.config != cache.config:
+        raise ConfigError(
+            f"The prefix was made with {prefix.config}, the cache with {cache.config}: give both the same method, "
+            "prompt_capacity and generated_capacity."
+        )
+    if any(layer.prefix for layer in (*cache.layers, *prefix.layers)):
+        raise ConfigError("A forked cache shares its prefix between all slots: insert into a cache of its own.")
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), slot, 0), cache, prefix)
+
+
+def reset(cache: KVCache, slot: int | Int[Array, ""]) -> KVCache:
+    """The cache with its `slot` empty: no tokens and no room, so `decode_step` leaves it alone (its logits are NaN)."""
+
+    def emptied(x):
+        return x.at[slot].set(jnp.zeros_like(x[0]))
+
+    # Counters alone decide what is read; rows of an empty sequence need no clearing.
+    def without_tokens(layer: LayerCache) -> LayerCache:
+        own = dataclasses.replace(layer, prefix=())
+        own = jax.tree.map(lambda x: emptied(x) if x.ndim == 1 else x, own)
+        return dataclasses.replace(own, prefix=layer.prefix)
+
+    layers = tuple(map(without_tokens, cache.layers))
+    return dataclasses.replace(cache, layers=layers, lengths=emptied(cache.lengths), room=emptied(cache.room))
+
+
+def fork(cache: KVCache, count: int) -> KVCache:
+    """`count` continuations of one compressed sequence, for as many questions about one text.
+
+    What the prompt left is held once: every continuation attends to it, and gets room of its own for
+    `generated_capacity` tokens. Methods that give tokens up change what the prompt left; those caches are repeated.
+    The prefix shares its arrays with `cache`: copy one of them if both go on.
+
+    Raises:
+        ConfigError: a cache of several sequences, one that has been forked, or a count below 1.
+    """
+    if cache.lengths.shape != (1,) or count < 1 or any(layer.prefix for layer in cache.layers):
+        raise ConfigError(
+            f"fork takes a cache of one sequence that is no fork itself, and a count of at least 1; "
+            f"given {cache.lengths.shape[0]} sequences and count={count}."
+        )
+
+    def repeated(tree):
+        return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), tree)
+
+    if cache.config.evict != "never" or cache.config.window_style == "kivi":
+        return repeated(cache)
+    layers = tuple(_forked(layer, repeated, count, cache.config.generated_capacity) for layer in cache.layers)
+    return KVCache(layers, repeated(cache.lengths), repeated(cache.room), cache.config)
+
+
+def _forked(layer: LayerCache, repeated, count: int, room: int) -> LayerCache:
+    shared = tuple(part for part in (layer.segment, layer.retained) if part is not None)
+    # New tokens still come through the window, which starts with what the prompt left in it.
+    rows = room if layer.window is None else room + layer.window.capacity
+    return LayerCache(segments.empty_like(layer.segment, count, rows), repeated(layer.window), prefix=shared)

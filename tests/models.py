@@ -1,0 +1,49 @@
+"""Small random models and texts for the tests, and a small version of every method."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from minikv_jax import presets
+from minikv_jax.config import CacheConfig
+from minikv_jax.models import ModelConfig
+from minikv_jax.models.llama import Llama
+
+CONFIG = ModelConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=2048,
+    tie_word_embeddings=True,
+)
+MODEL = Llama(CONFIG, rngs=nnx.Rngs(params=0))
+
+
+def small(config: CacheConfig) -> CacheConfig:
+    """The method with groups of 8 and a window of 16, so that small prompts are encoded."""
+    codec = config.codec
+    if config.window is None:
+        return config
+    return config.replace(codec=dataclasses.replace(codec, key_group=8, value_group=8), window=16)
+
+
+METHODS = {name: small(preset()) for name, preset in presets.METHODS.items()}
+METHODS["streaming_llm"] = presets.streaming_llm(recent=20)
+METHODS["snapkv"] = presets.snapkv(budget=24, window=8)
+METHODS["pyramidkv"] = presets.pyramidkv(budget=24, window=8)
+
+
+def tokens(*shape):
+    return jnp.asarray(np.random.default_rng().integers(0, CONFIG.vocab_size, shape), jnp.int32)
+
+
+def nearly_equal(a, b) -> bool:
+    """Equal up to summation order, which may round one code the other way or swap two tokens of nearly equal rank."""
+    difference = np.abs(np.asarray(a) - np.asarray(b))
+    return difference.max() < 0.3 and difference.mean() < 2e-2

@@ -1,0 +1,149 @@
+"""What servers need: slots, second turns, chunked prompts, shared prefixes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import CONFIG, METHODS, MODEL, nearly_equal, tokens
+
+from minikv_jax import (
+    ConfigError,
+    PromptError,
+    decode_step,
+    empty_cache,
+    extend,
+    fork,
+    insert,
+    nbytes,
+    prefill,
+    prefill_in_chunks,
+    presets,
+    reset,
+)
+
+step = jax.jit(decode_step)
+# One of each way a cache can change: appended to, slid, given up, encoded, demoted.
+CHANGING = ("streaming_llm", "h2o", "kivi", "minikv", "mikv")
+
+
+def roomy(method):
+    return METHODS[method].replace(prompt_capacity=64, generated_capacity=40)
+
+
+def decode(cache, later):
+    rows = []
+    for i in range(later.shape[1]):
+        logits, cache = step(MODEL, cache, later[:, i])
+        rows.append(logits)
+    return np.stack(rows, 1), cache
+
+
+@pytest.mark.parametrize("method", CHANGING)
+def test_sequences_in_slots_go_on_as_they_would_alone(method):
+    config = roomy(method)
+    cache = empty_cache(MODEL, config, 3)
+    texts, later = [tokens(1, n) for n in (40, 64, 9)], tokens(3, 12)
+    prefixes = [prefill(MODEL, text, jnp.array([text.shape[1]]), config)[1] for text in texts]
+    alone = [decode(prefix, later[b : b + 1])[0][0] for b, prefix in enumerate(prefixes)]
+    cache = jax.jit(insert)(cache, 2, prefixes[2])
+    cache = insert(cache, 0, prefixes[1])
+    cache = insert(cache, 0, prefixes[0])
+    together, cache = decode(cache, later)
+    assert nearly_equal(together[0], alone[0]) and nearly_equal(together[2], alone[2])
+    assert np.isnan(together[1]).all()
+    # A slot that is emptied stores nothing more, and takes the next sequence; its neighbours go on.
+    cache = jax.jit(reset)(cache, 0)
+    cache = insert(cache, 1, prefixes[1])
+    together, cache = decode(cache, later)
+    assert np.isnan(together[0]).all() and not np.isnan(together[2]).any()
+    assert nearly_equal(together[1], decode(prefixes[1], later[1:2])[0][0])
+    assert cache.lengths.tolist() == [0, 64 + 12, 9 + 24]
+
+
+@pytest.mark.parametrize("method", CHANGING)
+def test_a_second_turn_is_read_as_well_at_once_as_token_by_token(method):
+    config = roomy(method)
+    text, turn, counts = tokens(2, 30), tokens(2, 9), jnp.array([9, 4])
+    _, cache = prefill(MODEL, text, jnp.array([30, 17]), config)
+    logits, extended = extend(MODEL, cache, turn, counts)
+    assert extended.lengths.tolist() == [39, 21] and extended.room.tolist() == [31, 36]
+    for b, count in enumerate([9, 4]):
+        _, alone = prefill(MODEL, text[b : b + 1], jnp.array([[30, 17][b]]), config)
+        rows, alone = decode(alone, turn[b : b + 1, :count])
+        # A token read by itself may meet codes where one read in a chunk meets exact neighbours, and misses tokens
+        # that were given up on the way.
+        if config.evict == "never":
+            assert np.corrcoef(rows[0, -1], logits[b])[0, 1] > 0.9
+        held = [jax.tree.map(lambda x, b=b: x[b], layer.segment.length) for layer in extended.layers]
+        assert held == [int(layer.segment.length[0]) for layer in alone.layers]
+
+
+def test_a_second_turn_on_a_full_cache_is_exact():
+    text, turn = tokens(1, 150), tokens(1, 300)
+    config = presets.full().replace(generated_capacity=400)
+    _, cache = prefill(MODEL, text, jnp.array([150]), config)
+    logits, _ = extend(MODEL, cache, turn, jnp.array([300]))
+    whole = jnp.concatenate([text, turn], 1)
+    np.testing.assert_allclose(logits, prefill(MODEL, whole, jnp.array([450]), config)[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ("h2o", "snapkv", "kivi", "minikv", "mikv"))
+def test_a_prompt_in_chunks_leaves_what_the_whole_prompt_leaves(method):
+    text, lengths, later, config = tokens(2, 50), jnp.array([50, 21]), tokens(2, 8), METHODS[method]
+    logits, cache = prefill(MODEL, text, lengths, config)
+    chunked_logits, chunked = prefill_in_chunks(MODEL, text, lengths, config, chunk=16)
+    np.testing.assert_allclose(logits, chunked_logits, atol=2e-5)
+    assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, chunked)
+    assert nearly_equal(decode(cache, later)[0], decode(chunked, later)[0])
+
+
+@pytest.mark.parametrize("method", ("snapkv", "kivi", "minikv", "mikv"))
+def test_forks_answer_as_the_original_would(method):
+    config = roomy(method)
+    _, cache = prefill(MODEL, tokens(1, 60), jnp.array([60]), config)
+    forked, later = fork(cache, 3), tokens(3, 30)
+    together, _ = decode(forked, later)
+    for b in range(3):
+        assert nearly_equal(together[b], decode(cache, later[b : b + 1])[0][0])
+
+
+def test_forks_hold_their_prefix_once():
+    _, cache = prefill(MODEL, tokens(1, 60), jnp.array([60]), roomy("minikv"))
+    forked = fork(cache, 8)
+    for layer, original in zip(forked.layers, cache.layers):
+        assert layer.prefix[0].keys.codes is original.segment.keys.codes
+    assert int(reset(forked, 0).layers[0].prefix[0].length[0]) > 0
+
+
+def test_more_than_there_is_room_for_is_refused_loudly():
+    _, cache = prefill(MODEL, tokens(2, 8), jnp.array([8, 8]), presets.full().replace(generated_capacity=5))
+    logits, extended = extend(MODEL, cache, tokens(2, 9), jnp.array([6, 5]))
+    assert bool(jnp.isnan(logits[0]).all()) and not bool(jnp.isnan(logits[1]).any())
+    assert extended.lengths.tolist() == [8, 13]
+
+
+def test_what_does_not_fit_together_is_refused():
+    config = roomy("minikv")
+    _, cache = prefill(MODEL, tokens(2, 8), jnp.array([8, 8]), config)
+    _, one = prefill(MODEL, tokens(1, 8), jnp.array([8]), config)
+    _, other = prefill(MODEL, tokens(1, 8), jnp.array([8]), config.replace(generated_capacity=41))
+    for call, match in [
+        (lambda: insert(cache, 0, cache), "one sequence"),
+        (lambda: insert(cache, 0, other), "generated_capacity"),
+        (lambda: insert(fork(one, 2), 0, one), "forked"),
+        (lambda: fork(cache, 2), "one sequence"),
+        (lambda: fork(fork(one, 1), 2), "fork"),
+        (lambda: empty_cache(MODEL, METHODS["full"], 2), "prompt_capacity"),
+        (lambda: prefill_in_chunks(MODEL, tokens(1, 8), jnp.array([8]), config, chunk=0), "chunk=0"),
+    ]:
+        with pytest.raises(ConfigError, match=match):
+            call()
+    with pytest.raises(PromptError, match="at least one token"):
+        extend(MODEL, one, tokens(1, 0), jnp.array([0]))
+    with pytest.raises(PromptError, match="sequences"):
+        extend(MODEL, one, tokens(2, 4), jnp.array([4, 4]))
+    assert CONFIG.vocab_size == cache_logits(one).shape[1]
+
+
+def cache_logits(cache):
+    return step(MODEL, cache, tokens(1))[0]
