@@ -1,0 +1,138 @@
+"""The README's generated parts: the methods from `presets`, the figures from `examples/results/*.json`.
+
+    python -m minikv_jax.bench.tables --write README.md     rewrite them
+    python -m minikv_jax.bench.tables --check README.md     fail if that would change anything
+
+A part stands between `<!-- NAME -->` and `<!-- /NAME -->`; the names are the keys of `PARTS`.
+"""
+
+import argparse
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from minikv_jax import presets
+from minikv_jax.errors import MiniKVError
+
+RESULTS = Path("examples/results")
+_NOT_YET = "Not measured yet."
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _source(results: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if name != "minikv-jax")
+    return f"{results['device']}; {versions}; {results['date']}; `{results['command']}`."
+
+
+def methods(folder: Path) -> str:
+    """Each preset's own words and knobs."""
+    rows = []
+    for name, preset in presets.METHODS.items():
+        about = (inspect.getdoc(preset) or "").splitlines()[0]
+        knobs = [f"{k}={p.default}" for k, p in inspect.signature(preset).parameters.items()]
+        rows.append([f"`{name}`", about, ", ".join(f"`{knob}`" for knob in knobs) or "-"])
+    return _table(["method", "what it does", "knobs and their defaults"], rows)
+
+
+def cpu(folder: Path) -> str:
+    """Decode and prefill beside transformers."""
+    path = folder / "cpu.json"
+    if not path.exists():
+        return _NOT_YET
+    results = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for row in results["rows"]:
+        size = f"{row['bytes'] / 2**20:.1f} MiB" if "bytes" in row else "-"
+        who = "this library" if row["implementation"] == "minikv_jax" else row["implementation"]
+        times = [f"{row['decode_ms']:.1f} ms", f"{row['prefill_s']:.1f} s"]
+        rows.append([f"{who}, {row['method']}", *times, size])
+    shape = results["rows"][0]["shape"]
+    title = (
+        f"SmolLM2-135M in {shape['dtype']}, one sequence, {shape['prompt']:,} prompt tokens; medians of "
+        f"{results['rows'][0]['rounds']} rounds in turn. {_source(results)}"
+    )
+    return title + "\n\n" + _table(["", "per new token", "prompt", "cache"], rows)
+
+
+def prefill(folder: Path) -> str:
+    """Two-pass attention beside cuDNN."""
+    path = folder / "prefill.json"
+    if not path.exists():
+        return _NOT_YET
+    results = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for row in results["rows"]:
+        times = [f"{row[name] / 1e3:.2f} ms" for name in ("flash_us", "forward_us", "us")]
+        rows.append([row["case"], *times, f"{row['ratio_to_flash']:.2f}"])
+    header = ["prompt", "cuDNN, no scores", "ours, no scores", "ours, with scores", "with scores / cuDNN"]
+    return f"{_shape(results['rows'][0])}{_source(results)}\n\n{_table(header, rows)}"
+
+
+def decode(folder: Path) -> str:
+    """Attention over packed codes beside cuDNN in bfloat16."""
+    path = folder / "decode.json"
+    if not path.exists():
+        return _NOT_YET
+    results = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for row in results["rows"]:
+        if row["implementation"] == "cudnn":
+            continue
+        shape = row["shape"]
+        name = f"{shape['B']} x {shape['S']:,} tokens, {shape['N']}/{shape['K']} heads"
+        what = f"{row['format']}, {row['implementation']}"
+        times = [f"{row[key]:.0f} µs" for key in ("baseline_us", "us")]
+        rows.append([name, what, f"{row['bits_per_element']:.2f}", *times, f"{row['speedup']:.2f}"])
+    header = ["cache kept", "codes", "bits per element", "cuDNN, bf16, all tokens", "ours", "times as fast"]
+    return f"Head size {results['rows'][0]['shape']['H']}. {_source(results)}\n\n{_table(header, rows)}"
+
+
+def _shape(row: dict) -> str:
+    shape = row["shape"]
+    return f"{shape['N']} query and {shape['K']} key/value heads of {shape['H']} where a case does not say otherwise. "
+
+
+PARTS: dict[str, Callable[[Path], str]] = {"methods": methods, "cpu": cpu, "prefill": prefill, "decode": decode}
+
+
+def render(text: str, folder: Path = RESULTS) -> str:
+    """The text with every marked part written anew.
+
+    Raises:
+        MiniKVError: a part's marker is missing or stands there twice.
+    """
+    for name, part in PARTS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise MiniKVError(f"The text must hold <!-- {name} --> and <!-- /{name} --> once, in this order.")
+        content = part(folder)
+        text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
+    return text
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--write", type=Path, metavar="FILE")
+    mode.add_argument("--check", type=Path, metavar="FILE")
+    chosen = parser.parse_args(arguments)
+    path = chosen.write or chosen.check
+    old = path.read_text(encoding="utf-8")
+    new = render(old)
+    if chosen.write:
+        path.write_text(new, encoding="utf-8")
+    elif new != old:
+        print(f"{path} is behind its sources: run `make format`.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

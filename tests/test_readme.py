@@ -1,0 +1,55 @@
+"""The README's example runs as written, its commands exist, and its generated parts are in step with their sources."""
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from minikv_jax import cli
+from minikv_jax.bench import tables
+from minikv_jax.errors import MiniKVError
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_example_is_nine_lines_and_runs(capsys, monkeypatch):
+    (example,) = blocks("python")
+    assert sum(bool(line) for line in example.splitlines()) == 9
+    monkeypatch.chdir(ROOT)
+    exec(compile(example, "README.md", "exec"), {})
+    answer, times_smaller = capsys.readouterr().out.rsplit(maxsplit=1)
+    assert len(answer.split()) > 10 and float(times_smaller) > 4
+
+
+def test_commands_and_files_named_in_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"(?:^|`)make ([a-z]+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for name in re.findall(r"(?:tests|examples)/[\w/.]+\.(?:py|txt)", README):
+        assert (ROOT / name).exists(), name
+    for command, *options in re.findall(r"minikv (generate|compare|methods)((?: --[a-z-]+ [^ `\n]+)*)", README):
+        known = {flag for option in cli.app.commands[command].params for flag in option.opts}
+        assert set(re.findall(r"--[a-z-]+", options[0])) <= known
+
+
+def test_generated_parts_are_in_step():
+    assert tables.render(README, ROOT / "examples/results") == README, "run `make format`"
+
+
+def test_tables_of_results(tmp_path):
+    text = "".join(f"<!-- {name} -->\nbehind\n<!-- /{name} -->\n" for name in tables.PARTS)
+    written = tables.render(text, tmp_path)
+    assert written.count("Not measured yet.") == 3 and "behind" not in written and "`minikv`" in written
+    with pytest.raises(MiniKVError, match="cpu"):
+        tables.render(text.replace("<!-- cpu -->", ""), tmp_path)
+
+
+def test_help_names_every_command():
+    result = CliRunner().invoke(cli.app, ["--help"])
+    assert result.exit_code == 0 and all(name in result.output for name in ("generate", "compare", "methods"))
