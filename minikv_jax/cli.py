@@ -42,7 +42,7 @@ class Answer:
 def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """Yields a function of (done, total) that moves a bar on standard error; nothing is drawn without a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_messages, transient=True) as bar:
+    with Progress(*columns, console=_messages, transient=True, disable=not _messages.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -71,7 +71,7 @@ def _token_ids(tokenizer, text: str, raw: bool) -> list[int]:
 
 
 def _answer(
-    model, tokenizer, ids: list[int], config: CacheConfig, request: "_Request", sampling, write
+    model, tokenizer, ids: list[int], config: CacheConfig, request: "_Request", sampling, label: str, write
 ) -> tuple[Answer, CacheReport]:
     """Reads the prompt, streams the answer through `write`, and reports (answer, cache report)."""
     import jax.numpy as jnp
@@ -100,6 +100,7 @@ def _answer(
             progress=progress,
         )
         token, cache = next(tokens)
+    write(label)
     while True:
         new = int(np.asarray(token)[0])
         times.append(time.perf_counter())
@@ -171,7 +172,9 @@ def _method(name: str, settings: tuple[str, ...]) -> CacheConfig:
             knobs[knob] = value
     try:
         config = presets.by_name(name, **knobs)
-    except TypeError as error:
+    except MiniKVError:
+        raise
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"--set {' '.join(settings)}: a value has the wrong type ({error}).") from None
     return config if config.codec.dense else config.replace(dtype="bfloat16")
 
@@ -281,9 +284,8 @@ def _answers(configs: list[CacheConfig], request: _Request, quiet: bool) -> list
 
     answers = []
     for config in configs:
-        if len(configs) > 1:
-            write(f"\n[{config.name}] ")
-        answers.append(_answer(model, tokenizer, ids, config, request, sampling, write))
+        label = f"\n[{config.name}] " if len(configs) > 1 else ""
+        answers.append(_answer(model, tokenizer, ids, config, request, sampling, label, write))
     return answers
 
 
@@ -347,6 +349,21 @@ def _print_sizes(model_shape: str, prompt: int, generated: int, as_json: bool) -
             f"{row['mib_without_window']:,.1f}",
         )
     Console().print(table)
+
+
+@app.command()
+@click.argument("benchmark", type=click.Choice(["prefill", "decode", "cpu"]))
+@click.option("--out", type=Path, required=True, help="The JSON file to write.")
+def bench(benchmark: str, out: Path) -> None:
+    """Measure: attention with scores (prefill) and over codes (decode) on a GPU, or whole models on the CPU (cpu)."""
+    import importlib
+
+    import jax
+
+    if benchmark != "cpu" and jax.default_backend() != "gpu":
+        raise MiniKVError(f"bench {benchmark} measures GPU kernels, and JAX sees none: it runs on {jax.devices()[0]}.")
+    importlib.import_module(f"minikv_jax.bench.{benchmark}").run(out)
+    print(f"Figures: {out}")
 
 
 def main() -> None:

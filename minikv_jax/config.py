@@ -79,6 +79,8 @@ class Allocation:
         pyramid_depth: a depth d lets a heavy share fall linearly over the layers from 2 heavy - heavy / d to heavy / d,
             with mean `heavy` (MiniKV section 3.2; its code has 7).
         pyramid_beta: PyramidKV's (arXiv 2406.02069) arithmetic sequence of budgets around `budget`; its code has 20.
+        per_head: budgets that differ between the heads of a layer (AdaKV, arXiv 2407.11550). Refused: a layer's heads
+            share one array, so a head with fewer tokens would free nothing.
     """
 
     heavy: Amount = 1.0
@@ -87,8 +89,14 @@ class Allocation:
     sinks: int = 0
     pyramid_depth: float | None = None
     pyramid_beta: int | None = None
+    per_head: bool = False
 
     def __post_init__(self):
+        _require(
+            not self.per_head,
+            "per_head budgets are not supported: the heads of a layer share one array, so tokens taken from one head "
+            "would only be masked and no memory freed. Use budgets per layer (pyramid_depth, pyramid_beta).",
+        )
         _require_amount("heavy", self.heavy)
         _require_amount("recent", self.recent)
         _require(isinstance(self.sinks, int) and self.sinks >= 0, f"sinks={self.sinks}: give a number of tokens.")

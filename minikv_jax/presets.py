@@ -65,12 +65,29 @@ def qhitter(
 
 
 def kivi(
-    key_bits: int = 2, value_bits: int = 2, group_size: int = 32, residual: int = 128, balance: bool = False
+    key_bits: int = 2,
+    value_bits: int = 2,
+    group_size: int = 32,
+    residual: int = 128,
+    balance: bool = False,
+    rotate: bool = False,
+    metadata_dtype: str = "float16",
+    clip: tuple[float, ...] = (),
 ) -> CacheConfig:
     """KIVI (arXiv 2402.02750, section 4): every token; keys per channel, values per token, the newest dense."""
     return CacheConfig(
         name="kivi",
-        codec=Codec(key_bits, value_bits, group_size, group_size, balance=balance),
+        codec=Codec(
+            key_bits,
+            value_bits,
+            group_size,
+            group_size,
+            metadata_dtype=metadata_dtype,
+            balance=balance,
+            rotate_keys=rotate,
+            rotate_values=rotate,
+            clip=tuple(clip),
+        ),
         window=residual,
         window_style="kivi",
     )
@@ -93,6 +110,7 @@ def minikv(
     rotate: bool = False,
     metadata_dtype: str = "float16",
     clip: tuple[float, ...] = (),
+    per_head: bool = False,
 ) -> CacheConfig:
     """MiniKV (arXiv 2411.18077, Algorithm 1): most attended and newest tokens in 2 bits, fixed after the prompt.
 
@@ -108,6 +126,7 @@ def minikv(
         normalize, pooling, value_norm: of the scores, see `Rank`. Not in the paper, as all that follows.
         balance, metadata_dtype, clip: see `Codec`.
         rotate: Hadamard rotation of keys and values.
+        per_head: refused, see `Allocation`.
     """
     dense = bits == 16
     codec = Codec(
@@ -124,7 +143,9 @@ def minikv(
     return CacheConfig(
         name="minikv" if pyramid_depth is None else "minikv_pyramid",
         rank=Rank(by="attention", normalize=normalize, pooling=pooling, value_norm=value_norm),
-        allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks, pyramid_depth=pyramid_depth),
+        allocation=Allocation(
+            heavy=float(heavy), recent=float(recent), sinks=sinks, pyramid_depth=pyramid_depth, per_head=per_head
+        ),
         codec=codec,
         window=None if dense else residual,
     )

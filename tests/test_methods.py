@@ -77,16 +77,21 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# Variants of a method that another case already covers.
+SLOW = {"minikv, 4 bits, more recent", "h2o, persistent", "snapkv, max pool, a share", "kivi, 4 bits"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
 @settings(max_examples=4, suppress_health_check=[HealthCheck.filter_too_much])
 @given(
     seed=st.integers(0, 2**32 - 1),
     lengths=st.tuples(*[st.integers(1, TOKENS)] * BATCH),
-    group=st.sampled_from([1, 3]),
 )
-def test_cache_agrees_with_its_simulation(case, seed, lengths, group):
+def test_cache_agrees_with_its_simulation(case, seed, lengths):
     config, simulation = CASES[case]
-    prompt, stream = draw(np.random.default_rng(seed), BATCH, TOKENS, STEPS, HEADS, group, HEAD_SIZE)
+    prompt, stream = draw(np.random.default_rng(seed), BATCH, TOKENS, STEPS, HEADS, 3, HEAD_SIZE)
     layer = {"layer": 2, "layers": 5} if config.name.startswith(("minikv_pyramid", "pyramidkv")) else {}
     result = run(config, *prompt, np.array(lengths), stream, **layer)
     for b, length in enumerate(lengths):
@@ -109,3 +114,25 @@ def held(layer, b):
     if isinstance(layer.window, KiviWindow):
         return None
     return sum(int(part.length[b]) for part in (layer.segment, layer.window, layer.retained) if part is not None)
+
+
+@pytest.mark.parametrize("case", ["minikv", *(pytest.param(case, marks=pytest.mark.slow) for case in ("kivi", "mikv"))])
+def test_a_thousand_steps_do_not_drift(case):
+    config, simulation = CASES[case]
+    prompt, stream = draw(np.random.default_rng(), 1, 48, 1000, 1, 2, HEAD_SIZE)
+    result = run(config, *prompt, np.array([48]), stream)
+    oracle = simulation()
+    oracle.prefill(*(x[0] for x in prompt))
+    expected = np.stack([oracle.step(*(x[i, 0] for x in stream)) for i in range(1000)])
+    error = np.abs(result.outputs[:, 0] - expected).max(axis=(1, 2))
+    # A tie between two codes or two tokens may be settled the other way once; drift would be everywhere.
+    assert np.median(error) < 1e-3 and np.mean(error < 2e-3) > 0.9
+
+
+def test_scores_per_query_head_are_the_papers_where_every_head_has_its_own_keys():
+    config, _ = CASES["minikv"]
+    prompt, stream = draw(np.random.default_rng(), 1, TOKENS, STEPS, HEADS, 1, HEAD_SIZE)
+    oracle = reference.MiniKV(group=8, residual=16, per_query_head=True)
+    oracle.prefill(*(x[0] for x in prompt))
+    expected = np.stack([oracle.step(*(x[i, 0] for x in stream)) for i in range(STEPS)])
+    np.testing.assert_allclose(run(config, *prompt, np.array([TOKENS]), stream).outputs[:, 0], expected, atol=2e-3)

@@ -1,0 +1,128 @@
+"""The knobs that go beyond the papers: each does what it says, and none changes what it should not."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from layer import draw, run
+
+from minikv_jax import ConfigError, presets, quantize, rank
+from minikv_jax.config import Allocation, Rank
+
+PLAIN = presets.minikv(bits=8, group_size=8, residual=16)
+
+
+def outputs(config, prompt, stream, lengths):
+    return np.asarray(run(config, *prompt, np.array(lengths), stream).outputs)
+
+
+@pytest.mark.parametrize(
+    "knob", [{"rotate": True}, {"balance": True}, {"clip": (0.95, 0.9)}, {"metadata_dtype": "bfloat16"}]
+)
+@pytest.mark.parametrize("method", ["minikv", "kivi"])
+def test_a_codec_knob_changes_rounding_only(method, knob):
+    # At 8 bits the codes hardly round, so what is stored and what is asked must fit together whatever the knob.
+    base = {"group_size": 8, "residual": 16}
+    base |= {"bits": 8} if method == "minikv" else {"key_bits": 8, "value_bits": 8}
+    prompt, stream = draw(np.random.default_rng(), 2, 64, 40, 2, 2, 16)
+    plain, turned = (outputs(presets.by_name(method, **base, **more), prompt, stream, (64, 33)) for more in ({}, knob))
+    assert np.abs(plain - turned).mean() < 0.05 < np.abs(plain).mean()
+    # A range is clipped only where that helps, which it hardly does at 8 bits.
+    assert "clip" in knob or not np.array_equal(plain, turned)
+
+
+def test_rotation_helps_where_one_channel_is_loud():
+    prompt, stream = draw(np.random.default_rng(), 1, 64, 20, 2, 2, 16)
+    for key in (prompt[1], stream[1]):
+        key[..., ::5] *= np.where(np.arange(key.shape[0 if key.ndim == 3 else 1]) % 9 == 0, 12, 1)[..., None, None]
+    exact = outputs(presets.minikv(1, 0, bits=16), prompt, stream, (64,))
+    errors = [
+        np.abs(outputs(presets.minikv(1, 0, 2, 16, 16, rotate=rotate), prompt, stream, (64,)) - exact).mean()
+        for rotate in (False, True)
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_clipping_never_loses_precision():
+    x = jnp.asarray(np.random.default_rng().standard_t(2, (1, 2, 64, 32)), jnp.float32)
+    errors = []
+    for clip in ((), (0.9,), (0.9, 0.8, 0.7)):
+        codes = quantize.encode(x, 2, 16, "tokens", "float16", clip)
+        errors.append(float(jnp.square(quantize.decode(codes, 16, "tokens") - x).sum()))
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_the_balancer_is_the_papers():
+    prompt, stream = draw(np.random.default_rng(), 1, 48, 1, 2, 3, 16)
+    cache = run(presets.mikv(), *prompt, np.array([48]), stream).prompt
+    np.testing.assert_allclose(
+        cache.retained.balance[0], reference.channel_balancer(prompt[0][0], prompt[1][0]), rtol=1e-5
+    )
+
+
+def test_whole_numbered_minima_are_q_hitters():
+    x = np.random.default_rng().standard_normal((1, 1, 128, 32)).astype(np.float32)
+    codes = quantize.encode(jnp.asarray(x), 4, 32, "channels", "float16", (), True)
+    expected = reference.integer_zero_roundtrip(x[0, 0], 4)
+    # The minimum is stored in float16: its rounding, and now and then a number half-way between two codes.
+    difference = np.abs(quantize.decode(codes, 32, "channels")[0, 0] - expected)
+    assert np.mean(difference > 4e-3) < 1e-3
+
+
+@pytest.mark.parametrize("length", [64, 30])
+def test_sinks_stay(length):
+    prompt, stream = draw(np.random.default_rng(), 1, 64, 1, 2, 1, 16)
+    # Keys that nobody attends to: only the knob can keep them.
+    prompt[1][:, :4] = -10 * np.sign(prompt[0].mean(axis=(0, 1, 2))) * np.ones(16)
+    config = presets.h2o(0.2, 0.1, sinks=4)
+    ledger = run(config, *prompt, np.array([length]), stream).prompt.ledger
+    for head in range(2):
+        assert {0, 1, 2, 3} <= set(ledger.positions[0, head, : 4 + int(length * 0.2) + int(length * 0.1)].tolist())
+
+
+def test_scores_are_normalised_pooled_and_weighted():
+    rng = np.random.default_rng()
+    scores, value = rng.random((1, 1, 20)).astype(np.float32), rng.standard_normal((1, 1, 20, 8)).astype(np.float32)
+    lengths, recent = jnp.array([20]), jnp.array([5])
+
+    def refined(**knobs):
+        return np.asarray(rank.refine(jnp.asarray(scores), jnp.asarray(value), lengths, recent, Rank(**knobs)))[0, 0]
+
+    rows = np.arange(20, 0, -1)
+    np.testing.assert_allclose(refined(by="attention", normalize=True), scores[0, 0] / rows, rtol=1e-5)
+    expected = scores[0, 0] / np.minimum(rows, 4)
+    np.testing.assert_allclose(refined(by="window", window=4, normalize=True), expected, rtol=1e-5)
+    norms = np.linalg.norm(value[0, 0], axis=-1)
+    np.testing.assert_allclose(refined(by="attention", value_norm=True), scores[0, 0] * norms, rtol=1e-5)
+    for pool in ("avg", "max"):
+        expected = reference.pool(scores[0, 0, :15], 5, pool)
+        np.testing.assert_allclose(refined(by="attention", pooling=5, pool=pool)[:15], expected, rtol=1e-5)
+
+
+def test_budgets_per_head_are_refused():
+    with pytest.raises(ConfigError, match="no memory freed"):
+        Allocation(per_head=True)
+    with pytest.raises(ConfigError, match="no memory freed"):
+        presets.by_name("minikv", per_head=True)
+
+
+@pytest.mark.parametrize(
+    "make, named",
+    [
+        (lambda: Rank(by="age"), "by='age'"),
+        (lambda: Rank(by="attention", pooling=4), "pooling=4"),
+        (lambda: presets.snapkv(window=0), "window=0"),
+        (lambda: presets.mikv(retained_bits=16, balance=False), "retained"),
+        (lambda: presets.mikv(ratio=0.0), "budget=0.0"),
+        (lambda: presets.kivi(key_bits=16), "key_bits=16"),
+        (lambda: presets.kivi(group_size=32, residual=100), "window=100"),
+        (lambda: presets.minikv(metadata_dtype="int8"), "int8"),
+        (lambda: presets.minikv(clip=(1.5,)), "clip"),
+        (lambda: presets.h2o(heavy=-3), "heavy=-3"),
+        (lambda: PLAIN.replace(dtype="int8"), "int8"),
+        (lambda: PLAIN.replace(generated_capacity=0), "generated_capacity=0"),
+    ],
+)
+def test_a_value_out_of_range_is_named(make, named):
+    with pytest.raises(ConfigError, match=named):
+        make()
