@@ -143,7 +143,7 @@ def test_xla_matches_float64(name):
     assert compare("xla", FORMATS[name], lengths=[[256, 100], [0, 129]]) < 1e-5
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=7, deadline=None)
 @given(
     name=st.sampled_from(sorted(FORMATS)),
     heads=st.sampled_from([(1, 1), (1, 8), (2, 4), (3, 3)]),
@@ -216,7 +216,7 @@ def random_partials(rng, count):
     ]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**20), order=st.permutations(range(4)))
 def test_merge_does_not_depend_on_the_order(seed, order):
     partials = random_partials(np.random.default_rng(seed), 4)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from minikv_jax import presets
 from minikv_jax.errors import MiniKVError
+from minikv_jax.models.shapes import shape_of
+from minikv_jax.report import planned_report
 
 RESULTS = Path("examples/results")
 _NOT_YET = "Not measured yet."
@@ -39,6 +41,26 @@ def methods(folder: Path) -> str:
         knobs = [f"{k}={p.default}" for k, p in inspect.signature(preset).parameters.items()]
         rows.append([f"`{name}`", about, ", ".join(f"`{knob}`" for knob in knobs) or "-"])
     return _table(["method", "what it does", "knobs and their defaults"], rows)
+
+
+def sizes(folder: Path) -> str:
+    """What each method's cache weighs for two models, as `minikv methods --model-shape` says."""
+    cases = [("llama2-7b", 4096, 512), ("llama3-8b", 32768, 512)]
+    plans = {
+        name: [planned_report(shape_of(model), preset(), *tokens).total for model, *tokens in cases]
+        for name, preset in presets.METHODS.items()
+    }
+    rows = []
+    for name, totals in plans.items():
+        cells = []
+        for total in totals:
+            cells += [f"{total.bits_per_element:.2f}"]
+            cells += [f"{size / 2**20:,.0f}" for size in (total.bytes_held, total.bytes_tiers)]
+        rows.append([f"`{name}`", *cells])
+    header = ["method", *("bits per element", "MiB held", "MiB of tiers") * 2]
+    titles = " and ".join(f"{model} at {prompt:,} + {generated} tokens" for model, prompt, generated in cases)
+    commands = ", ".join(f"`minikv methods --model-shape {m} --prompt {p} --generated {g}`" for m, p, g in cases)
+    return f"One sequence of {titles}: {commands}.\n\n{_table(header, rows)}"
 
 
 def cpu(folder: Path) -> str:
@@ -99,7 +121,13 @@ def _shape(row: dict) -> str:
     return f"{shape['N']} query and {shape['K']} key/value heads of {shape['H']} where a case does not say otherwise. "
 
 
-PARTS: dict[str, Callable[[Path], str]] = {"methods": methods, "cpu": cpu, "prefill": prefill, "decode": decode}
+PARTS: dict[str, Callable[[Path], str]] = {
+    "methods": methods,
+    "sizes": sizes,
+    "cpu": cpu,
+    "prefill": prefill,
+    "decode": decode,
+}
 
 
 def render(text: str, folder: Path = RESULTS) -> str:
