@@ -8,34 +8,14 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import CONFIG, METHODS, tokens
 
 from minikv_jax import ConfigError, PromptError, Sampling, decode_step, forward, generate, nbytes, prefill, presets
 from minikv_jax.generate import sample, stream
-from minikv_jax.models import ModelConfig
 from minikv_jax.models.llama import Llama
 
-CONFIG = ModelConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=2048,
-    tie_word_embeddings=True,
-)
-MODEL = Llama(CONFIG, rngs=nnx.Rngs(params=0))
-METHODS = {
-    "full": presets.full(),
-    "minikv": presets.minikv(group_size=8, residual=16),
-    "minikv_pyramid": presets.minikv_pyramid(group_size=8, residual=16),
-}
+MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
 step = jax.jit(decode_step, donate_argnames="cache")
-
-
-def tokens(*shape):
-    return jnp.asarray(np.random.default_rng().integers(0, CONFIG.vocab_size, shape), jnp.int32)
 
 
 def follow(config, prompt, lengths, later, params=MODEL):
