@@ -136,3 +136,40 @@ def test_scores_per_query_head_are_the_papers_where_every_head_has_its_own_keys(
     oracle.prefill(*(x[0] for x in prompt))
     expected = np.stack([oracle.step(*(x[i, 0] for x in stream)) for i in range(STEPS)])
     np.testing.assert_allclose(run(config, *prompt, np.array([TOKENS]), stream).outputs[:, 0], expected, atol=2e-3)
+
+
+DRAWN = {
+    "streaming_llm": lambda a, b, g: (presets.streaming_llm(2, 4 + g), reference.StreamingLLM(sinks=2, recent=4 + g)),
+    "h2o": lambda a, b, g: (presets.h2o(a, b), reference.H2O(heavy=a, recent=b)),
+    "snapkv": lambda a, b, g: (presets.snapkv(a, 4), reference.SnapKV(capacity=a, window=4)),
+    "kivi": lambda a, b, g: (
+        presets.kivi(group_size=g, residual=2 * g),
+        reference.KIVI(group=g, residual=2 * g),
+    ),
+    "minikv": lambda a, b, g: (
+        presets.minikv(a, b, group_size=g, residual=2 * g),
+        reference.MiniKV(heavy=a, recent=b, group=g, residual=2 * g),
+    ),
+    "mikv": lambda a, b, g: (presets.mikv(a, b), reference.MiKV(ratio=a, recent_share=b)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", DRAWN)
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    length=st.integers(1, TOKENS),
+    shares=st.sampled_from([(0.1, 0.3), (0.45, 0.05), (0.3, 0.4)]),
+    group_size=st.sampled_from([4, 8, 16]),
+    heads=st.sampled_from([(1, 1), (1, 4), (3, 2)]),
+)
+def test_cache_agrees_over_drawn_ratios_groups_and_heads(method, seed, length, shares, group_size, heads):
+    config, oracle = DRAWN[method](*shares, group_size)
+    prompt, stream = draw(np.random.default_rng(seed), 1, TOKENS, STEPS, *heads, HEAD_SIZE)
+    result = run(config, *prompt, np.array([length]), stream)
+    oracle.prefill(*(x[0, :length] for x in prompt))
+    expected = np.stack([oracle.step(*(x[i, 0] for x in stream)) for i in range(STEPS)])
+    assume(oracle.closest_call > 1e-5)
+    assert held(result.after, 0) in (None, oracle.held)
+    np.testing.assert_allclose(result.outputs[:, 0], expected, atol=2e-3, rtol=2e-3)
