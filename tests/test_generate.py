@@ -204,7 +204,8 @@ def test_a_sliding_window_model_takes_only_what_its_window_holds():
     with pytest.raises(ConfigError, match="last 64 tokens"):
         prefill(model, tokens(1, 60), jnp.array([60]), presets.full().replace(generated_capacity=8))
     text = tokens(1, 64)
-    logits, _ = follow(presets.full().replace(generated_capacity=14), text[:, :50], jnp.array([50]), text[:, 50:])
+    config = presets.full().replace(generated_capacity=14)
+    logits, _ = follow(config, text[:, :50], jnp.array([50]), text[:, 50:], params=model)
     np.testing.assert_allclose(logits[0], forward(model, text)[0, 49:], atol=2e-5)
 
 
