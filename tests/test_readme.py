@@ -1,6 +1,5 @@
 """The README's example runs as written, its commands exist, and its generated parts are in step with their sources."""
 
-import ast
 import os
 import re
 import subprocess
