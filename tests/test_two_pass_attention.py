@@ -53,10 +53,10 @@ def ints(*x):
 
 
 def compare(got, want, tolerance):
-    for name, a, b in zip(("output", "scores", "lse"), got, want):
+    for a, b in zip(got, want):
         a = np.asarray(a, np.float64)
-        assert np.isfinite(a[np.isfinite(b)]).all(), name
-        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance, err_msg=name)
+        assert np.isfinite(a[np.isfinite(b)]).all()
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
 
 
 @settings(max_examples=8, deadline=None)
@@ -185,7 +185,7 @@ def test_lowers_for_hopper_by_default(dtype, t, s, heads, kv_heads, h, options):
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA B200", "Tesla T4"])
-def test_other_gpus_get_xla(kind):
+def test_other_gpus_get_no_hopper_kernel(kind):
     assert "mosaic_gpu" not in lowered(kind, jnp.bfloat16, 64, 64, 4, 2, 64)
 
 

@@ -33,7 +33,6 @@ are no multiple of 8 are padded by the wrapper. Padding may hold NaN: logits out
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -42,7 +41,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-_LOG2E = math.log2(math.e)
+from pallas_kernels.two_pass_attention import common
+
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 _COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 # Registers per thread of (a consumer, the producer) by number of consumers: 65536 in all, in steps of 8.
@@ -86,9 +86,6 @@ _BLOCKS = {
     128: (ForwardBlocks(), ScoreBlocks()),
     256: (ForwardBlocks(2, 64, 64), ScoreBlocks(2, 64, 128)),
 }
-# When a block of threads of pass 2 takes a whole group of query heads.
-_ENOUGH_BLOCKS = 1024
-_FEW_ROWS = 512
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
@@ -156,7 +153,7 @@ def _forward(
     tiles = -(-t // tile)
     tall = (rows, keys)
     turns = wgs > 1
-    factor = scale * _LOG2E
+    factor = scale * common.LOG2E
 
     def kernel(q_ref, k_ref, v_ref, extent_ref, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, p_smem, *barriers):
         q_bar, k_bar, v_bar, k_free, v_free, turn = barriers
@@ -356,7 +353,7 @@ def _column_sums(
     tile = wgs * keys
     tiles = -(-s // tile)
     tall = (keys, rows)
-    factor = scale * _LOG2E
+    factor = scale * common.LOG2E
 
     def kernel(q_ref, k_ref, lse_ref, extent_ref, out_ref, k_smem, q_smem, lse_smem, out_smem, *barriers):
         k_bar, q_bar, free = barriers
@@ -475,29 +472,12 @@ def _column_sums(
     return jnp.where(present, sums, 0.0)
 
 
-def _device_kind() -> str:
-    """What the program is traced for: the abstract device of a cross-lowering, or the default device."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract.device_kind if abstract.platform == "cuda" else abstract.platform
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    platform = device if isinstance(device, str) else device.platform
-    return getattr(device, "device_kind", platform) if platform in ("gpu", "cuda") else platform
-
-
 def _decline_what_it_cannot_run(query, key, value, scale, sliding_window, interpret):
-    if not interpret and not any(name in _device_kind() for name in _HOPPER):
-        raise NotImplementedError(f"needs a Hopper GPU, this is {_device_kind()!r}")
+    if not interpret and not any(name in common.device_kind() for name in _HOPPER):
+        raise NotImplementedError(f"needs a Hopper GPU, this is {common.device_kind()!r}")
     if sliding_window is not None:
         raise NotImplementedError("has no sliding window")
-    if query.dtype not in (jnp.bfloat16, jnp.float16) or not query.dtype == key.dtype == value.dtype:
-        raise NotImplementedError(f"takes bfloat16 or float16, not {query.dtype}, {key.dtype}, {value.dtype}")
-    if query.shape[3] not in _BLOCKS:
-        raise NotImplementedError(f"takes head sizes {sorted(_BLOCKS)}, not {query.shape[3]}")
-    if 0 in query.shape or 0 in key.shape:
-        raise NotImplementedError("needs at least one row and one column")
-    if not scale > 0:
-        raise NotImplementedError(f"needs a scale above 0, not {scale}")
+    common.decline_what_no_kernel_takes(query, key, value, scale)
 
 
 def two_pass_attention(
@@ -532,14 +512,9 @@ def _two_passes(
     b, t, _, _ = query.shape
     s, kv_heads = key.shape[1:3]
 
-    def per_sequence(x, default):
-        return jnp.full((b,), default, jnp.int32) if x is None else x.astype(jnp.int32)
-
-    rows, columns = per_sequence(query_lengths, t), per_sequence(key_value_lengths, s)
-    counted = jnp.zeros_like(rows) if score_rows == "all" else jnp.maximum(rows - score_rows, 0)
-    extent = jnp.stack([rows, columns, per_sequence(query_offset, 0), counted], axis=1).reshape(-1)
+    extent = common.extents(query, key, query_lengths, key_value_lengths, query_offset, score_rows)
     if key_value_lengths is not None:  # a probability of 0 times a NaN of padding would be NaN
-        value = jnp.where((jnp.arange(s) < columns[:, None])[:, :, None, None], value, 0)
+        value = jnp.where((jnp.arange(s) < key_value_lengths[:, None])[:, :, None, None], value, 0)
     query, key, value = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in (query, key, value))
 
     run = functools.partial(dict, scale=scale, is_causal=is_causal, interpret=interpret)
@@ -547,10 +522,8 @@ def _two_passes(
     if score_rows == 0:
         scores = jnp.zeros((b, kv_heads, s), jnp.float32)
     else:
-        few_rows = score_rows != "all" and score_rows <= _FEW_ROWS
-        enough_blocks = b * kv_heads * -(-s // (blocks[1].warpgroups * blocks[1].keys)) >= _ENOUGH_BLOCKS
-        whole_group = blocks[1].whole_group or few_rows or enough_blocks
+        tiles = b * kv_heads * -(-s // (blocks[1].warpgroups * blocks[1].keys))
+        whole_group = blocks[1].whole_group or common.takes_whole_group(score_rows, tiles)
         score_blocks = dataclasses.replace(blocks[1], whole_group=whole_group)
         scores = _column_sums(query, key, lse2, extent, **run(blocks=score_blocks))[..., :s]
-    lse = jnp.where(jnp.isposinf(lse2), -jnp.inf, lse2 * math.log(2))
-    return output[:, :t], scores, jnp.swapaxes(lse[..., :t], 1, 2)
+    return output[:, :t], scores, common.natural(lse2[..., :t])
