@@ -153,7 +153,7 @@ def test_a_sliding_window_on_hopper_is_tritons(launched):
 
 
 def test_it_says_why_it_cannot_run(launched):
-    with pytest.raises(NotImplementedError, match="Ampere.*Tesla T4"):
+    with pytest.raises(NotImplementedError, match=r"Ampere.*Tesla T4"):
         lowered("Tesla T4", jnp.bfloat16, 64, 64, 4, 2, 64, implementation="triton")
     with pytest.raises(NotImplementedError, match="head sizes"):
         lowered("NVIDIA A100", jnp.bfloat16, 64, 64, 4, 2, 80, implementation="triton")

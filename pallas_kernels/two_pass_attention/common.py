@@ -49,7 +49,7 @@ def extents(query, key, query_lengths, key_value_lengths, query_offset, score_ro
 
 
 def takes_whole_group(score_rows: int | str, tiles: int) -> bool:
-    """Whether a block of threads of pass 2 serves all query heads of a group, with `tiles` of keys over all kv heads."""
+    """Whether a block of threads of pass 2 serves a whole group of query heads; `tiles` of keys over all kv heads."""
     return (score_rows != "all" and score_rows <= _FEW_ROWS) or tiles >= _ENOUGH_BLOCKS
 
 
