@@ -10,7 +10,7 @@ HEAD_SIZES = (64, 96, 128, 256)
 LOG2E = math.log2(math.e)
 # Pass 2 loads a tile of keys once for all query heads of its group when that leaves this many blocks of threads, which
 # fill a GPU evenly, or when so few rows count that there is no more to do than to load the keys.
-_ENOUGH_BLOCKS = 1024
+_ENOUGH_BLOCKS = 512
 _FEW_ROWS = 512
 
 

@@ -57,6 +57,7 @@ class ForwardBlocks:
     rows: int = 64
     keys: int = 128
     stages: int = 2
+    lane_totals: bool = False  # sums of probabilities stay within a lane until the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,8 @@ class ScoreBlocks:
     rows: int = 128
     stages: int = 2
     whole_group: bool = False
+    early_lse: bool = False  # log-sum-exps are read while the product runs
+    turns: bool = False  # consumers start their products in turn
 
 
 # By head size, measured on an H100. What was tried and lost, each against its neighbour of the same run, H = 128.
@@ -186,7 +189,11 @@ def _forward(
                 shift = jnp.where(new == -jnp.inf, 0.0, new) if masked else new
                 shrink = jnp.exp2(maximum - shift)
                 p = jnp.exp2(s * factor - lax.broadcast_in_dim(shift, tall, [0]))
-                return p, new, total * shrink + p.sum(axis=1), shrink
+                if blocks.lane_totals:
+                    total = total * lax.broadcast_in_dim(shrink, total.shape, [0]) + _lane_sums(p)
+                else:
+                    total = total * shrink + p.sum(axis=1)
+                return p, new, total, shrink
 
             def logits(s_acc, step):
                 slot = _slot(step, stages)
@@ -239,7 +246,7 @@ def _forward(
                 plgpu.barrier_arrive(v_free.at[_slot(steps - 1, stages)])
                 return out
 
-            zero = _row_constant(rows, 0.0)
+            zero = _zeros((rows, 8)) if blocks.lane_totals else _row_constant(rows, 0.0)
             middle = jnp.clip(unmasked, 1, steps)
             tall_acc, out_acc = (plgpu.WGMMAAccumulatorRef(x, jnp.float32) for x in (tall, (rows, size)))
 
@@ -276,6 +283,8 @@ def _forward(
             out, maximum, total = walk_interpreted() if interpret else pl.run_scoped(walk, tall_acc, out_acc)
             if turns:
                 pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+            if blocks.lane_totals:
+                total = total.sum(axis=1)
             row = plgpu.broadcasted_iota(jnp.int32, (rows, size), 0, layout=plgpu.Layout.WGMMA) + base
             filled = jnp.where(total > 0, total, 1.0)
             out = out * lax.broadcast_in_dim(1.0 / filled, out.shape, [0])
@@ -332,8 +341,8 @@ def _forward(
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
             plgpu.Barrier(num_barriers=wgs),
         ],
-        grid=(heads, tiles, batch),
-        grid_names=("heads", "tiles", "batch"),
+        grid=(tiles, batch, heads),
+        grid_names=("tiles", "batch", "heads"),
         num_threads=wgs + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
@@ -356,7 +365,7 @@ def _column_sums(
     factor = scale * common.LOG2E
 
     def kernel(q_ref, k_ref, lse_ref, extent_ref, out_ref, k_smem, q_smem, lse_smem, out_smem, *barriers):
-        k_bar, q_bar, free = barriers
+        k_bar, q_bar, free, turn = barriers
         b, h, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
         tile_base = lax.axis_index("tiles") * tile
         query_length, key_length, offset, counted = (extent_ref[b * 4 + i] for i in range(4))
@@ -385,6 +394,9 @@ def _column_sums(
                 def skip(step, _):
                     slot = _slot(start + step, stages)
                     plgpu.barrier_wait(q_bar.at[slot])
+                    if blocks.turns:
+                        plgpu.barrier_wait(turn.at[wg])
+                        plgpu.barrier_arrive(turn.at[lax.rem(wg + 1, _int(wgs))])
                     plgpu.barrier_arrive(free.at[slot])
 
                 def body(step, sums, masked):
@@ -392,11 +404,18 @@ def _column_sums(
                     plgpu.barrier_wait(q_bar.at[slot])
 
                     def product(accumulator):
+                        if blocks.turns:
+                            plgpu.barrier_wait(turn.at[wg])
                         plgpu.wgmma(accumulator, k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
-                        return _loaded(accumulator, 0)
+                        if blocks.turns:
+                            plgpu.barrier_arrive(turn.at[lax.rem(wg + 1, _int(wgs))])
+                        if not blocks.early_lse:
+                            logits = _loaded(accumulator, 0)
+                            return logits, plgpu.load(lse_smem.at[slot], layout=_COLUMN_LAYOUT)
+                        lse = plgpu.load(lse_smem.at[slot], layout=_COLUMN_LAYOUT)
+                        return _loaded(accumulator, 0), lse
 
-                    logits = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(tall, jnp.float32))
-                    lse = plgpu.load(lse_smem.at[slot], layout=_COLUMN_LAYOUT)
+                    logits, lse = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(tall, jnp.float32))
                     if interpret:  # its model of TMA wants a fence after a lane's read, beside the barrier
                         plgpu.commit_smem()
                     plgpu.barrier_arrive(free.at[slot])
@@ -415,8 +434,14 @@ def _column_sums(
                 sums = lax.fori_loop(diagonal, last, unmasked, sums)
                 return lax.fori_loop(last, steps, masked, sums)
 
+            if blocks.turns:
+                pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
             sums = lax.fori_loop(0, together, head, _zeros((keys, 8))).sum(axis=1)
-            out_smem.at[wg][...] = sums
+            if blocks.turns:
+                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+            # A key of padding may have been NaN: what it received is dropped, not multiplied by zero.
+            column = plgpu.broadcasted_iota(jnp.int32, (keys,), 0, layout=_ROW_LAYOUT) + base
+            out_smem.at[wg][...] = jnp.where(column < key_length, sums, 0.0)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, h, pl.ds(base, keys)])
             plgpu.wait_smem_to_gmem(0)
@@ -458,18 +483,16 @@ def _column_sums(
             plgpu.Barrier(num_barriers=wgs),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+            plgpu.Barrier(num_barriers=wgs),
         ],
-        grid=(heads // together, tiles, batch),
-        grid_names=("heads", "tiles", "batch"),
+        grid=(tiles, batch, heads // together),
+        grid_names=("tiles", "batch", "heads"),
         num_threads=wgs + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
     )(query, key, lse, extent)
-    sums = sums.reshape(batch, kv_heads, group // together, -1)[..., :s].sum(axis=2)
-    # A key of padding may have been NaN: what it received is dropped here, not multiplied by zero.
-    present = jnp.arange(s) < extent.reshape(batch, 4)[:, 1, None, None]
-    return jnp.where(present, sums, 0.0)
+    return sums.reshape(batch, kv_heads, group // together, -1)[..., :s].sum(axis=2)
 
 
 def _decline_what_it_cannot_run(query, key, value, scale, sliding_window, interpret):
