@@ -227,7 +227,7 @@ print("DONE")
         dict(
             causal=True,
             score_rows=20,
-            forward=dict(lane_totals=True),
+            forward=dict(lane_totals=True, processors=3),
             blocks=dict(whole_group=True, early_lse=True, turns=True),
         ),
         dict(causal=False, score_rows="all", blocks={}),

@@ -58,6 +58,7 @@ class ForwardBlocks:
     keys: int = 128
     stages: int = 2
     lane_totals: bool = False  # sums of probabilities stay within a lane until the end
+    processors: int | None = None  # so many blocks of threads take tiles in turn; None: one block a tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,21 +157,43 @@ def _forward(
     tiles = -(-t // tile)
     tall = (rows, keys)
     turns = wgs > 1
+    work = tiles * batch * heads
+    launched = min(blocks.processors or work, work)
     factor = scale * common.LOG2E
 
     def kernel(q_ref, k_ref, v_ref, extent_ref, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, p_smem, *barriers):
         q_bar, k_bar, v_bar, k_free, v_free, turn = barriers
-        b, h, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
-        first_row = (tiles - 1 - lax.axis_index("tiles")) * tile
-        query_length, key_length, offset = (extent_ref[b * 4 + i] for i in range(3))
-        end = key_length
-        if is_causal:
-            end = jnp.minimum(end, offset + jnp.minimum(first_row + tile, query_length))
-        end = jnp.where(first_row < query_length, end, 0)
-        steps = jnp.maximum(_blocks_of(end, keys), 1)  # a tile of padding takes one step whose result is dropped
+        wg, mine = lax.axis_index("wg"), lax.axis_index("blocks")
+
+        def rank(i):
+            """The i-th tile of this block, heavy ones first; every other round backwards, to even out the work."""
+            return i * launched + jnp.where(lax.rem(_int(i), 2) == 0, mine, launched - 1 - mine)
+
+        def place(i):
+            tile_index, rest = lax.div(rank(i), _int(batch * heads)), lax.rem(rank(i), _int(batch * heads))
+            b, h = lax.div(rest, _int(heads)), lax.rem(rest, _int(heads))
+            first_row = (tiles - 1 - tile_index) * tile
+            query_length, key_length, offset = (extent_ref[b * 4 + i] for i in range(3))
+            end = key_length
+            if is_causal:
+                end = jnp.minimum(end, offset + jnp.minimum(first_row + tile, query_length))
+            end = jnp.where(first_row < query_length, end, 0)
+            steps = jnp.maximum(_blocks_of(end, keys), 1)  # a tile of padding takes one step whose result is dropped
+            return b, h, first_row, query_length, key_length, offset, steps
+
+        rounds = work // launched
+        rounds = rounds + jnp.where(rank(rounds) < work, 1, 0)
 
         def consume():
             plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
+            if turns:
+                pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+            lax.fori_loop(0, rounds, consume_tile, _int(0))
+            if turns:
+                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+
+        def consume_tile(i, done):
+            b, h, first_row, query_length, key_length, offset, steps = place(i)
             base = first_row + wg * rows
             plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(base, rows), h], q_smem.at[wg], q_bar.at[wg])
             plgpu.barrier_wait(q_bar.at[wg])
@@ -196,14 +219,14 @@ def _forward(
                 return p, new, total, shrink
 
             def logits(s_acc, step):
-                slot = _slot(step, stages)
+                slot = _slot(done + step, stages)
                 plgpu.barrier_wait(k_bar.at[slot])
                 if turns:
                     plgpu.barrier_wait(turn.at[wg])
                 plgpu.wgmma(s_acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
 
             def weigh(o_acc, p, step):
-                slot = _slot(step, stages)
+                slot = _slot(done + step, stages)
                 plgpu.barrier_wait(v_bar.at[slot])
                 if p_smem is None:
                     plgpu.wgmma(o_acc, p, v_smem.at[slot])
@@ -223,12 +246,12 @@ def _forward(
                 weigh(o_acc, p, step - 1)
                 pass_turn()
                 s = _loaded(s_acc, 1)
-                plgpu.barrier_arrive(k_free.at[_slot(step, stages)])
+                plgpu.barrier_arrive(k_free.at[_slot(done + step, stages)])
                 p, maximum, total, shrink = softmax(s, maximum, total, step, masked)
                 out = _loaded(o_acc, 0)
                 if interpret:
                     out = out + earlier
-                plgpu.barrier_arrive(v_free.at[_slot(step - 1, stages)])
+                plgpu.barrier_arrive(v_free.at[_slot(done + step - 1, stages)])
                 out = out * lax.broadcast_in_dim(shrink, out.shape, [0])
                 return out, (maximum, total, p.astype(query.dtype))
 
@@ -236,14 +259,14 @@ def _forward(
                 logits(s_acc, 0)
                 pass_turn()
                 s = _loaded(s_acc, 0)
-                plgpu.barrier_arrive(k_free.at[0])
+                plgpu.barrier_arrive(k_free.at[_slot(done, stages)])
                 p, maximum, total, _ = softmax(s, _row_constant(rows, -jnp.inf), zero, 0, True)
                 return maximum, total, p.astype(query.dtype)
 
             def finish(o_acc, p):
                 weigh(o_acc, p, steps - 1)
                 out = _loaded(o_acc, 0)
-                plgpu.barrier_arrive(v_free.at[_slot(steps - 1, stages)])
+                plgpu.barrier_arrive(v_free.at[_slot(done + steps - 1, stages)])
                 return out
 
             zero = _zeros((rows, 8)) if blocks.lane_totals else _row_constant(rows, 0.0)
@@ -278,11 +301,7 @@ def _forward(
                 out, (maximum, total, p) = lax.fori_loop(middle, steps, functools.partial(body, masked=True), carry)
                 return out + pl.run_scoped(lambda o_acc: finish(o_acc, p), out_acc), maximum, total
 
-            if turns:
-                pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
             out, maximum, total = walk_interpreted() if interpret else pl.run_scoped(walk, tall_acc, out_acc)
-            if turns:
-                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
             if blocks.lane_totals:
                 total = total.sum(axis=1)
             row = plgpu.broadcasted_iota(jnp.int32, (rows, size), 0, layout=plgpu.Layout.WGMMA) + base
@@ -296,27 +315,33 @@ def _forward(
             plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, pl.ds(base, rows), h])
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, pl.ds(base, rows)])
             plgpu.wait_smem_to_gmem(0)
+            return done + steps
 
         def produce():
             plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
+            done = lax.fori_loop(0, rounds, produce_tile, _int(0))
+
+            @pl.loop(jnp.maximum(done - stages, 0), done)
+            def _(step):
+                plgpu.barrier_wait(k_free.at[_slot(step, stages)])
+                plgpu.barrier_wait(v_free.at[_slot(step, stages)])
+
+        def produce_tile(i, done):
+            b, h, *_, steps = place(i)
             kv_head = lax.div(h, _int(group))
 
             def load(step, wait):
-                slot = _slot(step, stages)
+                slot = _slot(done + step, stages)
                 for ref, smem, bar, free in ((k_ref, k_smem, k_bar, k_free), (v_ref, v_smem, v_bar, v_free)):
                     if wait:
                         plgpu.barrier_wait(free.at[slot])
                     at = b, pl.ds(step * keys, keys), kv_head
                     plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], bar.at[slot])
 
-            filled = jnp.minimum(steps, stages)
-            pl.loop(0, filled)(lambda step: load(step, wait=False))
-            pl.loop(filled, steps)(lambda step: load(step, wait=True))
-
-            @pl.loop(steps - filled, steps)
-            def _(step):
-                plgpu.barrier_wait(k_free.at[_slot(step, stages)])
-                plgpu.barrier_wait(v_free.at[_slot(step, stages)])
+            empty = jnp.clip(stages - done, 0, steps)
+            pl.loop(0, empty)(lambda step: load(step, wait=False))
+            pl.loop(empty, steps)(lambda step: load(step, wait=True))
+            return done + steps
 
         pl.when(wg < wgs)(consume)
         pl.when(wg == wgs)(produce)
@@ -341,8 +366,8 @@ def _forward(
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
             plgpu.Barrier(num_barriers=wgs),
         ],
-        grid=(tiles, batch, heads),
-        grid_names=("tiles", "batch", "heads"),
+        grid=(launched,),
+        grid_names=("blocks",),
         num_threads=wgs + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
