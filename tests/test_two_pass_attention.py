@@ -228,9 +228,9 @@ print("DONE")
             causal=True,
             score_rows=20,
             forward=dict(lane_totals=True, processors=3),
-            blocks=dict(whole_group=True, early_lse=True, turns=True),
+            blocks=dict(whole_group=True, early_lse=True, turns=True, processors=1),
         ),
-        dict(causal=False, score_rows="all", blocks={}),
+        dict(causal=False, score_rows="all", blocks=dict(processors=1)),
     ],
 )
 def test_kernels_in_the_interpreter_have_no_races(case):

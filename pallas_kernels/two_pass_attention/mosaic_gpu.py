@@ -77,6 +77,7 @@ class ScoreBlocks:
     whole_group: bool = False
     early_lse: bool = False  # log-sum-exps are read while the product runs
     turns: bool = False  # consumers start their products in turn
+    processors: int | None = None  # as in `ForwardBlocks`
 
 
 # By head size, measured on an H100. What was tried and lost, each against its neighbour of the same run, H = 128.
@@ -142,6 +143,23 @@ def _index(shape: tuple[int, int], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
+def _share(work: int, launched: int, mine):
+    """Which of `work` tiles, heavy ones first, are a block's: the number of the i-th, and how many. Every other round
+    runs backwards over the blocks of threads, which evens out what they get."""
+
+    def rank(i):
+        return i * launched + jnp.where(lax.rem(_int(i), _int(2)) == 0, mine, launched - 1 - mine)
+
+    rounds = work // launched
+    return rank, rounds + jnp.where(rank(rounds) < work, 1, 0)
+
+
+def _unravel(rank, batch: int, heads: int):
+    """Number of a tile -> (place among a head's tiles, sequence, head); tiles of all heads follow by weight."""
+    rest = lax.rem(rank, _int(batch * heads))
+    return lax.div(rank, _int(batch * heads)), lax.div(rest, _int(heads)), lax.rem(rest, _int(heads))
+
+
 def _forward(
     query, key, value, extent, *, scale: float, is_causal: bool, blocks: ForwardBlocks, interpret=None
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N P"]]:
@@ -163,16 +181,12 @@ def _forward(
 
     def kernel(q_ref, k_ref, v_ref, extent_ref, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, p_smem, *barriers):
         q_bar, k_bar, v_bar, k_free, v_free, turn = barriers
-        wg, mine = lax.axis_index("wg"), lax.axis_index("blocks")
-
-        def rank(i):
-            """The i-th tile of this block, heavy ones first; every other round backwards, to even out the work."""
-            return i * launched + jnp.where(lax.rem(_int(i), 2) == 0, mine, launched - 1 - mine)
+        wg = lax.axis_index("wg")
+        rank, rounds = _share(work, launched, lax.axis_index("blocks"))
 
         def place(i):
-            tile_index, rest = lax.div(rank(i), _int(batch * heads)), lax.rem(rank(i), _int(batch * heads))
-            b, h = lax.div(rest, _int(heads)), lax.rem(rest, _int(heads))
-            first_row = (tiles - 1 - tile_index) * tile
+            index, b, h = _unravel(rank(i), batch, heads)
+            first_row = (tiles - 1 - index) * tile
             query_length, key_length, offset = (extent_ref[b * 4 + i] for i in range(3))
             end = key_length
             if is_causal:
@@ -180,9 +194,6 @@ def _forward(
             end = jnp.where(first_row < query_length, end, 0)
             steps = jnp.maximum(_blocks_of(end, keys), 1)  # a tile of padding takes one step whose result is dropped
             return b, h, first_row, query_length, key_length, offset, steps
-
-        rounds = work // launched
-        rounds = rounds + jnp.where(rank(rounds) < work, 1, 0)
 
         def consume():
             plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
@@ -314,7 +325,7 @@ def _forward(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, pl.ds(base, rows), h])
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, pl.ds(base, rows)])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             return done + steps
 
         def produce():
@@ -386,20 +397,34 @@ def _column_sums(
     together = group if blocks.whole_group else 1
     tile = wgs * keys
     tiles = -(-s // tile)
+    work = tiles * batch * (heads // together)
+    launched = min(blocks.processors or work, work)
     tall = (keys, rows)
     factor = scale * common.LOG2E
 
     def kernel(q_ref, k_ref, lse_ref, extent_ref, out_ref, k_smem, q_smem, lse_smem, out_smem, *barriers):
         k_bar, q_bar, free, turn = barriers
-        b, h, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
-        tile_base = lax.axis_index("tiles") * tile
-        query_length, key_length, offset, counted = (extent_ref[b * 4 + i] for i in range(4))
-        first_row = jnp.maximum(counted, tile_base - offset) if is_causal else counted
-        first_row = lax.div(first_row, _int(8)) * 8  # TMA starts at whole groups of 8 rows
-        steps = jnp.where(tile_base < key_length, _blocks_of(query_length - first_row, rows), 0)
+        wg = lax.axis_index("wg")
+        rank, rounds = _share(work, launched, lax.axis_index("blocks"))
+
+        def place(i):
+            index, b, h = _unravel(rank(i), batch, heads // together)
+            query_length, key_length, offset, counted = (extent_ref[b * 4 + i] for i in range(4))
+            first_row = jnp.maximum(counted, index * tile - offset) if is_causal else counted
+            first_row = lax.div(first_row, _int(8)) * 8  # TMA starts at whole groups of 8 rows
+            steps = jnp.where(index * tile < key_length, _blocks_of(query_length - first_row, rows), 0)
+            return b, h, index * tile, query_length, key_length, offset, counted, first_row, steps
 
         def consume():
             plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
+            if blocks.turns:
+                pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+            lax.fori_loop(0, rounds, consume_tile, _int(0))
+            if blocks.turns:
+                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+
+        def consume_tile(i, done):
+            b, h, tile_base, query_length, key_length, offset, counted, first_row, steps = place(i)
             base = tile_base + wg * keys
             kv_head = h if blocks.whole_group else lax.div(h, _int(group))
             plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(base, keys), kv_head], k_smem.at[wg], k_bar.at[wg])
@@ -414,7 +439,7 @@ def _column_sums(
             last = jnp.clip(_whole_blocks_of(query_length - first_row, rows), diagonal, steps)
 
             def head(g, sums):
-                start = g * steps
+                start = done + g * steps
 
                 def skip(step, _):
                     slot = _slot(start + step, stages)
@@ -459,39 +484,41 @@ def _column_sums(
                 sums = lax.fori_loop(diagonal, last, unmasked, sums)
                 return lax.fori_loop(last, steps, masked, sums)
 
-            if blocks.turns:
-                pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
             sums = lax.fori_loop(0, together, head, _zeros((keys, 8))).sum(axis=1)
-            if blocks.turns:
-                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
             # A key of padding may have been NaN: what it received is dropped, not multiplied by zero.
             column = plgpu.broadcasted_iota(jnp.int32, (keys,), 0, layout=_ROW_LAYOUT) + base
             out_smem.at[wg][...] = jnp.where(column < key_length, sums, 0.0)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, h, pl.ds(base, keys)])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            return done + steps * together
 
         def produce():
             plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
+            done = lax.fori_loop(0, rounds, produce_tile, _int(0))
+
+            @pl.loop(jnp.maximum(done - stages, 0), done)
+            def _(step):
+                plgpu.barrier_wait(free.at[_slot(step, stages)])
+
+        def produce_tile(i, done):
+            b, h, *_, first_row, steps = place(i)
             total = steps * together
 
-            def load(i, wait):
-                slot = _slot(i, stages)
+            def load(step, wait):
+                slot = _slot(done + step, stages)
                 if wait:
                     plgpu.barrier_wait(free.at[slot])
-                g = lax.div(i, jnp.maximum(steps, 1)) if together > 1 else 0
-                row = first_row + (i - g * steps) * rows
+                g = lax.div(step, jnp.maximum(steps, 1)) if together > 1 else 0
+                row = first_row + (step - g * steps) * rows
                 q_head = h * together + g
                 plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, rows), q_head], q_smem.at[slot], q_bar.at[slot])
                 plgpu.copy_gmem_to_smem(lse_ref.at[b, q_head, pl.ds(row, rows)], lse_smem.at[slot], q_bar.at[slot])
 
-            filled = jnp.minimum(total, stages)
-            pl.loop(0, filled)(lambda i: load(i, wait=False))
-            pl.loop(filled, total)(lambda i: load(i, wait=True))
-
-            @pl.loop(total - filled, total)
-            def _(i):
-                plgpu.barrier_wait(free.at[_slot(i, stages)])
+            empty = jnp.clip(stages - done, 0, total)
+            pl.loop(0, empty)(lambda step: load(step, wait=False))
+            pl.loop(empty, total)(lambda step: load(step, wait=True))
+            return done + total
 
         pl.when(wg < wgs)(consume)
         pl.when(wg == wgs)(produce)
@@ -510,8 +537,8 @@ def _column_sums(
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
             plgpu.Barrier(num_barriers=wgs),
         ],
-        grid=(tiles, batch, heads // together),
-        grid_names=("tiles", "batch", "heads"),
+        grid=(launched,),
+        grid_names=("blocks",),
         num_threads=wgs + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
