@@ -58,7 +58,7 @@ class ForwardBlocks:
     keys: int = 128
     stages: int = 2
     lane_totals: bool = False  # sums of probabilities stay within a lane until the end
-    processors: int | None = None  # so many blocks of threads take tiles in turn; None: one block a tile
+    persistent: bool = False  # one block of threads a processor takes tiles in turn, loading ahead over their ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ScoreBlocks:
     whole_group: bool = False
     early_lse: bool = False  # log-sum-exps are read while the product runs
     turns: bool = False  # consumers start their products in turn
-    processors: int | None = None  # as in `ForwardBlocks`
+    persistent: bool = False  # as in `ForwardBlocks`
 
 
 # By head size, measured on an H100. What was tried and lost, each against its neighbour of the same run, H = 128.
@@ -151,7 +151,14 @@ def _share(work: int, launched: int, mine):
         return i * launched + jnp.where(lax.rem(_int(i), _int(2)) == 0, mine, launched - 1 - mine)
 
     rounds = work // launched
-    return rank, rounds + jnp.where(rank(rounds) < work, 1, 0)
+    return rank, rounds if work % launched == 0 else rounds + jnp.where(rank(rounds) < work, 1, 0)
+
+
+def _in_turn(rounds, tile):
+    """Runs `tile(i, done)` for each round; `done`, the steps of the tiles before, is what it returns."""
+    if isinstance(rounds, int) and rounds == 1:
+        return tile(0, _int(0))
+    return lax.fori_loop(0, rounds, tile, _int(0))
 
 
 def _unravel(rank, batch: int, heads: int):
@@ -161,7 +168,7 @@ def _unravel(rank, batch: int, heads: int):
 
 
 def _forward(
-    query, key, value, extent, *, scale: float, is_causal: bool, blocks: ForwardBlocks, interpret=None
+    query, key, value, extent, *, scale: float, is_causal: bool, blocks: ForwardBlocks, processors: int, interpret=None
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N P"]]:
     """Pass 1. extent [B * 4]: query length, key length, offset, first counted row of each sequence.
 
@@ -176,7 +183,7 @@ def _forward(
     tall = (rows, keys)
     turns = wgs > 1
     work = tiles * batch * heads
-    launched = min(blocks.processors or work, work)
+    launched = min(processors, work) if blocks.persistent else work
     factor = scale * common.LOG2E
 
     def kernel(q_ref, k_ref, v_ref, extent_ref, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, p_smem, *barriers):
@@ -199,7 +206,7 @@ def _forward(
             plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
             if turns:
                 pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
-            lax.fori_loop(0, rounds, consume_tile, _int(0))
+            _in_turn(rounds, consume_tile)
             if turns:
                 pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
 
@@ -330,7 +337,7 @@ def _forward(
 
         def produce():
             plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
-            done = lax.fori_loop(0, rounds, produce_tile, _int(0))
+            done = _in_turn(rounds, produce_tile)
 
             @pl.loop(jnp.maximum(done - stages, 0), done)
             def _(step):
@@ -387,7 +394,7 @@ def _forward(
 
 
 def _column_sums(
-    query, key, lse, extent, *, scale: float, is_causal: bool, blocks: ScoreBlocks, interpret=None
+    query, key, lse, extent, *, scale: float, is_causal: bool, blocks: ScoreBlocks, processors: int, interpret=None
 ) -> Float[Array, "B K S"]:
     """Pass 2. lse [B, N, P] base 2 from `_forward`; extent [B * 4] as there."""
     batch, _, heads, size = query.shape
@@ -398,7 +405,7 @@ def _column_sums(
     tile = wgs * keys
     tiles = -(-s // tile)
     work = tiles * batch * (heads // together)
-    launched = min(blocks.processors or work, work)
+    launched = min(processors, work) if blocks.persistent else work
     tall = (keys, rows)
     factor = scale * common.LOG2E
 
@@ -419,7 +426,7 @@ def _column_sums(
             plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
             if blocks.turns:
                 pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
-            lax.fori_loop(0, rounds, consume_tile, _int(0))
+            _in_turn(rounds, consume_tile)
             if blocks.turns:
                 pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
 
@@ -495,7 +502,7 @@ def _column_sums(
 
         def produce():
             plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
-            done = lax.fori_loop(0, rounds, produce_tile, _int(0))
+            done = _in_turn(rounds, produce_tile)
 
             @pl.loop(jnp.maximum(done - stages, 0), done)
             def _(step):
@@ -568,22 +575,28 @@ def two_pass_attention(
     sliding_window: int | None,
     score_rows: int | str,
     blocks: tuple[ForwardBlocks, ScoreBlocks] | None = None,
+    processors: int | None = None,
     interpret=None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S"], Float[Array, "B T N"]]:
-    """`api.two_pass_attention` on Hopper. None for lengths means full, for the offset 0, for blocks the table's."""
+    """`api.two_pass_attention` on Hopper. None for lengths means full, for the offset 0, for blocks the table's, for
+    processors the device's."""
     _decline_what_it_cannot_run(query, key, value, scale, sliding_window, interpret)
     if blocks is None:
         blocks = _BLOCKS[query.shape[3]]
+        if query_lengths is not None or key_value_lengths is not None:
+            # How heavy a tile is is not known beforehand: its place in time is left to the hardware.
+            blocks = tuple(dataclasses.replace(x, persistent=False) for x in blocks)
     return _two_passes(
         query, key, value, query_lengths, key_value_lengths, query_offset, float(scale), is_causal, score_rows, blocks,
-        interpret,
+        processors or common.processors(), interpret,
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10, 11))
 def _two_passes(
-    query, key, value, query_lengths, key_value_lengths, query_offset, scale, is_causal, score_rows, blocks, interpret
-):
+    query, key, value, query_lengths, key_value_lengths, query_offset, scale, is_causal, score_rows, blocks, processors,
+    interpret,
+):  # fmt: skip
     b, t, _, _ = query.shape
     s, kv_heads = key.shape[1:3]
 
@@ -592,7 +605,7 @@ def _two_passes(
         value = jnp.where((jnp.arange(s) < key_value_lengths[:, None])[:, :, None, None], value, 0)
     query, key, value = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in (query, key, value))
 
-    run = functools.partial(dict, scale=scale, is_causal=is_causal, interpret=interpret)
+    run = functools.partial(dict, scale=scale, is_causal=is_causal, processors=processors, interpret=interpret)
     output, lse2 = _forward(query, key, value, extent, **run(blocks=blocks[0]))
     if score_rows == 0:
         scores = jnp.zeros((b, kv_heads, s), jnp.float32)
