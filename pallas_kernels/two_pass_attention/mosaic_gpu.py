@@ -17,8 +17,13 @@ Layout. One block of threads is `warpgroups` consumers and one producer that onl
             the tile stays, keys and values stream by                            ^ the tile stays, rows stream by
 
 In pass 2 a warpgroup multiplies [keys, H] by [H, rows], so that a column sum of the softmax is a sum along the lanes'
-own registers: no atomics, one owner per key, and the same bits on every run. The heavy tiles (last rows in pass 1,
-first keys in pass 2) start first, which leaves the light ones to fill the end of the schedule.
+own registers: no atomics, one owner per key, and the same bits on every run.
+
+Schedule. One block of threads fills one of 132 processors, and tiles differ: 2 to 64 steps in pass 2 at S = 8192. The
+heavy ones (last rows in pass 1, first keys in pass 2) of all heads start before any lighter one, and the light ones
+fill the end. Head after head instead, the last head's heavy tiles would start when nothing is left to run beside them:
+with 32 heads, and two steps' time for a block's start and end, list scheduling takes 308 steps where 256 are a
+processor's share of the work; by weight it takes 274, and 260 where the heads of a group go together.
 
 Limit. Causal flash is 2 * T * S * H multiply-adds per query head over the lower triangle (two products), pass 2 one
 more: 1.5 times flash alone is the arithmetic of exact column sums. At H = 128 a 128 x 128 tile of pass 2 keeps the
@@ -26,6 +31,9 @@ tensor cores of an SM busy for 1024 cycles (4096 FLOP per cycle) and its special
 exponentials per cycle), so pass 2 lives on overlapping the two: four consumers of 64 keys, each free to run ahead, do
 that better than two of 128. At H = 64 the exponentials alone are the limit. In pass 1 a consumer starts Q K^T of a step
 together with P V of the step before and computes its softmax meanwhile; the consumers take turns on the tensor cores.
+Of a large matrix product's rate (790 TFLOP/s, measured) both passes reach 0.77 to 0.79 at S = 32768. Starts and ends of
+blocks and the end of the schedule take 2 % of the rest, the masked halves of diagonal tiles 0.5 %; what remains is
+products and exponentials waiting for each other. At S = 8192 the schedule takes 7 % and the diagonal 1.5 %.
 
 Edges. TMA fills what lies outside an array with zeros and drops stores there, in whole groups of 8 rows; T and S that
 are no multiple of 8 are padded by the wrapper. Padding may hold NaN: logits outside are replaced, never multiplied.
