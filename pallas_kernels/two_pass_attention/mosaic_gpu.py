@@ -192,6 +192,8 @@ def _forward(
     turns = wgs > 1
     work = tiles * batch * heads
     launched = min(processors, work) if blocks.persistent else work
+    # Rows of the next tile arrive during this one, where there is room for both.
+    row_buffers = 2 if launched < work and size <= 128 else 1
     factor = scale * common.LOG2E
 
     def kernel(q_ref, k_ref, v_ref, extent_ref, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, p_smem, *barriers):
@@ -214,15 +216,26 @@ def _forward(
             plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
             if turns:
                 pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+            if row_buffers > 1:
+                load_rows(0)
             _in_turn(rounds, consume_tile)
             if turns:
                 pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
 
+        def load_rows(i):
+            b, h, first_row, *_ = place(i)
+            at = _slot(i, row_buffers) * wgs + wg
+            plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(first_row + wg * rows, rows), h], q_smem.at[at], q_bar.at[at])
+
         def consume_tile(i, done):
             b, h, first_row, query_length, key_length, offset, steps = place(i)
             base = first_row + wg * rows
-            plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(base, rows), h], q_smem.at[wg], q_bar.at[wg])
-            plgpu.barrier_wait(q_bar.at[wg])
+            buffer = _slot(i, row_buffers) * wgs + wg
+            if row_buffers == 1:
+                load_rows(i)
+            else:
+                pl.when(i + 1 < rounds)(lambda: load_rows(i + 1))
+            plgpu.barrier_wait(q_bar.at[buffer])
             unmasked = _whole_blocks_of(key_length, keys)
             if is_causal:
                 unmasked = jnp.minimum(unmasked, _whole_blocks_of(offset + base + 1, keys))
@@ -249,7 +262,7 @@ def _forward(
                 plgpu.barrier_wait(k_bar.at[slot])
                 if turns:
                     plgpu.barrier_wait(turn.at[wg])
-                plgpu.wgmma(s_acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+                plgpu.wgmma(s_acc, q_smem.at[buffer], k_smem.at[slot].transpose((1, 0)))
 
             def weigh(o_acc, p, step):
                 slot = _slot(done + step, stages)
@@ -333,12 +346,12 @@ def _forward(
             row = plgpu.broadcasted_iota(jnp.int32, (rows, size), 0, layout=plgpu.Layout.WGMMA) + base
             filled = jnp.where(total > 0, total, 1.0)
             out = out * lax.broadcast_in_dim(1.0 / filled, out.shape, [0])
-            q_smem.at[wg][...] = jnp.where(row < query_length, out, 0.0).astype(query.dtype)
+            q_smem.at[buffer][...] = jnp.where(row < query_length, out, 0.0).astype(query.dtype)
             row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=_ROW_LAYOUT) + base
             seen = (row < query_length) & (total > 0)
             lse_smem.at[wg][...] = jnp.where(seen, maximum + jnp.log2(filled), jnp.inf)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, pl.ds(base, rows), h])
+            plgpu.copy_smem_to_gmem(q_smem.at[buffer], out_ref.at[b, pl.ds(base, rows), h])
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, pl.ds(base, rows)])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             return done + steps
@@ -380,12 +393,12 @@ def _forward(
             jax.ShapeDtypeStruct((batch, heads, tiles * tile), jnp.float32),
         ),
         scratch_types=[
-            swizzled((wgs, rows, size)),
+            swizzled((row_buffers * wgs, rows, size)),
             swizzled((stages, keys, size)),
             swizzled((stages, keys, size)),
             plgpu.SMEM((wgs, rows), jnp.float32),
             plgpu.SMEM((wgs, rows, keys), query.dtype, transforms=_swizzled(keys)) if interpret else None,
-            plgpu.Barrier(num_barriers=wgs),
+            plgpu.Barrier(num_barriers=row_buffers * wgs),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
