@@ -604,8 +604,8 @@ def two_pass_attention(
     _decline_what_it_cannot_run(query, key, value, scale, sliding_window, interpret)
     if blocks is None:
         blocks = _BLOCKS[query.shape[3]]
-        if query_lengths is not None or key_value_lengths is not None:
-            # How heavy a tile is is not known beforehand: its place in time is left to the hardware.
+        if query.shape[0] > 1 and not (query_lengths is None and key_value_lengths is None):
+            # Which sequence's tiles are heavy is not known beforehand: the hardware hands them out.
             blocks = tuple(dataclasses.replace(x, persistent=False) for x in blocks)
     return _two_passes(
         query, key, value, query_lengths, key_value_lengths, query_offset, float(scale), is_causal, score_rows, blocks,
