@@ -77,8 +77,9 @@ def decline(query: Float[Array, "B T N H"], keys: PackedTensor, values: PackedTe
         return f"{keys.bits}-bit keys and {values.bits}-bit values: keys of 2, 3, 4, 8 and values of 2, 4, 8 bits run"
     if keys.tokens_last or not values.tokens_last:
         return "keys must have channels last and values tokens last"
-    if keys.group_axis != "tokens" or keys.group_size not in (16, 32, 64, 128):
-        return f"keys in groups of {keys.group_size} {keys.group_axis}: 16, 32, 64 or 128 tokens run"
+    largest = 128 if keys.group_axis == "tokens" else h
+    if keys.group_size not in (16, 32, 64, 128) or keys.group_size > largest:
+        return f"keys in groups of {keys.group_size} {keys.group_axis}: 16, 32, 64, 128 tokens or 16 ... H channels run"
     if values.group_axis != "channels" or values.group_size not in (16, 32, 64, 128) or values.group_size > h:
         return f"values in groups of {values.group_size} {values.group_axis}: 16, 32, 64 ... H channels run"
     for x in (keys, values):
@@ -111,6 +112,7 @@ def constants(keys: PackedTensor, values: PackedTensor) -> dict:
     return dict(
         KBITS=keys.bits,
         KGROUP=keys.group_size,
+        KAXIS=int(keys.group_axis == "channels"),
         KKIND=_KINDS[keys.scale.dtype.name],
         VBITS=values.bits,
         VGROUP=values.group_size,
