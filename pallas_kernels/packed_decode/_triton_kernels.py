@@ -461,11 +461,10 @@ def channel_key_products(
             d = d + ((nil, nil, nil, nil),)
         z = (nil, nil, nil, nil)
         for part in tl.static_range((GROUP + 63) // 64):
-            h: tl.constexpr = GROUP * group // 64 + part
-            words, high = key_words(codes, h, g, t, BITS, H, False)
+            words, high = key_words(codes, GROUP * group // 64 + part, g, t, BITS, H, False)
             for k in tl.static_range(4):
-                q0 = q[8 * h + 2 * k]
-                q1 = q[8 * h + 2 * k + 1]
+                q0 = q[8 * (GROUP * group // 64 + part) + 2 * k]
+                q1 = q[8 * (GROUP * group // 64 + part) + 2 * k + 1]
                 if GROUP < 64:
                     own = t // (GROUP // 16) == group % (64 // GROUP)
                     q0 = tl.where(own, q0, 0)
@@ -477,18 +476,17 @@ def channel_key_products(
                 d = after
         scaled = ()
         for run in tl.static_range(4):
-            UNIT: tl.constexpr = (1 << (24 - PART * (run // (PART // 2)))) * 1.0
             first = (128 * group + 32 * run + 8 * (g // 2)) * BYTES
             scales = metadata8(scale + first, KIND, False)
             zeros = metadata8(zero + first, KIND, True)
             for w in tl.static_range(2):
                 tile = ()
                 for b in tl.static_range(2):
-                    by = half_as_float(scales[2 * w + b], shift) * UNIT
+                    by = half_as_float(scales[2 * w + b], shift) * ((1 << (24 - PART * (run // (PART // 2)))) * 1.0)
                     plus = half_as_float(zeros[2 * w + b], shift)
                     for i in tl.static_range(2):
-                        at: tl.constexpr = 2 * b + i
-                        tile = tile + (x[2 * run + w][at] + d[2 * run + w][at] * by + z[i] * plus,)
+                        more = d[2 * run + w][2 * b + i] * by + z[i] * plus
+                        tile = tile + (x[2 * run + w][2 * b + i] + more,)
                 scaled = scaled + (tile,)
         x = scaled
     return x
