@@ -106,6 +106,7 @@ QUICK = [(64, 80, None), (128, 90, None)]
 EVERY = [x for x in itertools.product((64, 96, 128, 256), PRODUCT, (None, 512)) if x not in QUICK]
 
 
+@pytest.mark.usefixtures("triton_cache")
 @pytest.mark.parametrize("kernel", [kernels.forward_kernel, kernels.scores_kernel], ids=["forward", "scores"])
 @pytest.mark.parametrize(
     ("h", "capability", "window"), QUICK + [pytest.param(*x, marks=pytest.mark.slow) for x in EVERY]
