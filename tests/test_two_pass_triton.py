@@ -123,9 +123,9 @@ def launched(monkeypatch):
     """The kernels that a stand-in for jax-triton, which needs a GPU to be imported, was asked to launch."""
     names = []
 
-    def triton_call(*_, kernel, out_shape, **__):
+    def triton_call(*_, kernel, out_type, **__):
         names.append(kernel.fn.__name__)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_shape)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
 
     monkeypatch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(triton_call=triton_call))
     jax.clear_caches()
