@@ -7,6 +7,7 @@ KVCache
     retained   PackedSegment | None          the second tier (MiKV)
     window     DenseSegment | KiviWindow     the newest tokens, until they are encoded
     ledger     Ledger | None                 positions and scores of a first tier that gives tokens up
+    units      Units | None                  powers of two in which all of these are held
 """
 
 import dataclasses
@@ -39,6 +40,31 @@ class Ledger:
     protected: Int[Array, "B"]
 
 
+class Units(NamedTuple):
+    """What one in a layer's keys and values stands for: a power of two for each head, float32.
+
+    Metadata of 8 bits has little range. In these units the prompt's largest number lies from 64 to 128, so scales of
+    the loudest groups and of some thousand times quieter ones are held, and later tokens may be three times as loud.
+    """
+
+    key: Float[Array, "B K"]
+    value: Float[Array, "B K"]
+
+    @classmethod
+    def of(cls, key: Float[Array, "B K T H"], value: Float[Array, "B K T H"], codec: Codec) -> "Units":
+        turned = (
+            segments.rotate(key) if codec.rotate_keys else key,
+            segments.rotate(value) if codec.rotate_values else value,
+        )
+
+        def power(x):
+            largest = jnp.abs(x.astype(jnp.float32)).max(axis=(2, 3), initial=0)
+            exponent = jnp.clip(jnp.frexp(largest)[1] - 7, -60, 60)
+            return jnp.where(largest > 0, jnp.ldexp(jnp.float32(1), exponent), 1)
+
+        return cls(*map(power, turned))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
@@ -46,6 +72,7 @@ class LayerCache:
     window: DenseSegment | KiviWindow | None = None
     retained: PackedSegment | None = None
     ledger: Ledger | None = None
+    units: Units | None = None
     prefix: tuple[Segment, ...] = ()
 
 
@@ -65,6 +92,27 @@ class KVCache:
     lengths: Int[Array, "B"]
     room: Int[Array, "B"]
     config: CacheConfig = dataclasses.field(metadata={"static": True})
+
+
+class QueryStatistics(NamedTuple):
+    """What a codec may know of the prompt's queries, per key/value head, float32.
+
+    `loudest` is the largest magnitude of each channel, `moment` the sum of query^T query.
+    """
+
+    loudest: Float[Array, "B K H"]
+    moment: Float[Array, "B K H H"]
+
+    @classmethod
+    def of(cls, query: Float[Array, "B T N H"], heads: int, counted: Bool[Array, "B T"]) -> "QueryStatistics":
+        b, t, n, h = query.shape
+        grouped = jnp.where(counted[:, :, None, None], query, 0).reshape(b, t, heads, n // heads, h)
+        moment = jnp.einsum("btkgh,btkgi->bkhi", grouped, grouped, preferred_element_type=jnp.float32)
+        return cls(jnp.abs(grouped).max(axis=(1, 3)).astype(jnp.float32), moment)
+
+    def join(self, other: "QueryStatistics") -> "QueryStatistics":
+        """Those of both sets of queries."""
+        return QueryStatistics(jnp.maximum(self.loudest, other.loudest), self.moment + other.moment)
 
 
 class Shape(NamedTuple):
@@ -99,7 +147,7 @@ def compress(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     scores: Float[Array, "B K T"],
-    loudest: Float[Array, "B K H"],
+    queries: QueryStatistics,
     lengths: Int[Array, "B"],
     budget: Budget,
     config: CacheConfig,
@@ -110,7 +158,7 @@ def compress(
     Args:
         key, value: of the prompt, after rotary embedding.
         scores: attention received (`CacheConfig.score_rows`); ignored by ranks by position.
-        loudest: the largest query of each channel (`loudest_query`); ignored where nothing is balanced.
+        queries: statistics of the prompt's; ignored by codecs without balance and feedback.
         lengths: true prompt lengths.
         budget: of the first tier (`allocate.budgets`).
         config: the method.
@@ -122,9 +170,9 @@ def compress(
     present = (jnp.arange(tokens) < lengths[:, None])[:, None]
     key, value = (jnp.where(present[..., None], x, 0) for x in (key, value))
     dtype = config.dtype or key.dtype
-    balance = channel_balance(loudest, key) if _balances(config) else None
+    balance = channel_balance(queries.loudest, key) if _balances(config) else None
     if config.window_style == "kivi":
-        return LayerCache(*kivi.compress(key, value, lengths, config, shape.segment, dtype, balance))
+        return LayerCache(*kivi.compress(key, value, lengths, config, shape.segment, dtype, balance, queries.moment))
 
     scores = rank.refine(scores, value, lengths, budget.recent, config.rank)
     friendliness = _friendliness(key, value, present, config) if config.rank.attention_weight < 1 else None
@@ -136,13 +184,16 @@ def compress(
     else:
         rows, first_key, first_value = None, key, value
 
-    # Tokens that do not fill a group cannot be encoded yet: they start the window.
-    whole = kept // config.codec.token_group * config.codec.token_group if config.window else kept
-    segment = segments.build(config.codec, first_key, first_value, whole, shape.segment, dtype, balance)
+    # Exact sinks and tokens that do not fill a group are not encoded: they start the window.
+    sinks, group = config.first_encoded, config.codec.token_group
+    whole = jnp.maximum(kept - sinks, 0) // group * group if config.window else kept
+    first = first_key[:, :, sinks:], first_value[:, :, sinks:]
+    segment = segments.build(config.codec, *first, whole, shape.segment, dtype, balance, queries.moment)
     window = retained = ledger = None
     if config.window is not None:
-        tail = whole[:, None, None] + jnp.arange(config.window)
-        window = DenseSegment(*(_gather(x, tail).astype(dtype) for x in (first_key, first_value)), kept - whole)
+        row = jnp.arange(sinks + config.window)
+        row = jnp.where(row < sinks, row, row + whole[:, None, None])
+        window = DenseSegment(*(_gather(x, row).astype(dtype) for x in (first_key, first_value)), kept - whole)
     if config.retained is not None:
         rest = rank.in_text_order(best_first, kept, lengths, min(max(shape.retained, 1), tokens), tokens)
         retained = segments.build(
@@ -155,13 +206,6 @@ def compress(
 
 def _balances(config: CacheConfig) -> bool:
     return config.codec.balance or (config.retained is not None and config.retained.balance)
-
-
-def loudest_query(query: Float[Array, "B T N H"], heads: int, counted: Bool[Array, "B T"]) -> Float[Array, "B K H"]:
-    """Largest magnitude of each channel over the counted queries and the heads of each group, float32."""
-    b, _, n, h = query.shape
-    loudest = jnp.abs(jnp.where(counted[:, :, None, None], query, 0)).max(axis=1)
-    return loudest.reshape(b, heads, n // heads, h).max(axis=2).astype(jnp.float32)
 
 
 def channel_balance(loudest: Float[Array, "B K H"], key: Float[Array, "B K T H"]) -> Float[Array, "B K H"]:
@@ -192,7 +236,9 @@ def _protected(lengths, budget: Budget, config: CacheConfig) -> Int[Array, "B"]:
 
 def _friendliness(key, value, valid, config: CacheConfig) -> Float[Array, "B K T"]:
     """How well tokens survive the codec: (2 - e_K - e_V) / 2 with errors scaled to 0..1 (Q-Hitter)."""
-    coded = segments.decode(config.codec, *segments.encode(config.codec, key, value, None), None)
+    codec = config.codec
+    codes = segments.encode_keys(codec, key, None), segments.encode_values(codec, value)
+    coded = segments.decode(codec, *codes, None)
     valid = jnp.broadcast_to(valid, key.shape[:3])
     errors = (jnp.linalg.norm(a - b.astype(jnp.float32), axis=-1) for a, b in zip(coded, (key, value)))
     return (2 - sum(rank.to_unit(error, valid) for error in errors)) / 2
@@ -281,7 +327,7 @@ def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig,
         window = kivi.arrive(layer.window, key, value, position, accept)
         return dataclasses.replace(layer, window=window)
     if layer.window is not None:
-        return _arrive_in_window(layer, key, value, accept)
+        return _arrive_in_window(layer, key, value, accept, config.first_encoded)
     if config.evict == "before":
         layer = _give_up(layer, position, accept & (layer.segment.length >= layer.ledger.size), config)
     ledger = layer.ledger
@@ -290,21 +336,23 @@ def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig,
     return dataclasses.replace(layer, segment=segments.append(layer.segment, key, value, accept), ledger=ledger)
 
 
-def _arrive_in_window(layer: LayerCache, key, value, accept) -> LayerCache:
-    """A window that is full with the new token is encoded at once (MiniKV Algorithm 1)."""
+def _arrive_in_window(layer: LayerCache, key, value, accept, first: int) -> LayerCache:
+    """A window that is full with the new token is encoded at once from row `first` on (MiniKV Algorithm 1)."""
     window = segments.append(layer.window, key, value, accept)
     full = window.length == window.capacity
     segment, window = jax.lax.cond(
-        full.any(), lambda s, w: _flush(s, w, full), lambda s, w: (s, w), layer.segment, window
+        full.any(), lambda s, w: _flush(s, w, full, first), lambda s, w: (s, w), layer.segment, window
     )
     return dataclasses.replace(layer, segment=segment, window=window)
 
 
-def _flush(segment: PackedSegment, window: DenseSegment, full: Bool[Array, "B"]) -> tuple[PackedSegment, DenseSegment]:
-    """Encodes the windows of the sequences that are `full` behind their segment's last token."""
-    codes = segments.encode(segment.codec, window.key, window.value, segment.balance)
+def _flush(
+    segment: PackedSegment, window: DenseSegment, full: Bool[Array, "B"], first: int
+) -> tuple[PackedSegment, DenseSegment]:
+    """Encodes the windows, from row `first` on, of the sequences that are `full` behind their segment's last token."""
+    codes = segments.encode(segment, window.key[:, :, first:], window.value[:, :, first:])
     start = jnp.broadcast_to(segment.length[:, None], window.key.shape[:2])
-    moved = jnp.where(full, window.capacity, 0)
+    moved = jnp.where(full, window.capacity - first, 0)
     segment = segments.put_codes(segment, start, *codes, full)
     return (
         dataclasses.replace(segment, length=segment.length + moved),

@@ -141,7 +141,11 @@ class Codec:
             equations 2-4).
         rotate_keys: store keys, and ask with queries, after a Hadamard rotation, which spreads outlier channels.
         rotate_values: likewise for values; the output is rotated back.
-        clip: shrink factors of a group's range to try; the one with the smallest squared error is kept.
+        key_clip: shrink factors of a group's range to try; the one with the smallest squared error is kept.
+        value_clip: likewise for values.
+        key_feedback: rounding errors of a prompt's key channels are made up for in the channels after them, as far as
+            the prompt's queries can tell (GPTQ, arXiv 2210.17323, with queries in the place of a layer's inputs). Costs
+            nothing once the prompt is encoded; keys of new tokens are rounded alone.
         integer_zero: the minimum is a whole number of scales (Q-Hitter's quantiser).
     """
 
@@ -154,7 +158,9 @@ class Codec:
     balance: bool = False
     rotate_keys: bool = False
     rotate_values: bool = False
-    clip: tuple[float, ...] = ()
+    key_clip: tuple[float, ...] = ()
+    value_clip: tuple[float, ...] = ()
+    key_feedback: bool = False
     integer_zero: bool = False
 
     def __post_init__(self):
@@ -179,8 +185,14 @@ class Codec:
             self.metadata_dtype in ("float16", "bfloat16", "float8_e4m3fn"),
             f"metadata_dtype={self.metadata_dtype!r}: choose float16, bfloat16 or float8_e4m3fn.",
         )
-        _require(all(0 < f <= 1 for f in self.clip), f"clip={self.clip}: factors lie above 0 and at most at 1.")
-        plain = not (self.balance or self.rotate_keys or self.rotate_values or self.clip or self.integer_zero)
+        for name in ("key_clip", "value_clip"):
+            factors = getattr(self, name)
+            _require(all(0 < f <= 1 for f in factors), f"{name}={factors}: factors lie above 0 and at most at 1.")
+        _require(
+            not self.key_feedback or over_tokens, "key_feedback goes from channel to channel: give key_axis='tokens'."
+        )
+        clipped = bool(self.key_clip or self.value_clip)
+        plain = not (self.balance or self.rotate_keys or self.rotate_values or clipped or self.integer_zero)
         _require(plain or not self.dense, "balance, rotation, clip and integer_zero need fewer than 16 bits.")
 
     @property
@@ -206,6 +218,8 @@ class CacheConfig:
         window: newest tokens kept dense until they are encoded; None: new tokens go straight into the first tier.
         window_style: "block" encodes a full window at once, before the step's attention (MiniKV); "kivi" encodes a
             full window of keys after it, and values one by one as they grow older than the window.
+        exact_sinks: the allocation's sinks are not encoded, nor do they stretch the range of any group: they stay dense,
+            in front of the window.
         evict: "never": chosen tokens stay and new ones are added. "after": each step adds its attention to the scores
             and then gives up the first tier's lowest token (H2O, MiKV). "before": makes room before the step, for
             ranks by position (StreamingLLM). What is given up goes to the retained tier, or away.
@@ -221,6 +235,7 @@ class CacheConfig:
     retained: Codec | None = None
     window: int | None = None
     window_style: Literal["block", "kivi"] = "block"
+    exact_sinks: bool = False
     evict: Literal["never", "before", "after"] = "never"
     dtype: str | None = None
     prompt_capacity: int | None = None
@@ -244,6 +259,10 @@ class CacheConfig:
         self._check_window()
 
     def _check_window(self) -> None:
+        _require(
+            not self.exact_sinks or (self.window is not None and self.window_style == "block"),
+            "exact_sinks keeps sinks in the window of an encoded tier: give it a window, of the block style.",
+        )
         group = self.codec.token_group
         if self.codec.dense or self.evict != "never":
             _require(self.window is None, f"window={self.window}: only tokens that are encoded together need one.")
@@ -265,6 +284,11 @@ class CacheConfig:
     def selects(self) -> bool:
         """Whether some tokens of a prompt may stay outside the first tier."""
         return not self.allocation.keeps_everything
+
+    @property
+    def first_encoded(self) -> int:
+        """Row of a full window from which on it is encoded: exact sinks stay in front of it."""
+        return self.allocation.sinks if self.exact_sinks else 0
 
     @property
     def score_rows(self) -> int | str:

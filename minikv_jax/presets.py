@@ -86,7 +86,8 @@ def kivi(
             balance=balance,
             rotate_keys=rotate,
             rotate_values=rotate,
-            clip=tuple(clip),
+            key_clip=tuple(clip),
+            value_clip=tuple(clip),
         ),
         window=residual,
         window_style="kivi",
@@ -138,7 +139,8 @@ def minikv(
         balance=balance,
         rotate_keys=rotate,
         rotate_values=rotate,
-        clip=tuple(clip),
+        key_clip=tuple(clip),
+        value_clip=tuple(clip),
     )
     return CacheConfig(
         name="minikv" if pyramid_depth is None else "minikv_pyramid",

@@ -61,13 +61,17 @@ def build(
     capacity: int,
     dtype: jnp.dtype,
     balance: Float[Array, "B K H"] | None,
+    moment: Float[Array, "B K H H"] | None = None,
 ) -> Segment:
-    """A segment of the first rows, with room for `capacity` tokens (packed: rounded up to whole blocks)."""
+    """A segment of the first rows, with room for `capacity` tokens (packed: rounded up to whole blocks).
+
+    `balance` is MiKV's, `moment` that of the queries (`encode_keys`).
+    """
     if codec.dense:
         return DenseSegment(fit(key, capacity).astype(dtype), fit(value, capacity).astype(dtype), length)
     capacity = max(-(-capacity // BLOCK), 1) * BLOCK
     balance = balance if codec.balance else None
-    codes = encode(codec, fit(key, capacity), fit(value, capacity), balance)
+    codes = encode_keys(codec, fit(key, capacity), balance, moment), encode_values(codec, fit(value, capacity))
     keys, values = (quantize.to_packed(x, *shape) for x, shape in zip(codes, _layouts(codec, key.shape[-1])))
     return PackedSegment(keys, values, length, balance, codec)
 
@@ -110,26 +114,31 @@ def _layouts(codec: Codec, head_size: int):
     )
 
 
-def encode_keys(codec: Codec, key: Float[Array, "B K S H"], balance: Float[Array, "B K H"] | None) -> Codes:
-    if balance is not None:
-        key = key.astype(jnp.float32) * balance[:, :, None]
-    head_size = key.shape[-1]
-    key = _rotate(key, head_size) if codec.rotate_keys else key
-    return quantize.encode(key, *_layouts(codec, head_size)[0][:3], *_options(codec))
+def encode_keys(
+    codec: Codec,
+    key: Float[Array, "B K S H"],
+    balance: Float[Array, "B K H"] | None,
+    moment: Float[Array, "B K H H"] | None = None,
+) -> Codes:
+    """Codes of keys; with the `moment` of the queries (`cache.QueryStatistics`) by feedback, if the codec wants it."""
+    bits, group, axis, _ = _layouts(codec, key.shape[-1])[0]
+    options = codec.metadata_dtype, codec.key_clip
+    if codec.key_feedback and moment is not None:
+        moment = _prepared_queries(codec, moment, balance)
+        moment = jnp.swapaxes(_prepared_queries(codec, jnp.swapaxes(moment, -1, -2), balance), -1, -2)
+        return quantize.encode_with_feedback(_prepared_keys(codec, key, balance), moment, bits, group, *options)
+    return quantize.encode(_prepared_keys(codec, key, balance), bits, group, axis, *options, codec.integer_zero)
 
 
 def encode_values(codec: Codec, value: Float[Array, "B K S H"]) -> Codes:
-    head_size = value.shape[-1]
-    value = _rotate(value, head_size) if codec.rotate_values else value
-    return quantize.encode(value, *_layouts(codec, head_size)[1][:3], *_options(codec))
+    bits, group, axis, _ = _layouts(codec, value.shape[-1])[1]
+    value = rotate(value) if codec.rotate_values else value
+    return quantize.encode(value, bits, group, axis, codec.metadata_dtype, codec.value_clip, codec.integer_zero)
 
 
-def encode(codec: Codec, key, value, balance: Float[Array, "B K H"] | None) -> tuple[Codes, Codes]:
-    return encode_keys(codec, key, balance), encode_values(codec, value)
-
-
-def _options(codec: Codec):
-    return codec.metadata_dtype, codec.clip, codec.integer_zero
+def encode(segment: PackedSegment, key: Float[Array, "B K S H"], value: Float[Array, "B K S H"]) -> tuple[Codes, Codes]:
+    """New tokens as the segment stores them."""
+    return encode_keys(segment.codec, key, segment.balance), encode_values(segment.codec, value)
 
 
 def decode(
@@ -142,14 +151,27 @@ def decode(
         for codes, (_, group, axis, _) in zip((keys, values), _layouts(codec, head_size))
     )
     if codec.rotate_keys:
-        key = _rotate(key, head_size)
+        key = rotate(key)
     if balance is not None:
         key = key / balance[:, :, None]
-    return key, _rotate(value, head_size) if codec.rotate_values else value
+    return key, rotate(value) if codec.rotate_values else value
 
 
-def _rotate(x: Float[Array, "... H"], head_size: int) -> Float[Array, "... H"]:
-    return x.astype(jnp.float32) @ quantize.hadamard(head_size)
+def _prepared_keys(codec: Codec, key: Float[Array, "B K S H"], balance: Float[Array, "B K H"] | None):
+    """Keys as they are encoded."""
+    key = key if balance is None else key.astype(jnp.float32) * balance[:, :, None]
+    return rotate(key) if codec.rotate_keys else key
+
+
+def _prepared_queries(codec: Codec, query: Float[Array, "B K S H"], balance: Float[Array, "B K H"] | None):
+    """Queries, or whatever has their channels, as they meet encoded keys."""
+    query = query if balance is None else query / balance[:, :, None]
+    return rotate(query) if codec.rotate_keys else query
+
+
+def rotate(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+    """The Hadamard rotation of the channels, its own inverse; float32."""
+    return x.astype(jnp.float32) @ quantize.hadamard(x.shape[-1])
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------
@@ -159,14 +181,14 @@ def attention(query: Float[Array, "B T N H"], segment: Segment, rows: Int[Array,
     """Partial attention of the queries over the tokens the segment holds, or over the first `rows` for each query."""
     if isinstance(segment, DenseSegment):
         return dense_decode_attention(query, segment.key, segment.value, segment.length if rows is None else rows)
-    codec, head_size = segment.codec, query.shape[-1]
+    codec = segment.codec
     if segment.balance is not None:
         heads = segment.balance.shape[1]
         query = query / jnp.repeat(segment.balance, query.shape[2] // heads, axis=1)[:, None]
     if codec.rotate_keys:
-        query = _rotate(query, head_size)
+        query = rotate(query)
     partial = packed_decode_attention(query, segment.keys, segment.values, segment.length)
-    return partial._replace(output=_rotate(partial.output, head_size)) if codec.rotate_values else partial
+    return partial._replace(output=rotate(partial.output)) if codec.rotate_values else partial
 
 
 def received(
@@ -193,7 +215,8 @@ def received(
 
 
 def _all_keys(segment: PackedSegment) -> Float[Array, "B K S H"]:
-    return decode(segment.codec, *map(quantize.from_packed, (segment.keys, segment.values)), segment.balance)[0]
+    codes = map(quantize.from_packed, (segment.keys, segment.values))
+    return decode(segment.codec, *codes, segment.balance)[0]
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -209,8 +232,7 @@ def append(segment: Segment, key: Float[Array, "B K 1 H"], value: Float[Array, "
 def put(segment: Segment, slot: Int[Array, "B K"], key, value, accept: Bool[Array, "B"]) -> Segment:
     """Writes one token per head into its slot, for the sequences that accept it."""
     if isinstance(segment, PackedSegment):
-        keys, values = encode(segment.codec, key, value, segment.balance)
-        return put_codes(segment, slot, keys, values, accept)
+        return put_codes(segment, slot, *encode(segment, key, value), accept)
 
     rows = (put_row(x, slot, new, accept) for x, new in ((segment.key, key), (segment.value, value)))
     key, value = rows
