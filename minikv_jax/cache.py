@@ -8,6 +8,8 @@ KVCache
     window     DenseSegment | KiviWindow     the newest tokens, until they are encoded
     ledger     Ledger | None                 positions and scores of a first tier that gives tokens up
     units      Units | None                  powers of two in which all of these are held
+
+All parts of a layer hold keys and values alike: after the method's rotations, in the layer's units (`_inwards`).
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from minikv_jax.allocate import Budget
 from minikv_jax.config import CacheConfig
 from minikv_jax.kivi import KiviWindow
 from minikv_jax.segments import DenseSegment, PackedSegment, Segment
-from pallas_kernels import Partial, merge_partials, two_pass_attention
+from pallas_kernels import Partial, decode_attention, dense_decode_attention, merge_partials, two_pass_attention
 from pallas_kernels.packed_decode.layout import BLOCK
 
 
@@ -51,18 +53,13 @@ class Units(NamedTuple):
     value: Float[Array, "B K"]
 
     @classmethod
-    def of(cls, key: Float[Array, "B K T H"], value: Float[Array, "B K T H"], codec: Codec) -> "Units":
-        turned = (
-            segments.rotate(key) if codec.rotate_keys else key,
-            segments.rotate(value) if codec.rotate_values else value,
-        )
-
+    def of(cls, key: Float[Array, "B K T H"], value: Float[Array, "B K T H"]) -> "Units":
         def power(x):
-            largest = jnp.abs(x.astype(jnp.float32)).max(axis=(2, 3), initial=0)
+            largest = jnp.abs(x).max(axis=(2, 3), initial=0).astype(jnp.float32)
             exponent = jnp.clip(jnp.frexp(largest)[1] - 7, -60, 60)
             return jnp.where(largest > 0, jnp.ldexp(jnp.float32(1), exponent), 1)
 
-        return cls(*map(power, turned))
+        return cls(power(key), power(value))
 
 
 @jax.tree_util.register_dataclass
@@ -170,11 +167,20 @@ def compress(
     present = (jnp.arange(tokens) < lengths[:, None])[:, None]
     key, value = (jnp.where(present[..., None], x, 0) for x in (key, value))
     dtype = config.dtype or key.dtype
+    scores = rank.refine(scores, value, lengths, budget.recent, config.rank)
+    key, value = _rotated(key, config.rotate_keys), _rotated(value, config.rotate_values)
+    units = None
+    if config.small_metadata:
+        # Exact sinks may be louder than all others; nothing of theirs is encoded.
+        units = Units.of(*(x[:, :, config.first_encoded :] for x in (key, value)))
+        key, value = (x / unit[..., None, None].astype(x.dtype) for x, unit in zip((key, value), units))
+    moment = _rotated(queries.moment, config.rotate_keys)
+    moment = jnp.swapaxes(_rotated(jnp.swapaxes(moment, -1, -2), config.rotate_keys), -1, -2)
     balance = channel_balance(queries.loudest, key) if _balances(config) else None
     if config.window_style == "kivi":
-        return LayerCache(*kivi.compress(key, value, lengths, config, shape.segment, dtype, balance, queries.moment))
+        tiers = kivi.compress(key, value, lengths, config, shape.segment, dtype, balance, moment)
+        return LayerCache(*tiers, units=units)
 
-    scores = rank.refine(scores, value, lengths, budget.recent, config.rank)
     friendliness = _friendliness(key, value, present, config) if config.rank.attention_weight < 1 else None
     kept = jnp.minimum(budget.total, lengths)
     if config.selects or config.evict != "never" or config.retained is not None:
@@ -188,7 +194,7 @@ def compress(
     sinks, group = config.first_encoded, config.codec.token_group
     whole = jnp.maximum(kept - sinks, 0) // group * group if config.window else kept
     first = first_key[:, :, sinks:], first_value[:, :, sinks:]
-    segment = segments.build(config.codec, *first, whole, shape.segment, dtype, balance, queries.moment)
+    segment = segments.build(config.codec, *first, whole, shape.segment, dtype, balance, moment)
     window = retained = ledger = None
     if config.window is not None:
         row = jnp.arange(sinks + config.window)
@@ -201,7 +207,33 @@ def compress(
         )
     if config.evict != "never":
         ledger = _ledger(rows, scores, friendliness, budget, lengths, config, segment.capacity)
-    return LayerCache(segment, window, retained, ledger)
+    return LayerCache(segment, window, retained, ledger, units)
+
+
+def _rotated(x: Float[Array, "... H"], wanted: bool) -> Float[Array, "... H"]:
+    return segments.rotate(x).astype(x.dtype) if wanted else x
+
+
+def _inwards(layer: LayerCache, query, key, value, config: CacheConfig):
+    """Queries, keys and values of new tokens [B, T, heads, H] as the layer holds them."""
+    query, key = _rotated(query, config.rotate_keys), _rotated(key, config.rotate_keys)
+    value = _rotated(value, config.rotate_values)
+    if layer.units is not None:
+        query = _times(query, layer.units.key)
+        key, value = _times(key, 1 / layer.units.key), _times(value, 1 / layer.units.value)
+    return query, key, value
+
+
+def _outwards(layer: LayerCache, output: Float[Array, "B T N H"], config: CacheConfig) -> Float[Array, "B T N H"]:
+    """The output for the values as they came."""
+    output = output if layer.units is None else _times(output, layer.units.value)
+    return _rotated(output, config.rotate_values)
+
+
+def _times(x: Float[Array, "B T N H"], factor: Float[Array, "B K"]) -> Float[Array, "B T N H"]:
+    """Times a factor of each key/value head."""
+    heads = jnp.repeat(factor, x.shape[2] // factor.shape[1], axis=1)
+    return x * heads[:, None, :, None].astype(x.dtype)
 
 
 def _balances(config: CacheConfig) -> bool:
@@ -276,12 +308,13 @@ def read_token(
 
     In the order of the methods' code: make room, append, encode a full window, attend, update scores, give up.
     """
+    query, key, value = _inwards(layer, query, key, value, config)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     layer = arrive(layer, key, value, position, accept, config)
-    output, lse = attend(layer, query, position)
-    if config.evict == "after":
-        layer = add_scores(layer, query, lse, accept[:, None])
-    return settle(layer, position, accept, config), output
+    output, lse, logits = attend(layer, query, position, scored=config.evict == "after")
+    if logits is not None:
+        layer = add_scores(layer, logits, lse, accept[:, None])
+    return settle(layer, position, accept, config), _outwards(layer, output, config)
 
 
 def read_tokens(
@@ -299,17 +332,18 @@ def read_tokens(
     They attend to all that was held and, exactly, to each other; then they are stored one after the other. The
     queries in `counted` add their attention to the scores.
     """
+    query, key, value = _inwards(layer, query, key, value, config)
     tokens = jnp.arange(query.shape[1])
     own, _, lse = two_pass_attention(query, key, value, query_lengths=counts, key_value_lengths=counts, score_rows=0)
     own = Partial(own.astype(jnp.float32), lse, jnp.where(jnp.isneginf(lse), 0.0, 1.0))
-    output, lse = attend(layer, query, position - 1, also=(own,))
+    output, lse, logits = attend(layer, query, position - 1, also=(own,), scored=config.evict == "after")
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     scores = jnp.zeros(key.shape[:3])
-    if config.evict == "after":
-        layer = add_scores(layer, query, lse, counted)
-        causal = tokens <= tokens[:, None]
-        fresh = DenseSegment(key, value, counts)
-        scores = segments.received(query, fresh, lse, counted, causal)
+    if logits is not None:
+        layer = add_scores(layer, logits, lse, counted)
+        seen = (tokens <= tokens[:, None]) & counted[:, :, None] & (tokens < counts[:, None])[:, None]
+        _, fresh = dense_decode_attention(query, key, value, counts, return_logits=True)
+        scores = segments.received(fresh, lse, seen, key.shape[1])
 
     def store(layer, token):
         k, v, score, i = token
@@ -318,7 +352,7 @@ def read_tokens(
         return settle(layer, position + i, accept, config), None
 
     stream = (*(jnp.moveaxis(x, 2, 0) for x in (key, value, scores)), tokens)
-    return jax.lax.scan(store, layer, stream)[0], output
+    return jax.lax.scan(store, layer, stream)[0], _outwards(layer, output, config)
 
 
 def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig, score=0.0) -> LayerCache:
@@ -379,20 +413,33 @@ def _enter(ledger: Ledger, segment: Segment, key, value, position, accept, confi
 
 
 def attend(
-    layer: LayerCache, query: Float[Array, "B T N H"], position: Int[Array, "B"], also: tuple[Partial, ...] = ()
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attention over everything the layer holds, and `also`: output in the query's dtype, and log-sum-exp.
+    layer: LayerCache,
+    query: Float[Array, "B T N H"],
+    position: Int[Array, "B"],
+    also: tuple[Partial, ...] = (),
+    scored: bool = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"], Float[Array, "B T N S"] | None]:
+    """Attention over everything the layer holds, and `also`.
 
     `position` is that of the newest token held.
+
+    Returns:
+        The output in the query's dtype, the log-sum-exp, and if `scored` the logits of the first tier's rows.
     """
-    partials = [segments.attention(query, part) for part in (layer.segment, layer.retained) if part is not None]
-    partials += [_shared_attention(query, part) for part in layer.prefix]
+    parts = [part for part in (layer.segment, layer.retained) if part is not None]
     if isinstance(layer.window, KiviWindow):
-        partials.append(segments.attention(query, kivi.tail(layer.segment, layer.window, position)))
+        parts.append(kivi.tail(layer.segment, layer.window, position))
     elif layer.window is not None:
-        partials.append(segments.attention(query, layer.window))
-    output, lse = merge_partials([*partials, *also])
-    return output.astype(query.dtype), lse
+        parts.append(layer.window)
+    if not (also or layer.prefix):
+        output, lse, *logits = decode_attention([segments.part(query, part) for part in parts], return_logits=scored)
+        return output, lse, logits[0] if scored else None
+    first = segments.attention(query, layer.segment, return_logits=scored)
+    first, logits = first if scored else (first, None)
+    others = [segments.attention(query, part) for part in parts[1:]]
+    others += [_shared_attention(query, part) for part in layer.prefix]
+    output, lse = merge_partials([first, *others, *also])
+    return output.astype(query.dtype), lse, logits
 
 
 def _shared_attention(query: Float[Array, "B T N H"], prefix: Segment) -> Partial:
@@ -402,9 +449,10 @@ def _shared_attention(query: Float[Array, "B T N H"], prefix: Segment) -> Partia
     return Partial(*(x.reshape(b, t, *x.shape[2:]) for x in partial))
 
 
-def add_scores(layer: LayerCache, query, lse, counted: Bool[Array, "B T"]) -> LayerCache:
-    """The layer whose tokens are credited with the attention they just received."""
-    gained = segments.received(query, layer.segment, lse, counted)
+def add_scores(layer: LayerCache, logits: Float[Array, "B T N S"], lse, counted: Bool[Array, "B T"]) -> LayerCache:
+    """The layer whose tokens are credited with the attention they just received from the counted queries."""
+    held = jnp.arange(logits.shape[-1]) < layer.segment.length[:, None]
+    gained = segments.received(logits, lse, counted[:, :, None] & held[:, None], layer.ledger.scores.shape[1])
     return dataclasses.replace(layer, ledger=dataclasses.replace(layer.ledger, scores=layer.ledger.scores + gained))
 
 

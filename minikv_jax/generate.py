@@ -176,14 +176,14 @@ def _fitting(model: Llama, tokens, lengths, config: CacheConfig) -> CacheConfig:
 
 
 def _check_codecs(config: CacheConfig, head_size: int) -> None:
+    if (config.rotate_keys or config.rotate_values) and head_size & (head_size - 1):
+        raise ConfigError(f"A Hadamard rotation needs a head size that is a power of two, not {head_size}.")
     for codec in (config.codec, config.retained):
         if codec is None or codec.dense:
             continue
         groups = [codec.value_group] + ([codec.key_group] if codec.key_axis == "channels" else [])
         if any(head_size % group_size(group, head_size) for group in groups):
             raise ConfigError(f"Groups of {groups} channels must divide the model's head size of {head_size}.")
-        if (codec.rotate_keys or codec.rotate_values) and head_size & (head_size - 1):
-            raise ConfigError(f"A Hadamard rotation needs a head size that is a power of two, not {head_size}.")
 
 
 def decode_step(params: Params, cache: KVCache, tokens: Int[Array, "B"]) -> tuple[Float[Array, "B V"], KVCache]:

@@ -8,12 +8,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import quantize
 from minikv_jax.config import Codec, GroupSize
 from minikv_jax.quantize import Codes
-from pallas_kernels import Partial, dense_decode_attention, packed_decode_attention
+from pallas_kernels import Part, Partial, dense_decode_attention, packed_decode_attention
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 
 
@@ -120,19 +121,20 @@ def encode_keys(
     balance: Float[Array, "B K H"] | None,
     moment: Float[Array, "B K H H"] | None = None,
 ) -> Codes:
-    """Codes of keys; with the `moment` of the queries (`cache.QueryStatistics`) by feedback, if the codec wants it."""
+    """Codes of keys; by feedback if the codec wants it and the `moment` of the queries (`QueryStatistics`) is there."""
     bits, group, axis, _ = _layouts(codec, key.shape[-1])[0]
-    options = codec.metadata_dtype, codec.key_clip
-    if codec.key_feedback and moment is not None:
-        moment = _prepared_queries(codec, moment, balance)
-        moment = jnp.swapaxes(_prepared_queries(codec, jnp.swapaxes(moment, -1, -2), balance), -1, -2)
-        return quantize.encode_with_feedback(_prepared_keys(codec, key, balance), moment, bits, group, *options)
-    return quantize.encode(_prepared_keys(codec, key, balance), bits, group, axis, *options, codec.integer_zero)
+    if balance is not None:
+        key = key.astype(jnp.float32) * balance[:, :, None]
+    codes = quantize.encode(key, bits, group, axis, codec.metadata_dtype, codec.key_clip, codec.integer_zero)
+    if not codec.key_feedback or moment is None:
+        return codes
+    if balance is not None:
+        moment = moment / (balance[..., None] * balance[..., None, :])
+    return quantize.round_with_feedback(key, codes, moment, bits, group)
 
 
 def encode_values(codec: Codec, value: Float[Array, "B K S H"]) -> Codes:
     bits, group, axis, _ = _layouts(codec, value.shape[-1])[1]
-    value = rotate(value) if codec.rotate_values else value
     return quantize.encode(value, bits, group, axis, codec.metadata_dtype, codec.value_clip, codec.integer_zero)
 
 
@@ -145,78 +147,59 @@ def decode(
     codec: Codec, keys: Codes, values: Codes, balance: Float[Array, "B K H"] | None
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Keys and values as attention effectively sees them, float32."""
-    head_size = keys.codes.shape[-1]
     key, value = (
         quantize.decode(codes, group, axis)
-        for codes, (_, group, axis, _) in zip((keys, values), _layouts(codec, head_size))
+        for codes, (_, group, axis, _) in zip((keys, values), _layouts(codec, keys.codes.shape[-1]))
     )
-    if codec.rotate_keys:
-        key = rotate(key)
-    if balance is not None:
-        key = key / balance[:, :, None]
-    return key, rotate(value) if codec.rotate_values else value
-
-
-def _prepared_keys(codec: Codec, key: Float[Array, "B K S H"], balance: Float[Array, "B K H"] | None):
-    """Keys as they are encoded."""
-    key = key if balance is None else key.astype(jnp.float32) * balance[:, :, None]
-    return rotate(key) if codec.rotate_keys else key
-
-
-def _prepared_queries(codec: Codec, query: Float[Array, "B K S H"], balance: Float[Array, "B K H"] | None):
-    """Queries, or whatever has their channels, as they meet encoded keys."""
-    query = query if balance is None else query / balance[:, :, None]
-    return rotate(query) if codec.rotate_keys else query
+    return key if balance is None else key / balance[:, :, None], value
 
 
 def rotate(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-    """The Hadamard rotation of the channels, its own inverse; float32."""
-    return x.astype(jnp.float32) @ quantize.hadamard(x.shape[-1])
+    """The Hadamard rotation of channels, its own inverse; float32."""
+    h = x.shape[-1]
+    # Signs alone are exact in every dtype.
+    signs = jnp.asarray(np.sign(quantize.hadamard(h)), x.dtype)
+    return jnp.matmul(x, signs, precision="highest", preferred_element_type=jnp.float32) * h**-0.5
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------
 
 
-def attention(query: Float[Array, "B T N H"], segment: Segment, rows: Int[Array, "B T"] | None = None) -> Partial:
-    """Partial attention of the queries over the tokens the segment holds, or over the first `rows` for each query."""
+def part(query: Float[Array, "B T N H"], segment: Segment, rows: Int[Array, "B T"] | None = None) -> Part:
+    """The segment, and the queries as they meet its keys, for `decode_attention`.
+
+    Each query sees all tokens the segment holds, or, of a dense one, the first `rows`.
+    """
     if isinstance(segment, DenseSegment):
-        return dense_decode_attention(query, segment.key, segment.value, segment.length if rows is None else rows)
-    codec = segment.codec
+        return Part(query, segment.key, segment.value, segment.length if rows is None else rows)
+    dtype = query.dtype
     if segment.balance is not None:
         heads = segment.balance.shape[1]
         query = query / jnp.repeat(segment.balance, query.shape[2] // heads, axis=1)[:, None]
-    if codec.rotate_keys:
-        query = rotate(query)
-    partial = packed_decode_attention(query, segment.keys, segment.values, segment.length)
-    return partial._replace(output=rotate(partial.output)) if codec.rotate_values else partial
+    return Part(query.astype(dtype), segment.keys, segment.values, segment.length)
+
+
+def attention(
+    query: Float[Array, "B T N H"], segment: Segment, return_logits: bool = False
+) -> Partial | tuple[Partial, Float[Array, "B T N S"]]:
+    """Partial attention of the queries over the tokens the segment holds, and their logits where asked for."""
+    attend = dense_decode_attention if isinstance(segment, DenseSegment) else packed_decode_attention
+    return attend(*part(query, segment), return_logits=return_logits)
 
 
 def received(
-    query: Float[Array, "B T N H"],
-    segment: Segment,
+    logits: Float[Array, "B T N S"],
     lse: Float[Array, "B T N"],
-    counted: Bool[Array, "B T"],
-    visible: Bool[Array, "T S"] | None = None,
+    seen: Bool[Array, "B T S"],
+    heads: int,
 ) -> Float[Array, "B K S"]:
-    """Attention each token of the segment received from the counted queries, summed over them and over each group.
+    """Attention each token received from the queries that saw it, summed over them and over each group.
 
-    `lse` is the log-sum-exp of the queries' whole attention, this segment and all others.
+    `lse` is the log-sum-exp of the queries' whole attention, of these tokens and all others.
     """
-    key = segment.key if isinstance(segment, DenseSegment) else _all_keys(segment)
-    b, t, n, h = query.shape
-    heads = key.shape[1]
-    grouped = query.reshape(b, t, heads, n // heads, h).astype(jnp.float32)
-    logits = jnp.einsum("btkgh,bksh->bkgts", grouped, key.astype(jnp.float32)) * h**-0.5
-    lse = jnp.moveaxis(lse.reshape(b, t, heads, n // heads), 1, -1)
-    seen = counted[:, None, None, :, None] & (True if visible is None else visible)
-    p = jnp.where(seen, jnp.exp(logits - lse[..., None]), 0)
-    held = jnp.arange(key.shape[2]) < segment.length[:, None]
-    return jnp.where(held[:, None], p.sum(axis=(2, 3)), 0)
-
-
-def _all_keys(segment: PackedSegment) -> Float[Array, "B K S H"]:
-    codes = map(quantize.from_packed, (segment.keys, segment.values))
-    return decode(segment.codec, *codes, segment.balance)[0]
+    p = jnp.where(seen[:, :, None], jnp.exp(logits - lse[..., None]), 0)
+    b, t, n, s = p.shape
+    return p.reshape(b, t, heads, n // heads, s).sum(axis=(1, 3))
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
