@@ -126,7 +126,7 @@ class Shape(NamedTuple):
         if config.evict == "never":
             # What a window encodes touches whole blocks, even at the end of the segment.
             touched = BLOCK * segments.touched_blocks(config.window) if config.window else 0
-            return cls(max(kept + generated, touched), left)
+            return cls(max(kept - config.first_encoded + generated, touched), left)
         # A tier counted in tokens grows up to its size; one more row holds the token a step gives up.
         size = int(allocate.budget(config, layer, layers, prompt).total)
         return cls(min(max(kept, size), prompt + generated) + 1, left + generated if config.retained else 0)
