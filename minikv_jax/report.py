@@ -79,16 +79,20 @@ def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generat
     channels = (1, heads, head_size)
     queries = QueryStatistics(array(*channels, dtype=jnp.float32), array(*channels, head_size, dtype=jnp.float32))
     lengths = array(1, dtype=jnp.int32)
+
+    @functools.cache
+    def layer_of(shape: Shape):
+        make = functools.partial(compress, config=config, shape=shape)
+        return jax.eval_shape(make, key, key, scores, queries, lengths, allocate.Budget(lengths, lengths))
+
     sizes = []
     for i in range(layers):
-        make = functools.partial(compress, config=config, shape=Shape.of(config, i, layers))
-        layer = jax.eval_shape(make, key, key, scores, queries, lengths, allocate.Budget(lengths, lengths))
         total = int(allocate.budget(config, i, layers, prompt).total)
         kept = min(total, prompt + generated if config.evict != "never" else prompt)
         if config.retained is not None:
             kept = prompt
         kept += generated if config.evict == "never" or config.retained is not None else 0
-        sizes.append(_size(layer, kept, prompt + generated))
+        sizes.append(_size(layer_of(Shape.of(config, i, layers)), kept, prompt + generated))
     return _report(sizes, sum(size.bytes_held for size in sizes))
 
 

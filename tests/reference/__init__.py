@@ -37,6 +37,7 @@ from .quantiser import (
     quantise,
     roundtrip_per_channel,
     roundtrip_per_token,
+    short_floats,
     unpack_interleaved,
 )
 from .sizes import bits_per_element, full_mib, kivi_mib, mikv_share, minikv_mib
@@ -79,6 +80,7 @@ __all__ = [
     "quantise",
     "roundtrip_per_channel",
     "roundtrip_per_token",
+    "short_floats",
     "softmax",
     "top_positions",
     "unpack_interleaved",
