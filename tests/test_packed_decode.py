@@ -22,12 +22,17 @@ FORMATS = {
     "4-bit": (4, 32, "float16", 4, 128, "float16"),
     "4 and 2 bits": (4, 32, "float16", 2, 64, "float16"),
     "8-bit": (8, 32, "float16", 8, 64, "bfloat16"),
+    "2-bit, half heads": (2, -2, "float16", 2, 32, "float16"),
+    "4-bit, whole heads": (4, -1, "bfloat16", 4, 128, "bfloat16"),
+    "3-bit, half heads, fp8": (3, -2, "float8_e4m3fn", 2, 64, "float8_e4m3fn"),
 }
 
 
 def segment(rng, b, heads, blocks, h, fmt, low=-1.0, high=1.0, scales=None):
-    """Random codes with random metadata: keys, values."""
+    """Random codes and metadata: keys, values. A negative group of keys is a part of the head, over channels."""
     kbits, kgroup, ktype, vbits, vgroup, vtype = fmt
+    kaxis, kgroup = ("tokens", kgroup) if kgroup > 0 else ("channels", h // -kgroup)
+    kgroups = (BLOCK // kgroup, h) if kaxis == "tokens" else (h // kgroup, BLOCK)
     vgroup = min(vgroup, h)
 
     def metadata(shape, dtype, a, z):
@@ -41,7 +46,7 @@ def segment(rng, b, heads, blocks, h, fmt, low=-1.0, high=1.0, scales=None):
 
     lead = (b, heads, blocks)
     return (
-        one((*lead, 16 * kbits, h), (*lead, BLOCK // kgroup, h), kbits, kgroup, ktype, "tokens", False),
+        one((*lead, 16 * kbits, h), (*lead, *kgroups), kbits, kgroup, ktype, kaxis, False),
         one((*lead, h, 16 * vbits), (*lead, h // vgroup, BLOCK), vbits, vgroup, vtype, "channels", True),
     )
 

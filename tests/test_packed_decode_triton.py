@@ -97,6 +97,7 @@ def test_lanes_read_nothing_beyond_the_length(name, length):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.usefixtures("triton_cache")
 @pytest.mark.parametrize(
     ("capability", "name"),
     [
@@ -105,6 +106,7 @@ def test_lanes_read_nothing_beyond_the_length(name, length):
         pytest.param(100, "2-bit", marks=pytest.mark.slow),
         pytest.param(80, "3 and 2 bits, fp8", marks=pytest.mark.slow),
         pytest.param(90, "groups of 16", marks=pytest.mark.slow),
+        pytest.param(90, "3-bit, half heads, fp8", marks=pytest.mark.slow),
     ],
 )
 def test_compiles_for(capability, name):

@@ -154,6 +154,9 @@ def _instructions(shared):
         "low_bytes_up": lambda x: ((x & 0xFF) << 8) | ((x & 0xFF00) << 16),
         "high_bytes_up": lambda x: ((x >> 8) & 0xFF00) | (x & np.int32(-16777216)),
         "multiply2": multiply2,
+        "half_as_float": lambda x, shift: (
+            _halves(_lanes(x))[np.arange(LANES), _lanes(shift) // 16].astype(np.float32).view(Register)
+        ),
         "pair": pair,
     }
 

@@ -180,6 +180,19 @@ def multiply2(x, y):
 
 
 @triton.jit
+def half_as_float(x, shift):
+    """The float16 that starts at bit `shift` of a word."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 w; .reg .b16 h; shr.b32 w, $1, $2; cvt.u16.u32 h, w; cvt.f32.f16 $0, h; }",
+        "=f,r,r",
+        [x, shift],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def pair(low, high):
     """Rounds two float32 to a pair of float16."""
     return tl.inline_asm_elementwise(
@@ -349,6 +362,22 @@ def key_tile(
 
 
 @triton.jit
+def key_words(codes, part, g, t, BITS: tl.constexpr, H: tl.constexpr, NARROW: tl.constexpr):
+    """The lane's codes of channels 64 part + 16 t .. + 15: four rows of each run of 32 bytes; third bits apart."""
+    UNITS: tl.constexpr = (2 if BITS == 3 else BITS) // 2  # runs of 32 bytes
+    words = ()
+    high = ()
+    for u in tl.static_range(UNITS):
+        for w in tl.static_range(2):
+            for b in tl.static_range(2):
+                row = row_of(g, w, b, NARROW)
+                words = words + (load4(codes + key_chunk(row + 32 * u, 4 * part + t, H)),)
+                if BITS == 3:
+                    high = high + (load4(codes + key_chunk(32 + row % 16, 4 * part + t, H)),)
+    return words, high
+
+
+@triton.jit
 def key_products(
     q,
     codes,
@@ -368,8 +397,6 @@ def key_products(
         d: eight tiles [16 tokens, 8 queries], tile 2 i + w of the i-th run of 32 tokens; times 2^-24 4^plane.
         z: tile [groups spread over 8 rows, 8 queries].
     """
-    PART: tl.constexpr = 2 if BITS == 3 else BITS
-    UNITS: tl.constexpr = PART // 2  # runs of 32 bytes
     GROUPS: tl.constexpr = 128 // GROUP
     BYTES: tl.constexpr = 1 if KIND == 2 else 2
     nil = tl.zeros([32], tl.float32)
@@ -380,15 +407,7 @@ def key_products(
     z = (nil, nil, nil, nil)
     own_group = g * GROUPS // 8
     for h in tl.static_range(H // 64):
-        words = ()
-        high = ()
-        for u in tl.static_range(UNITS):
-            for w in tl.static_range(2):
-                for b in tl.static_range(2):
-                    row = row_of(g, w, b, NARROW)
-                    words = words + (load4(codes + key_chunk(row + 32 * u, 4 * h + t, H)),)
-                    if BITS == 3:
-                        high = high + (load4(codes + key_chunk(32 + row % 16, 4 * h + t, H)),)
+        words, high = key_words(codes, h, g, t, BITS, H, NARROW)
         for half in tl.static_range(2):
             channel = 64 * h + 16 * t + 8 * half
             zeros = metadata8(zero + (own_group * H + channel) * BYTES, KIND, True)
@@ -407,6 +426,70 @@ def key_products(
                     after = after + (key_tile(d[tile], words, high, s, g, 2 * half + c, tile, BITS, GROUP, NARROW),)
                 d = after
     return d, z
+
+
+@triton.jit
+def channel_key_products(
+    q,
+    codes,
+    scale,
+    zero,
+    g,
+    t,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KIND: tl.constexpr,
+    H: tl.constexpr,
+):
+    """Queries times keys whose groups lie over the channels of a token: eight tiles [16 tokens, 8 queries].
+
+    A group's products with the codes are finished before its scale, one a token, meets them. Where groups are smaller
+    than the 64 channels a product covers, the others' queries are zero in it.
+    """
+    PART: tl.constexpr = 2 if BITS == 3 else BITS
+    BYTES: tl.constexpr = 1 if KIND == 2 else 2
+    nil = tl.zeros([32], tl.float32)
+    none = tl.zeros([32], tl.int32)
+    one = tl.full([32], 0x3C003C00, tl.int32)
+    shift = 16 * (g % 2)
+    x = ()
+    for _ in tl.static_range(8):
+        x = x + ((nil, nil, nil, nil),)
+    for group in tl.static_range(H // GROUP):
+        d = ()
+        for _ in tl.static_range(8):
+            d = d + ((nil, nil, nil, nil),)
+        z = (nil, nil, nil, nil)
+        for part in tl.static_range((GROUP + 63) // 64):
+            words, high = key_words(codes, GROUP * group // 64 + part, g, t, BITS, H, False)
+            for k in tl.static_range(4):
+                q0 = q[8 * (GROUP * group // 64 + part) + 2 * k]
+                q1 = q[8 * (GROUP * group // 64 + part) + 2 * k + 1]
+                if GROUP < 64:
+                    own = t // (GROUP // 16) == group % (64 // GROUP)
+                    q0 = tl.where(own, q0, 0)
+                    q1 = tl.where(own, q1, 0)
+                z = mma(one, none, one, none, q0, q1, z)
+                after = ()
+                for tile in tl.static_range(8):
+                    after = after + (key_tile(d[tile], words, high, ((q0, q1),), g, k, tile, BITS, 128, False),)
+                d = after
+        scaled = ()
+        for run in tl.static_range(4):
+            first = (128 * group + 32 * run + 8 * (g // 2)) * BYTES
+            scales = metadata8(scale + first, KIND, False)
+            zeros = metadata8(zero + first, KIND, True)
+            for w in tl.static_range(2):
+                tile = ()
+                for b in tl.static_range(2):
+                    by = half_as_float(scales[2 * w + b], shift) * ((1 << (24 - PART * (run // (PART // 2)))) * 1.0)
+                    plus = half_as_float(zeros[2 * w + b], shift)
+                    for i in tl.static_range(2):
+                        more = d[2 * run + w][2 * b + i] * by + z[i] * plus
+                        tile = tile + (x[2 * run + w][2 * b + i] + more,)
+                scaled = scaled + (tile,)
+        x = scaled
+    return x
 
 
 @triton.jit
@@ -517,7 +600,7 @@ def fetch_keys(
 ):  # fmt: skip
     """Starts the copies of a block's keys; one group."""
     CODES: tl.constexpr = 16 * BITS * H
-    METADATA: tl.constexpr = (128 // GROUP) * H * (1 if KIND == 2 else 2)
+    METADATA: tl.constexpr = 128 * H // GROUP * (1 if KIND == 2 else 2)
     block = block.to(tl.int64)
     fetch_key_codes(memory, codes + block * CODES, valid, lane, BITS, H)
     fetch(memory + CODES, scale + block * METADATA, valid, lane, METADATA)
@@ -591,6 +674,7 @@ def attend_block(
     row_size,
     KBITS: tl.constexpr,
     KGROUP: tl.constexpr,
+    KAXIS: tl.constexpr,
     KKIND: tl.constexpr,
     VBITS: tl.constexpr,
     VGROUP: tl.constexpr,
@@ -605,13 +689,12 @@ def attend_block(
     acc, sums, reference, maximum = state
     g = lane // 4
     t = lane % 4
-    NARROW: tl.constexpr = KGROUP == 16
+    NARROW: tl.constexpr = KGROUP == 16 and KAXIS == 0
     KPART: tl.constexpr = 2 if KBITS == 3 else KBITS
-    KGROUPS: tl.constexpr = 128 // KGROUP
     VGROUPS: tl.constexpr = H // VGROUP
     VBYTES: tl.constexpr = 1 if VKIND == 2 else 2
     KCODES: tl.constexpr = 16 * KBITS * H
-    KMETADATA: tl.constexpr = KGROUPS * H * (1 if KKIND == 2 else 2)
+    KMETADATA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND == 2 else 2)
     VCODES: tl.constexpr = 16 * VBITS * H
     more = tl.where(lane + block + 1 < lane + last, 1, 0)
     values = memory + (KCODES + 2 * KMETADATA)
@@ -619,17 +702,24 @@ def attend_block(
     vz = vs + VGROUPS * 128 * VBYTES
 
     wait_group(lane)
-    d, z = key_products(
-        q, memory, memory + KCODES, memory + (KCODES + KMETADATA), g, t, KBITS, KGROUP, KKIND, H, NARROW
-    )
+    scale = memory + KCODES
+    zero = scale + KMETADATA
+    # Logits in base 2; columns 2t and 2t + 1 are the lane's two queries.
+    logits = ()
+    if KAXIS == 0:
+        d, z = key_products(q, memory, scale, zero, g, t, KBITS, KGROUP, KKIND, H, NARROW)
+        for tile in tl.static_range(8):
+            logits = logits + tile_logits(d[tile], z, factor, t, tile, KPART, KGROUP)
+    else:
+        UNIT: tl.constexpr = 256.0 if KKIND == 2 else 1.0
+        x = channel_key_products(q, memory, scale, zero, g, t, KBITS, KGROUP, KKIND, H)
+        for tile in tl.static_range(8):
+            for i in tl.static_range(4):
+                logits = logits + (x[tile][i] * (factor[i % 2] * UNIT),)
     warp_barrier(lane)
     fetch_keys(memory, sources[0], sources[1], sources[2], block + 1, more, lane, KBITS, KGROUP, KKIND, H)
     wait_group(lane)
 
-    # Logits in base 2; columns 2t and 2t + 1 are the lane's two queries.
-    logits = ()
-    for tile in tl.static_range(8):
-        logits = logits + tile_logits(d[tile], z, factor, t, tile, KPART, KGROUP)
     if left < 128:
         logits = hide_logits(logits, left, g, NARROW)
         clear_metadata(vs, left, lane, VGROUPS, VKIND)
@@ -717,6 +807,7 @@ def decode_kernel(
     logits,
     KBITS: tl.constexpr,
     KGROUP: tl.constexpr,
+    KAXIS: tl.constexpr,
     KKIND: tl.constexpr,
     VBITS: tl.constexpr,
     VGROUP: tl.constexpr,
@@ -760,7 +851,7 @@ def decode_kernel(
     if first < last:
         KBLOCK: tl.constexpr = 16 * KBITS * H
         VBLOCK: tl.constexpr = 16 * VBITS * H
-        KMETA: tl.constexpr = (128 // KGROUP) * H * (1 if KKIND == 2 else 2)
+        KMETA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND == 2 else 2)
         VMETA: tl.constexpr = (H // VGROUP) * 128 * (1 if VKIND == 2 else 2)
         start = head.to(tl.int64) * capacity
         kcodes = kc.to(tl.int64) + start * KBLOCK
@@ -779,7 +870,7 @@ def decode_kernel(
         token = row // group
         batch = head // heads
         position = ((batch * (rows // group) + token) * heads + head % heads) * group + row % group
-        pairs, power = load_queries(q, position * H, t, row < rows, 256.0 if KKIND == 2 else 1.0, H)
+        pairs, power = load_queries(q, position * H, t, row < rows, 256.0 if KKIND == 2 and KAXIS == 0 else 1.0, H)
         # power of row 2t and 2t + 1 sits in lanes 8t and 8t + 4
         factor = (
             shuffle(power, 8 * t) * (softmax_scale * 1.4426950408889634),
@@ -791,7 +882,7 @@ def decode_kernel(
             acc, sums, reference, maximum = attend_block(
                 (acc, sums, reference, maximum), pairs, factor, memory, sources, block, last,
                 length - 128 * block, lane, row_logits, rows - query, 128 * capacity,
-                KBITS, KGROUP, KKIND, VBITS, VGROUP, VKIND, H, LOGITS,
+                KBITS, KGROUP, KAXIS, KKIND, VBITS, VGROUP, VKIND, H, LOGITS,
             )  # fmt: skip
         to_maximum = (tl.exp2(reference[0] - maximum[0]), tl.exp2(reference[1] - maximum[1]))
         VGROUPS: tl.constexpr = H // VGROUP

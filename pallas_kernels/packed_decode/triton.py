@@ -37,14 +37,17 @@ this block's values are in work and the other way round. A second small kernel j
 
 The limit (H100, 2 bits, groups of 32, H = 128). A block is 10.5 KiB, so copy bandwidth, 2.76 TB/s, grants each of the
 528 processor quarters one every 2.06 us. It takes about 1400 issued instructions (512 AND, 128 PRMT, 144 MMA): 0.8 us.
-Memory is the limit, as long as enough of it is in flight: eight to twelve warps a processor, hence the cap at 168
-registers. In `ncu` the first kernel reaches 77 % of the memory's peak at 40 % of the issue slots and 23 % of the tensor
-cores; what stalls is waiting for copies. With fp8 metadata and three-bit keys the issue slots come nearer: 5 to 7
-instructions make a pair of scales, a third bit costs one more LOP3 an operand.
+Memory is the limit, as long as enough of it is in flight: eight to ten warps a processor, hence the cap at 200
+registers (168, with a handful of spills, costs 1 to 3 %, and 10 % with four bits). In `ncu` the kernel reaches 77 % of
+the memory's peak at 40 % of the issue slots and 23 % of the tensor cores; what stalls is waiting for copies. With
+three-bit keys the issue slots come nearer: a third bit costs one more LOP3 an operand. Float8 metadata cost 5 to 7
+instructions a pair as exact float16; handed on as a 256th of themselves they cost 2 (scales) or 4, which made three-bit
+keys with two-bit values 15 % faster.
 
-Small problems (one sequence of 32768 tokens: 17.6 us of kernels) end up at the host: a trace shows 30 us before each
-launch of the first kernel and 10 before the second, so a chain of nothing but such calls runs at the host's pace. In a
-decode step the host runs ahead while the model's products keep the device busy.
+A dense segment is an ordinary flash decode: `mma` over tiles of 64 tokens, four stages of `cp.async`, as many shares as
+fill the processors, and cuDNN's time. A call joins the shares of up to two segments, a packed one and the dense window
+behind it, in one more launch. Small problems (one sequence of 32768 tokens: 13 us, and 5 more for the join) live on
+launches that do not wait for the host: see `triton_call.py`.
 """
 
 import math
@@ -61,8 +64,8 @@ from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 from pallas_kernels.partial import Partial
 
 _KINDS = {"float16": 0, "bfloat16": 1, "float8_e4m3fn": 2}
-DENSE_TOKENS = 64  # of one step of the dense kernel
-REGISTERS = 168  # twelve warps a processor; a handful of spills
+DENSE_TOKENS = 64  # of one step of the dense kernel; half as many where a row is a kilobyte
+REGISTERS = 200  # ten warps a processor
 
 
 def decline(query: Float[Array, "B T N H"], keys: PackedTensor, values: PackedTensor, scale: float) -> str | None:
@@ -74,8 +77,9 @@ def decline(query: Float[Array, "B T N H"], keys: PackedTensor, values: PackedTe
         return f"{keys.bits}-bit keys and {values.bits}-bit values: keys of 2, 3, 4, 8 and values of 2, 4, 8 bits run"
     if keys.tokens_last or not values.tokens_last:
         return "keys must have channels last and values tokens last"
-    if keys.group_axis != "tokens" or keys.group_size not in (16, 32, 64, 128):
-        return f"keys in groups of {keys.group_size} {keys.group_axis}: 16, 32, 64 or 128 tokens run"
+    largest = 128 if keys.group_axis == "tokens" else h
+    if keys.group_size not in (16, 32, 64, 128) or keys.group_size > largest:
+        return f"keys in groups of {keys.group_size} {keys.group_axis}: 16, 32, 64, 128 tokens or 16 ... H channels run"
     if values.group_axis != "channels" or values.group_size not in (16, 32, 64, 128) or values.group_size > h:
         return f"values in groups of {values.group_size} {values.group_axis}: 16, 32, 64 ... H channels run"
     for x in (keys, values):
@@ -108,6 +112,7 @@ def constants(keys: PackedTensor, values: PackedTensor) -> dict:
     return dict(
         KBITS=keys.bits,
         KGROUP=keys.group_size,
+        KAXIS=int(keys.group_axis == "channels"),
         KKIND=_KINDS[keys.scale.dtype.name],
         VBITS=values.bits,
         VGROUP=values.group_size,
@@ -197,9 +202,7 @@ def attend_dense(
     scale: float,
     splits: int,
     return_logits: bool = False,
-    tokens: int = DENSE_TOKENS,
-    num_warps: int = 4,
-    num_stages: int = 3,
+    tokens: int,
 ) -> Shares:
     """`splits` programs for each key/value head and 16 query rows."""
     from pallas_kernels.packed_decode import _triton_dense as kernels
@@ -208,6 +211,8 @@ def attend_dense(
     heads, capacity = key.shape[1:3]
     rows = t * (n // heads)
     lengths = lengths.astype(jnp.int32)
+    # Keys and values of a step, in shared memory once for every stage but one.
+    step_bytes = 2 * tokens * h * key.dtype.itemsize
     return _launch(
         kernels.dense_kernel,
         query,
@@ -224,8 +229,8 @@ def attend_dense(
         tile=16,
         splits=splits,
         return_logits=return_logits,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=4,
+        num_stages=max(2, min(4, (128 << 10) // step_bytes)),
         H=h,
         ROWS=16,
         TOKENS=tokens,
@@ -282,8 +287,8 @@ def choose_splits(work: int, blocks: int, processors: int) -> int:
 
 
 def choose_dense_splits(work: int, tiles: int, processors: int) -> int:
-    """As `choose_splits`, for programs of four warps: two a processor hold all the copies it can have in flight."""
-    return max(1, min(-(-2 * processors // work), tiles, 256))
+    """As `choose_splits`, for programs of four warps: two run on a processor, and as many follow."""
+    return max(1, min(-(-4 * processors // work), tiles, 256))
 
 
 def _processors() -> int:
@@ -298,9 +303,11 @@ def _shares(query, keys, values, lengths, scale: float, return_logits: bool) -> 
         splits = choose_splits(b * heads * -(-t * (n // heads) // 8), blocks, _processors())
         return attend_packed(query, keys, values, lengths, scale=scale, splits=splits, return_logits=return_logits)
     heads, capacity = keys.shape[1:3]
-    tiles = -(-capacity // DENSE_TOKENS)
-    splits = choose_dense_splits(b * heads * -(-t * (n // heads) // 16), tiles, _processors())
-    return attend_dense(query, keys, values, lengths, scale=scale, splits=splits, return_logits=return_logits)
+    tokens = DENSE_TOKENS if keys.shape[-1] * keys.dtype.itemsize < 1024 else DENSE_TOKENS // 2
+    splits = choose_dense_splits(b * heads * -(-t * (n // heads) // 16), -(-capacity // tokens), _processors())
+    return attend_dense(
+        query, keys, values, lengths, scale=scale, splits=splits, return_logits=return_logits, tokens=tokens
+    )
 
 
 def _require(reason: str | None) -> None:
@@ -337,7 +344,6 @@ def decode_attention(parts: Sequence, *, scale: float, return_logits: bool):
         _require(decline(query, keys, values, scale) if packed else decline_dense(query, keys))
     query, keys = parts[0][:2]
     heads = (keys.codes if isinstance(keys, PackedTensor) else keys).shape[1]
-    shares = [_shares(*part, scale, return_logits) for part in parts]
+    shares = [_shares(*part, scale, return_logits and i == 0) for i, part in enumerate(parts)]
     output, lse, _ = _merge(query, heads, shares[0], shares[1] if len(parts) == 2 else None, normalize=True)
-    logits = [_natural(x, part[0], heads) for x, part in zip(shares, parts)]
-    return (output, lse, logits) if return_logits else (output, lse)
+    return (output, lse, _natural(shares[0], query, heads)) if return_logits else (output, lse)
