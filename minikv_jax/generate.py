@@ -310,7 +310,7 @@ def prefill_in_chunks(
     held = [dataclasses.replace(x, ledger=dataclasses.replace(x.ledger, size=lengths)) for x in cache.layers]
     cache = dataclasses.replace(cache, layers=tuple(held))
     scored = longest if cache_config.score_rows == "all" else cache_config.score_rows
-    logits, queries = None, None
+    logits, queries = None, []
     for start in range(0, longest, chunk):
         part = tokens[:, start : start + chunk]
         place = start + jnp.arange(part.shape[1])
@@ -318,7 +318,7 @@ def prefill_in_chunks(
         counted = (place < lengths[:, None]) & (place >= (lengths - scored)[:, None])
         new, cache, more = _extend_chunk(params, cache, part, counts, counted)
         logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
-        queries = more if queries is None else [a.join(b) for a, b in zip(queries, more)]
+        queries = [a.join(b) for a, b in zip(queries, more)] if queries else more
     compressed = []
     for i, layer in enumerate(cache.layers):
         key, value = (x[:, :, :longest].swapaxes(1, 2) for x in (layer.segment.key, layer.segment.value))
