@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import allocate
-from minikv_jax.cache import KVCache, LayerCache, Shape, compress, loudest_query, read_token, read_tokens
+from minikv_jax.cache import KVCache, LayerCache, QueryStatistics, Shape, compress, read_token, read_tokens
 from minikv_jax.config import Allocation, CacheConfig, Rank
 from minikv_jax.errors import ConfigError, PromptError
 from minikv_jax.models.llama import Llama, LlamaLayer
@@ -44,8 +44,8 @@ def _read_layer(layer: LlamaLayer, x, lengths, score_rows, sliding_window):
         sliding_window=sliding_window,
     )
     counted = positions < lengths[:, None]
-    loudest = loudest_query(query, key.shape[2], counted)
-    return layer.after_attention(x, attention), key, value, scores, loudest
+    queries = QueryStatistics.of(query, key.shape[2], counted)
+    return layer.after_attention(x, attention), key, value, scores, queries
 
 
 _compress = jax.jit(compress, static_argnames=("config", "shape"))
@@ -176,14 +176,14 @@ def _fitting(model: Llama, tokens, lengths, config: CacheConfig) -> CacheConfig:
 
 
 def _check_codecs(config: CacheConfig, head_size: int) -> None:
+    if (config.rotate_keys or config.rotate_values) and head_size & (head_size - 1):
+        raise ConfigError(f"A Hadamard rotation needs a head size that is a power of two, not {head_size}.")
     for codec in (config.codec, config.retained):
         if codec is None or codec.dense:
             continue
         groups = [codec.value_group] + ([codec.key_group] if codec.key_axis == "channels" else [])
         if any(head_size % group_size(group, head_size) for group in groups):
             raise ConfigError(f"Groups of {groups} channels must divide the model's head size of {head_size}.")
-        if (codec.rotate_keys or codec.rotate_values) and head_size & (head_size - 1):
-            raise ConfigError(f"A Hadamard rotation needs a head size that is a power of two, not {head_size}.")
 
 
 def decode_step(params: Params, cache: KVCache, tokens: Int[Array, "B"]) -> tuple[Float[Array, "B V"], KVCache]:
@@ -262,11 +262,11 @@ def extend(
 
 @jax.jit
 def _extend_chunk(params, cache: KVCache, tokens, counts, counted):
-    """Logits after a chunk, the cache with it, and each layer's loudest queries."""
+    """Logits after a chunk, the cache with it, and statistics of each layer's queries."""
     model = _model(params)
     x = model.embed(tokens)
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-    layers, loudest = [], []
+    layers, queries = [], []
     for layer, layer_cache in zip(model.layers, cache.layers):
         query, key, value = layer.before_attention(x, positions)
         layer_cache, attention = read_tokens(
@@ -274,9 +274,10 @@ def _extend_chunk(params, cache: KVCache, tokens, counts, counted):
         )
         x = layer.after_attention(x, attention)
         layers.append(layer_cache)
-        loudest.append(loudest_query(query, key.shape[2], jnp.arange(tokens.shape[1]) < counts[:, None]))
+        read = jnp.arange(tokens.shape[1]) < counts[:, None]
+        queries.append(QueryStatistics.of(query, key.shape[2], read))
     logits = _logits_at(model, x, counts - 1)
-    return logits, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config), loudest
+    return logits, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config), queries
 
 
 def prefill_in_chunks(
@@ -309,21 +310,21 @@ def prefill_in_chunks(
     held = [dataclasses.replace(x, ledger=dataclasses.replace(x.ledger, size=lengths)) for x in cache.layers]
     cache = dataclasses.replace(cache, layers=tuple(held))
     scored = longest if cache_config.score_rows == "all" else cache_config.score_rows
-    logits, loudest = None, [jnp.zeros(())] * layers
+    logits, queries = None, []
     for start in range(0, longest, chunk):
         part = tokens[:, start : start + chunk]
         place = start + jnp.arange(part.shape[1])
         counts = jnp.clip(lengths - start, 0, part.shape[1])
         counted = (place < lengths[:, None]) & (place >= (lengths - scored)[:, None])
-        new, cache, louder = _extend_chunk(params, cache, part, counts, counted)
+        new, cache, more = _extend_chunk(params, cache, part, counts, counted)
         logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
-        loudest = [jnp.maximum(a, b) for a, b in zip(loudest, louder)]
+        queries = [a.join(b) for a, b in zip(queries, more)] if queries else more
     compressed = []
     for i, layer in enumerate(cache.layers):
         key, value = (x[:, :, :longest].swapaxes(1, 2) for x in (layer.segment.key, layer.segment.value))
         budget = allocate.budgets(cache_config, i, layers, lengths, longest)
         scores, shape = layer.ledger.scores[:, :, :longest], Shape.of(cache_config, i, layers)
-        compressed.append(_compress(key, value, scores, loudest[i], lengths, budget, config=cache_config, shape=shape))
+        compressed.append(_compress(key, value, scores, queries[i], lengths, budget, config=cache_config, shape=shape))
     room = jnp.full(lengths.shape, cache_config.generated_capacity, jnp.int32)
     return logits, KVCache(tuple(compressed), jnp.array(lengths), room, cache_config)
 

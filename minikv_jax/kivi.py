@@ -38,11 +38,12 @@ def compress(
     capacity: int,
     dtype: jnp.dtype,
     balance: Float[Array, "B K H"] | None,
+    moment: Float[Array, "B K H H"],
 ) -> tuple[PackedSegment, KiviWindow]:
     """The prompt: all whole multiples of R of its keys are packed, and all but the last R of its values."""
     size = config.window
     packed_keys = lengths // size * size
-    segment = segments.build(config.codec, key, value, jnp.maximum(lengths - size, 0), capacity, dtype, balance)
+    segment = segments.build(config.codec, key, value, jnp.maximum(lengths - size, 0), capacity, dtype, balance, moment)
     # Ring row r holds the newest token t with t % (R + 1) == r.
     last = lengths[:, None] - 1
     newest = last - (last - jnp.arange(size + 1)) % (size + 1)
@@ -103,7 +104,8 @@ def settle(
 
     keys = jax.lax.cond(full.any(), flush, lambda keys: keys, segment.keys)
     old = accept & (position + 1 - segment.length > size)
-    codes = segments.encode_values(segment.codec, _rows(window.value, (segment.length % (size + 1))[:, None]))
+    oldest = _rows(window.value, (segment.length % (size + 1))[:, None])
+    codes = segments.encode_values(segment.codec, oldest)
     values = segments.write_codes(segment.values, codes, _per_head(segment.length, heads), old)
     return (
         dataclasses.replace(segment, keys=keys, values=values, length=segment.length + old),

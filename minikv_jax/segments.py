@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import quantize
@@ -61,13 +62,17 @@ def build(
     capacity: int,
     dtype: jnp.dtype,
     balance: Float[Array, "B K H"] | None,
+    moment: Float[Array, "B K H H"] | None = None,
 ) -> Segment:
-    """A segment of the first rows, with room for `capacity` tokens (packed: rounded up to whole blocks)."""
+    """A segment of the first rows, with room for `capacity` tokens (packed: rounded up to whole blocks).
+
+    `balance` is MiKV's, `moment` that of the queries (`encode_keys`).
+    """
     if codec.dense:
         return DenseSegment(fit(key, capacity).astype(dtype), fit(value, capacity).astype(dtype), length)
     capacity = max(-(-capacity // BLOCK), 1) * BLOCK
     balance = balance if codec.balance else None
-    codes = encode(codec, fit(key, capacity), fit(value, capacity), balance)
+    codes = encode_keys(codec, fit(key, capacity), balance, moment), encode_values(codec, fit(value, capacity))
     keys, values = (quantize.to_packed(x, *shape) for x, shape in zip(codes, _layouts(codec, key.shape[-1])))
     return PackedSegment(keys, values, length, balance, codec)
 
@@ -110,46 +115,51 @@ def _layouts(codec: Codec, head_size: int):
     )
 
 
-def encode_keys(codec: Codec, key: Float[Array, "B K S H"], balance: Float[Array, "B K H"] | None) -> Codes:
+def encode_keys(
+    codec: Codec,
+    key: Float[Array, "B K S H"],
+    balance: Float[Array, "B K H"] | None,
+    moment: Float[Array, "B K H H"] | None = None,
+) -> Codes:
+    """Codes of keys; by feedback if the codec wants it and the `moment` of the queries (`QueryStatistics`) is there."""
+    bits, group, axis, _ = _layouts(codec, key.shape[-1])[0]
     if balance is not None:
         key = key.astype(jnp.float32) * balance[:, :, None]
-    head_size = key.shape[-1]
-    key = _rotate(key, head_size) if codec.rotate_keys else key
-    return quantize.encode(key, *_layouts(codec, head_size)[0][:3], *_options(codec))
+    codes = quantize.encode(key, bits, group, axis, codec.metadata_dtype, codec.key_clip, codec.integer_zero)
+    if not codec.key_feedback or moment is None:
+        return codes
+    if balance is not None:
+        moment = moment / (balance[..., None] * balance[..., None, :])
+    return quantize.round_with_feedback(key, codes, moment, bits, group)
 
 
 def encode_values(codec: Codec, value: Float[Array, "B K S H"]) -> Codes:
-    head_size = value.shape[-1]
-    value = _rotate(value, head_size) if codec.rotate_values else value
-    return quantize.encode(value, *_layouts(codec, head_size)[1][:3], *_options(codec))
+    bits, group, axis, _ = _layouts(codec, value.shape[-1])[1]
+    return quantize.encode(value, bits, group, axis, codec.metadata_dtype, codec.value_clip, codec.integer_zero)
 
 
-def encode(codec: Codec, key, value, balance: Float[Array, "B K H"] | None) -> tuple[Codes, Codes]:
-    return encode_keys(codec, key, balance), encode_values(codec, value)
-
-
-def _options(codec: Codec):
-    return codec.metadata_dtype, codec.clip, codec.integer_zero
+def encode(segment: PackedSegment, key: Float[Array, "B K S H"], value: Float[Array, "B K S H"]) -> tuple[Codes, Codes]:
+    """New tokens as the segment stores them."""
+    return encode_keys(segment.codec, key, segment.balance), encode_values(segment.codec, value)
 
 
 def decode(
     codec: Codec, keys: Codes, values: Codes, balance: Float[Array, "B K H"] | None
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Keys and values as attention effectively sees them, float32."""
-    head_size = keys.codes.shape[-1]
     key, value = (
         quantize.decode(codes, group, axis)
-        for codes, (_, group, axis, _) in zip((keys, values), _layouts(codec, head_size))
+        for codes, (_, group, axis, _) in zip((keys, values), _layouts(codec, keys.codes.shape[-1]))
     )
-    if codec.rotate_keys:
-        key = _rotate(key, head_size)
-    if balance is not None:
-        key = key / balance[:, :, None]
-    return key, _rotate(value, head_size) if codec.rotate_values else value
+    return key if balance is None else key / balance[:, :, None], value
 
 
-def _rotate(x: Float[Array, "... H"], head_size: int) -> Float[Array, "... H"]:
-    return x.astype(jnp.float32) @ quantize.hadamard(head_size)
+def rotate(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+    """The Hadamard rotation of channels, its own inverse; float32."""
+    h = x.shape[-1]
+    # Signs alone are exact in every dtype.
+    signs = jnp.asarray(np.sign(quantize.hadamard(h)), x.dtype)
+    return jnp.matmul(x, signs, precision="highest", preferred_element_type=jnp.float32) * h**-0.5
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------
@@ -162,12 +172,10 @@ def part(query: Float[Array, "B T N H"], segment: Segment, rows: Int[Array, "B T
     """
     if isinstance(segment, DenseSegment):
         return Part(query, segment.key, segment.value, segment.length if rows is None else rows)
-    codec, dtype = segment.codec, query.dtype
+    dtype = query.dtype
     if segment.balance is not None:
         heads = segment.balance.shape[1]
         query = query / jnp.repeat(segment.balance, query.shape[2] // heads, axis=1)[:, None]
-    if codec.rotate_keys:
-        query = _rotate(query, query.shape[-1])
     return Part(query.astype(dtype), segment.keys, segment.values, segment.length)
 
 
@@ -176,12 +184,7 @@ def attention(
 ) -> Partial | tuple[Partial, Float[Array, "B T N S"]]:
     """Partial attention of the queries over the tokens the segment holds, and their logits where asked for."""
     attend = dense_decode_attention if isinstance(segment, DenseSegment) else packed_decode_attention
-    result = attend(*part(query, segment), return_logits=return_logits)
-    if isinstance(segment, DenseSegment) or not segment.codec.rotate_values:
-        return result
-    partial, *logits = result if return_logits else (result,)
-    partial = partial._replace(output=_rotate(partial.output, query.shape[-1]))
-    return (partial, *logits) if return_logits else partial
+    return attend(*part(query, segment), return_logits=return_logits)
 
 
 def received(
@@ -212,8 +215,7 @@ def append(segment: Segment, key: Float[Array, "B K 1 H"], value: Float[Array, "
 def put(segment: Segment, slot: Int[Array, "B K"], key, value, accept: Bool[Array, "B"]) -> Segment:
     """Writes one token per head into its slot, for the sequences that accept it."""
     if isinstance(segment, PackedSegment):
-        keys, values = encode(segment.codec, key, value, segment.balance)
-        return put_codes(segment, slot, keys, values, accept)
+        return put_codes(segment, slot, *encode(segment, key, value), accept)
 
     rows = (put_row(x, slot, new, accept) for x, new in ((segment.key, key), (segment.value, value)))
     key, value = rows
