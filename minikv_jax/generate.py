@@ -408,27 +408,45 @@ def stream(
         yield token, cache
 
 
+# Steps between two looks at whether every sequence has ended. A loop whose condition depends on data makes the host
+# wait for the device each time round; a scan of known length does not.
+_STEPS = 16
+
+
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_token_ids"), donate_argnames="cache")
 def _decode_loop(params, cache, token, key, sampling, max_new_tokens, eos_token_ids):
     """Decodes until every sequence has ended or `max_new_tokens` are there: one dispatch for all of it."""
     ends = jnp.asarray(eos_token_ids or (-1,))
 
-    def more(state):
-        i, _, _, ended, _ = state
-        return (i < max_new_tokens) & ~ended.all()
-
-    def step(state):
-        i, tokens, cache, ended, token = state
-        logits, cache = decode_step(params, cache, token)
+    def step(state, i):
+        cache, ended, token = state
+        # Where all have ended, or past the last token, no sequence has room and the step changes nothing.
+        room = jnp.where(ended.all() | (i >= max_new_tokens), 0, cache.room)
+        logits, stepped = decode_step(params, dataclasses.replace(cache, room=room), token)
+        cache = dataclasses.replace(stepped, room=cache.room - (stepped.lengths - cache.lengths))
         token = jnp.where(ended, token, sample(logits, jax.random.fold_in(key, i), sampling))
-        return i + 1, tokens.at[:, i].set(token), cache, ended | jnp.isin(token, ends), token
+        return (cache, ended | jnp.isin(token, ends), token), token
 
-    tokens = jnp.zeros((token.shape[0], max_new_tokens), jnp.int32).at[:, 0].set(token)
-    count, tokens, cache, _, token = jax.lax.while_loop(
-        more, step, (jnp.int32(1), tokens, cache, jnp.isin(token, ends), token)
-    )
-    written = jnp.arange(max_new_tokens) < count
-    return jnp.where(written, tokens, token[:, None]), cache
+    state = cache, jnp.isin(token, ends), token
+    if not eos_token_ids:
+        (cache, _, _), tokens = jax.lax.scan(step, state, jnp.arange(1, max_new_tokens))
+        return jnp.concatenate([token[None], tokens]).T, cache
+
+    chunks = -(-(max_new_tokens - 1) // _STEPS)
+    tokens = jnp.zeros((1 + chunks * _STEPS, token.shape[0]), jnp.int32).at[0].set(token)
+
+    def more(carry):
+        done, _, (_, ended, _) = carry
+        return (done < max_new_tokens) & ~ended.all()
+
+    def chunk(carry):
+        done, tokens, state = carry
+        state, new = jax.lax.scan(step, state, done + jnp.arange(_STEPS))
+        return done + _STEPS, jax.lax.dynamic_update_slice_in_dim(tokens, new, done, 0), state
+
+    done, tokens, (cache, _, token) = jax.lax.while_loop(more, chunk, (jnp.int32(1), tokens, state))
+    written = jnp.arange(max_new_tokens)[:, None] < done
+    return jnp.where(written, tokens[:max_new_tokens], token).T, cache
 
 
 def generate(

@@ -151,13 +151,18 @@ def test_generate_is_decode_step_after_decode_step():
     assert cache.lengths.tolist() == [24 + 29, 9 + 29]
 
 
-def test_generation_ends_with_the_end_token():
-    text, lengths, config = tokens(1, 24), jnp.array([24]), METHODS["full"]
-    free, _ = generate(MODEL, text, lengths, config, 12)
-    end = int(free[0, 4])
-    first = free[0].tolist().index(end)
-    ended, _ = generate(MODEL, text, lengths, config, 12, eos_token_ids=[end])
-    assert ended[0].tolist() == free[0, :first].tolist() + [end] * (12 - first)
+@pytest.mark.parametrize("count", [12, 30])
+def test_generation_ends_with_the_end_token(count):
+    text, lengths, config = tokens(2, 24), jnp.array([24, 9]), METHODS["minikv"]
+    free, _ = generate(MODEL, text, lengths, config, count)
+    ends = [int(free[0, 4]), int(free[1, 6])]
+    first = [next(i for i, token in enumerate(row.tolist()) if token in ends) for row in free]
+    ended, cache = generate(MODEL, text, lengths, config, count, eos_token_ids=ends)
+    for b in range(2):
+        assert ended[b].tolist() == free[b, : first[b]].tolist() + [int(free[b, first[b]])] * (count - first[b])
+    # Nothing is read after the step in which the last sequence ends, wherever it lies in a run of steps.
+    assert cache.lengths.tolist() == [24 + max(first), 9 + max(first)]
+    assert cache.room.tolist() == [config.generated_capacity - max(first)] * 2
 
 
 def test_sampling_stays_within_top_p_and_follows_the_temperature():
