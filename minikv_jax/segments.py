@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax import quantize
 from minikv_jax.config import Codec, GroupSize
 from minikv_jax.quantize import Codes
-from pallas_kernels import Partial, dense_decode_attention, packed_decode_attention
+from pallas_kernels import Partial, Run, dense_decode_attention, packed_append, packed_decode_attention, packed_write
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 
 
@@ -236,6 +236,41 @@ def put_codes(segment: PackedSegment, start, keys: Codes, values: Codes, accept:
     written = (write_codes(x, new, start, accept) for x, new in ((segment.keys, keys), (segment.values, values)))
     keys, values = written
     return dataclasses.replace(segment, keys=keys, values=values)
+
+
+def append_to_window(
+    segment: PackedSegment, window: DenseSegment, key, value, accept: Bool[Array, "B"]
+) -> tuple[PackedSegment, DenseSegment]:
+    """A window with one more token, and what is full with it encoded into the segment, by one kernel.
+
+    Raises:
+        NotImplementedError: there is no kernel for this codec or this device.
+    """
+    new = packed_append(
+        key, value, accept, window.key, window.value, window.length, segment.keys, segment.values, segment.length,
+        **_kernel_options(segment),
+    )  # fmt: skip
+    return (
+        dataclasses.replace(segment, keys=new.keys, values=new.values, length=new.length),
+        DenseSegment(new.window_key, new.window_value, new.window_length),
+    )
+
+
+def write_runs(segment: PackedSegment, key: Run, value: Run) -> PackedSegment:
+    """Encodes a run of dense keys and one of values into the segment by one kernel; its length stays.
+
+    Raises:
+        NotImplementedError: there is no kernel for this codec or this device.
+    """
+    keys, values = packed_write(key, value, segment.keys, segment.values, **_kernel_options(segment))
+    return dataclasses.replace(segment, keys=keys, values=values)
+
+
+def _kernel_options(segment: PackedSegment) -> dict:
+    codec = segment.codec
+    if segment.balance is not None or codec.integer_zero:
+        raise NotImplementedError("balanced channels and whole zero points have no kernel")
+    return dict(rotate_keys=codec.rotate_keys, rotate_values=codec.rotate_values, clip=codec.clip)
 
 
 def take(segment: Segment, slot: Int[Array, "B K"]) -> tuple[Float[Array, "B K 1 H"], Float[Array, "B K 1 H"]]:

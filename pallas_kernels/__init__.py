@@ -4,6 +4,7 @@ Shapes are written with the letters of `jax.nn.dot_product_attention`: B batch, 
 K key/value heads, G = N // K query heads per key/value head, H head size.
 """
 
+from pallas_kernels.packed_append.api import Run, packed_append, packed_write
 from pallas_kernels.packed_decode.api import (
     dense_decode_attention,
     packed_decode_attention,
@@ -16,11 +17,14 @@ __all__ = [
     "BLOCK",
     "PackedTensor",
     "Partial",
+    "Run",
     "dense_decode_attention",
     "dequantize",
     "merge_partials",
     "pack",
+    "packed_append",
     "packed_decode_attention",
+    "packed_write",
     "two_pass_attention",
     "unpack",
 ]

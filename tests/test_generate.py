@@ -1,5 +1,7 @@
 """The whole model: prefill, decode_step and generate under jit, over ragged batches, across flushes."""
 
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,12 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CONFIG, METHODS, tokens
+from models import CONFIG, METHODS, nearly_equal, tokens
 
 from minikv_jax import ConfigError, PromptError, Sampling, decode_step, forward, generate, nbytes, prefill, presets
-from minikv_jax.generate import sample, stream
+from minikv_jax import allocate
+from minikv_jax.cache import Shape
+from minikv_jax.generate import _compress, sample, stream
 from minikv_jax.models.llama import Llama
 
 MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
@@ -240,3 +244,32 @@ def test_every_kind_of_model_runs_every_kind_of_cache(architecture, method):
     expected = np.asarray(forward(model, text))[:, 39:]
     tolerance = 2e-5 if (method, dtype) == ("full", jnp.float32) else 0.15
     assert np.abs(logits - expected).max() < tolerance
+
+
+@pytest.mark.parametrize("method", ["minikv", "snapkv", pytest.param("mikv", marks=pytest.mark.slow)])
+def test_a_prompt_read_in_chunks_of_rows_is_the_prompt(method, monkeypatch):
+    text, lengths, later, config = tokens(3, 300), jnp.array([300, 40, 131]), tokens(3, 4), METHODS[method]
+    whole, _ = follow(config, text, lengths, later)
+    monkeypatch.setattr(sys.modules["minikv_jax.generate"], "_ROWS", 3 * 128)
+    in_chunks, _ = follow(config, text, lengths, later)
+    assert nearly_equal(whole, in_chunks)
+    np.testing.assert_allclose(whole[:, 0], in_chunks[:, 0], atol=2e-5)
+
+
+def test_logits_everywhere_are_the_same_in_chunks_of_rows(monkeypatch):
+    model, text = Llama(CONFIG.replace(sliding_window=50), rngs=nnx.Rngs(params=0)), tokens(1, 300)
+    whole = forward(model, text, jnp.array([290]))[:, :290]
+    monkeypatch.setattr(sys.modules["minikv_jax.generate"], "_ROWS", 128)
+    np.testing.assert_allclose(whole, forward(model, text, jnp.array([290]))[:, :290], atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["minikv", *(pytest.param(x, marks=pytest.mark.slow) for x in ("h2o", "mikv", "kivi"))])
+def test_a_layer_compressed_in_pieces_is_the_layer(method):
+    config = METHODS[method].replace(prompt_capacity=40)
+    rng, shape = np.random.default_rng(), Shape.of(config, 0, 1)
+    key, value = (jnp.asarray(rng.standard_normal((2, 40, 4, 16)), jnp.float32) for _ in range(2))
+    scores, loudest = (jnp.asarray(rng.random(shape), jnp.float32) for shape in ((2, 4, 40), (2, 4, 16)))
+    lengths = jnp.array([40, 23])
+    arguments = key, value, scores, loudest, lengths, allocate.budgets(config, 0, 1, lengths, 40)
+    whole = _compress(*arguments, config=config, shape=shape)
+    chex.assert_trees_all_close(whole, _compress(*arguments, config=config, shape=shape, at_once=40 * 16 * 2))
