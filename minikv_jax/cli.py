@@ -77,7 +77,7 @@ def _answer(
     import jax.numpy as jnp
     import numpy as np
 
-    from minikv_jax.generate import stream
+    from minikv_jax.generate import bucket, stream
 
     def read() -> tuple[str, bool]:
         """The answer so far, and whether it ends here."""
@@ -91,7 +91,7 @@ def _answer(
     with _progress_bar(f"reading {len(ids):,} tokens ({config.name})") as progress:
         tokens = stream(
             model,
-            jnp.asarray([ids], jnp.int32),
+            bucket(jnp.asarray([ids], jnp.int32), model.config.max_position_embeddings - request.max_new_tokens),
             jnp.asarray([len(ids)], jnp.int32),
             config,
             request.max_new_tokens,

@@ -188,6 +188,25 @@ def _logits_at(model: Llama, x, index):
     return model.logits(last)[:, 0]
 
 
+def bucket(tokens: Int[Array, "B T"], limit: int | None = None) -> Int[Array, "B padded"]:
+    """Tokens padded on the right, so that prompts of nearly the same length share one compiled program.
+
+    Lengths are rounded up to an eighth of their power of two, so at most an eighth is padding; what a method keeps
+    depends on the true lengths alone. With JAX's persistent cache (`JAX_COMPILATION_CACHE_DIR`) later processes find
+    the programs of earlier ones.
+
+    Args:
+        tokens: [B, T] token ids.
+        limit: pad to no more than this, as what the model's positions leave beside `generated_capacity`.
+    """
+    longest = tokens.shape[1]
+    step = max((1 << max(longest - 1, 1).bit_length() - 1) // 8, 16)
+    padded = -(-longest // step) * step
+    if limit is not None:
+        padded = max(min(padded, limit), longest)
+    return jnp.pad(tokens, ((0, 0), (0, padded - longest)))
+
+
 def forward(params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
     """Next-token logits at every position, without a cache.
 
@@ -308,6 +327,14 @@ def _check_codecs(config: CacheConfig, head_size: int) -> None:
             raise ConfigError(f"A Hadamard rotation needs a head size that is a power of two, not {head_size}.")
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def _decode_layer(layer: LlamaLayer, cache: LayerCache, x, lengths, accept, config: CacheConfig):
+    """One layer over one new token. Jitted on its own, it is traced and lowered once for all layers of one shape."""
+    query, key, value = layer.before_attention(x, lengths[:, None])
+    cache, attention = read_token(cache, query, key, value, lengths, accept, config)
+    return cache, layer.after_attention(x, attention)
+
+
 def decode_step(params: Params, cache: KVCache, tokens: Int[Array, "B"]) -> tuple[Float[Array, "B V"], KVCache]:
     """Reads one more token of every sequence.
 
@@ -327,11 +354,8 @@ def decode_step(params: Params, cache: KVCache, tokens: Int[Array, "B"]) -> tupl
     x = model.embed(tokens[:, None])
     layers = []
     for layer, layer_cache in zip(model.layers, cache.layers):
-        with jax.named_scope("decode_layer"):
-            query, key, value = layer.before_attention(x, cache.lengths[:, None])
-            layer_cache, attention = read_token(layer_cache, query, key, value, cache.lengths, accept, cache.config)
-            x = layer.after_attention(x, attention)
-            layers.append(layer_cache)
+        layer_cache, x = _decode_layer(layer, layer_cache, x, cache.lengths, accept, cache.config)
+        layers.append(layer_cache)
     logits = jnp.where(accept[:, None], model.logits(x)[:, 0], jnp.nan)
     step = accept.astype(jnp.int32)
     return logits, KVCache(tuple(layers), cache.lengths + step, cache.room - step, cache.config)

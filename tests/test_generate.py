@@ -1,6 +1,10 @@
 """The whole model: prefill, decode_step and generate under jit, over ragged batches, across flushes."""
 
+import functools
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -12,8 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIG, METHODS, nearly_equal, tokens
 
-from minikv_jax import ConfigError, PromptError, Sampling, decode_step, forward, generate, nbytes, prefill, presets
-from minikv_jax import allocate
+from minikv_jax import (
+    ConfigError,
+    PromptError,
+    Sampling,
+    allocate,
+    bucket,
+    decode_step,
+    forward,
+    generate,
+    nbytes,
+    prefill,
+    presets,
+)
 from minikv_jax.cache import Shape
 from minikv_jax.generate import _compress, sample, stream
 from minikv_jax.models.llama import Llama
@@ -263,7 +278,9 @@ def test_logits_everywhere_are_the_same_in_chunks_of_rows(monkeypatch):
     np.testing.assert_allclose(whole, forward(model, text, jnp.array([290]))[:, :290], atol=2e-5)
 
 
-@pytest.mark.parametrize("method", ["minikv", *(pytest.param(x, marks=pytest.mark.slow) for x in ("h2o", "mikv", "kivi"))])
+@pytest.mark.parametrize(
+    "method", ["minikv", *(pytest.param(x, marks=pytest.mark.slow) for x in ("h2o", "mikv", "kivi"))]
+)
 def test_a_layer_compressed_in_pieces_is_the_layer(method):
     config = METHODS[method].replace(prompt_capacity=40)
     rng, shape = np.random.default_rng(), Shape.of(config, 0, 1)
@@ -273,3 +290,38 @@ def test_a_layer_compressed_in_pieces_is_the_layer(method):
     arguments = key, value, scores, loudest, lengths, allocate.budgets(config, 0, 1, lengths, 40)
     whole = _compress(*arguments, config=config, shape=shape)
     chex.assert_trees_all_close(whole, _compress(*arguments, config=config, shape=shape, at_once=40 * 16 * 2))
+
+
+@given(length=st.integers(1, 100_000))
+def test_buckets_are_few_and_close(length):
+    size = jax.eval_shape(bucket, jax.ShapeDtypeStruct((2, length), jnp.int32)).shape[1]
+    assert length <= size <= max(length * 9 / 8, length + 15)
+    assert jax.eval_shape(bucket, jax.ShapeDtypeStruct((2, size), jnp.int32)).shape[1] == size
+    limited = jax.eval_shape(functools.partial(bucket, limit=length + 1), jax.ShapeDtypeStruct((2, length), jnp.int32))
+    assert length <= limited.shape[1] <= length + 1
+
+
+def test_prompts_of_one_bucket_share_a_program():
+    config = METHODS["minikv"].replace(prompt_capacity=None)
+    traced = jax.jit(chex.assert_max_traces(prefill, n=1))
+    for length in (49, 55, 64):
+        text = tokens(1, length)
+        logits, _ = traced(MODEL, bucket(text), jnp.array([length]), config)
+        np.testing.assert_allclose(logits, prefill(MODEL, text, jnp.array([length]), config)[0], atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
+    program = """
+import jax, jax.numpy as jnp
+from models import METHODS, MODEL, tokens
+from minikv_jax import generate
+generate(MODEL, tokens(1, 40), jnp.array([40]), METHODS["minikv"], 4)[0].block_until_ready()
+"""
+    settings = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, *sys.path)))}  # fmt: skip
+    programs = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", program], env=os.environ | settings, check=True)
+        programs.append({path.name for path in tmp_path.iterdir() if path.name.endswith("-cache")})
+    assert programs[0] == programs[1] and len(programs[0]) > 5

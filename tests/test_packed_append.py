@@ -152,7 +152,14 @@ def test_write_matches_the_cache_on_a_gpu():
 
 def test_the_interpreter_agrees():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", Path(__file__).with_name("interpreted_append.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        Path(__file__).with_name("interpreted_append.py"),
+    ]
     result = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
     )

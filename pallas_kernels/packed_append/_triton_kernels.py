@@ -1,7 +1,7 @@
 """Device code of the Triton append kernels; the reason for them stands in `triton.py`.
 
-Formats are compile-time numbers: BITS, GROUP, KIND (of metadata: 0 float16, 1 bfloat16, 2 float8_e4m3fn), H (head size).
-A run is COUNT consecutive rows of a dense array that become tokens `start` and on of a packed segment.
+Formats are compile-time numbers: BITS, GROUP, KIND (of metadata: 0 float16, 1 bfloat16, 2 float8_e4m3fn), H (head
+size). A run is COUNT consecutive rows of a dense array that become tokens `start` and on of a packed segment.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""New tokens into a dense window and, when it is full, as codes into the packed segment behind it: in place, in one go."""
+"""New tokens into a dense window and, when it is full, as codes into the packed segment behind it: in place."""
 
 from jaxtyping import Array, Bool, Float, Int
 

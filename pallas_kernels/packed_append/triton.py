@@ -68,7 +68,9 @@ def decline(rows: tuple[Array, ...], keys: PackedTensor, values: PackedTensor, k
     if keys.tokens_last or not values.tokens_last:
         return "keys must have channels last and values tokens last"
     if keys.group_axis != "tokens" or keys.group_size not in (16, 32, 64, 128) or key_count % keys.group_size:
-        return f"{key_count} keys in groups of {keys.group_size} {keys.group_axis}: whole groups of 16 to 128 tokens run"
+        return (
+            f"{key_count} keys in groups of {keys.group_size} {keys.group_axis}: whole groups of 16 to 128 tokens run"
+        )
     if values.group_axis != "channels" or values.group_size not in (16, 32, 64, 128) or values.group_size > h:
         return f"values in groups of {values.group_size} {values.group_axis}: 16, 32, 64 ... H channels run"
     for x in (keys, values):
