@@ -14,6 +14,7 @@ from minikv_jax import quantize
 from minikv_jax.config import Codec, GroupSize
 from minikv_jax.quantize import Codes
 from pallas_kernels import Partial, Run, dense_decode_attention, packed_append, packed_decode_attention, packed_write
+from pallas_kernels.packed_append.api import Options as AppendOptions
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 
 
@@ -248,7 +249,7 @@ def append_to_window(
     """
     new = packed_append(
         key, value, accept, window.key, window.value, window.length, segment.keys, segment.values, segment.length,
-        **_kernel_options(segment),
+        options=_kernel_options(segment),
     )  # fmt: skip
     return (
         dataclasses.replace(segment, keys=new.keys, values=new.values, length=new.length),
@@ -262,15 +263,15 @@ def write_runs(segment: PackedSegment, key: Run, value: Run) -> PackedSegment:
     Raises:
         NotImplementedError: there is no kernel for this codec or this device.
     """
-    keys, values = packed_write(key, value, segment.keys, segment.values, **_kernel_options(segment))
+    keys, values = packed_write(key, value, segment.keys, segment.values, options=_kernel_options(segment))
     return dataclasses.replace(segment, keys=keys, values=values)
 
 
-def _kernel_options(segment: PackedSegment) -> dict:
+def _kernel_options(segment: PackedSegment) -> AppendOptions:
     codec = segment.codec
-    if segment.balance is not None or codec.integer_zero:
-        raise NotImplementedError("balanced channels and whole zero points have no kernel")
-    return dict(rotate_keys=codec.rotate_keys, rotate_values=codec.rotate_values, clip=codec.clip)
+    if codec.integer_zero or (codec.balance and codec.rotate_keys):
+        raise NotImplementedError("whole zero points, and channels balanced before a rotation, have no kernel")
+    return AppendOptions(codec.rotate_keys, codec.rotate_values, codec.clip, codec.clip, key_factor=segment.balance)
 
 
 def take(segment: Segment, slot: Int[Array, "B K"]) -> tuple[Float[Array, "B K 1 H"], Float[Array, "B K 1 H"]]:

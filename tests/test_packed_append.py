@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minikv_jax import quantize, segments
 from minikv_jax.config import Codec
 from pallas_kernels.packed_append import triton as implementation
-from pallas_kernels.packed_append.api import Run, packed_append, packed_write
+from pallas_kernels.packed_append.api import Options, Run, packed_append, packed_write
 from pallas_kernels.packed_append.triton import Appended
 
 CODECS = {
@@ -40,7 +40,7 @@ def segment(rng, codec, b, heads, blocks, h, dtype=jnp.float32):
 
 
 def options(codec):
-    return dict(rotate_keys=codec.rotate_keys, rotate_values=codec.rotate_values, clip=codec.clip)
+    return Options(codec.rotate_keys, codec.rotate_values, codec.clip, codec.clip)
 
 
 def expected_write(packed, key, value, codec) -> segments.PackedSegment:
@@ -104,7 +104,7 @@ def draw_append(rng, codec, h=64, heads=2, window=128, first=0, dtype=jnp.float3
 def check_append(run, rng, codec, first=0, **sizes):
     new, accept, rows, filled, packed, length = draw_append(rng, codec, first=first, **sizes)
     want = expected_append(new, accept, rows, filled, packed, length, first, codec)
-    got = run(*new, accept, *rows, filled, packed.keys, packed.values, length, first=first, **options(codec))
+    got = run(*new, accept, *rows, filled, packed.keys, packed.values, length, first=first, options=options(codec))
     for name in ("window_key", "window_value", "window_length", "length"):
         np.testing.assert_array_equal(np.asarray(getattr(got, name)), np.asarray(getattr(want, name)))
     full = accept & (filled + 1 == rows[0].shape[2])
@@ -121,7 +121,7 @@ def check_write(run, rng, codec, h=64, ring=129, window=128):
     at, first = (jnp.asarray(rng.integers(0, n, 3), jnp.int32) for n in (384, ring))
     value = Run(numbers(rng, 3, 2, ring, h), first, at, jnp.asarray([True, True, False]), 1)
     want = expected_write(packed, key, value, codec)
-    got = run(key, value, packed.keys, packed.values, **options(codec))
+    got = run(key, value, packed.keys, packed.values, options=options(codec))
     for part, expected, before, run_ in zip(got, want, (packed.keys, packed.values), (key, value)):
         same_codes(part, expected)
         untouched(part, before, run_.start, run_.count, run_.when)
@@ -132,7 +132,7 @@ def check_write(run, rng, codec, h=64, ring=129, window=128):
 @pytest.mark.parametrize("h", [64, 128])
 @pytest.mark.parametrize("name", CODECS)
 def test_append_matches_the_cache_on_a_gpu(name, h, dtype):
-    check_append(jax.jit(packed_append, static_argnames=("first", "rotate_keys", "rotate_values", "clip")),
+    check_append(packed_append,
                  np.random.default_rng(), CODECS[name], h=h, heads=8, dtype=dtype)  # fmt: skip
 
 
@@ -150,19 +150,13 @@ def test_write_matches_the_cache_on_a_gpu():
         check_write(packed_write, np.random.default_rng(), CODECS["KIVI's groups"])
 
 
-def test_the_interpreter_agrees():
+@pytest.mark.parametrize("which", ["test_append and 2-bit", pytest.param("test", marks=pytest.mark.slow)])
+def test_the_interpreter_agrees(which):
     pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        Path(__file__).with_name("interpreted_append.py"),
-    ]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", which]
+    command.append(str(Path(__file__).with_name("interpreted_append.py")))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
 
 
@@ -217,8 +211,7 @@ def test_compiles_for(capability, name, kernel):
 
     codec = CODECS[name]
     packed = segment(np.random.default_rng(0), codec, 1, 1, 1, 128)
-    constants = implementation.format_constants(packed.keys, packed.values, (codec.rotate_keys, codec.rotate_values),
-                                                codec.clip)  # fmt: skip
+    constants = implementation.constants(packed.keys, packed.values, options(codec))
     kind = {0: "*fp16", 1: "*bf16", 2: "*fp8e4nv" if capability >= 89 else "*u8"}[constants["KKIND"]]
     metadata = dict.fromkeys(("ks", "kz", "vs", "vz"), kind) | dict.fromkeys(("kc", "vc"), "*u8")
     metadata |= {f"_{key}": value for key, value in metadata.items()} | dict.fromkeys(("heads", "blocks"), "i32")
@@ -232,6 +225,7 @@ def test_compiles_for(capability, name, kernel):
         constants |= {"KROWS": 128, "KCOUNT": 128, "VROWS": 129, "VCOUNT": 1}
         types = dict.fromkeys(("key_rows", "value_rows"), "*bf16")
         counters = [f"{part}_{name}" for part in ("key", "value") for name in ("first", "start", "when")]
+    counters = (*counters, "key_factor", "value_factor")
     types |= dict.fromkeys(counters, "*i32") | metadata | scratch | dict.fromkeys(constants, "constexpr")
     function = getattr(kernels, kernel)
     types = {name: types[name] for name in function.arg_names}

@@ -19,22 +19,34 @@ def round_even(x):
 
 
 @triton.jit
-def to_stored(x, KIND: tl.constexpr):
-    """float32 as the metadata's dtype. float8_e4m3fn by hand: chips before Hopper and Ada cannot convert to it."""
+def to_stored(x, KIND: tl.constexpr, TOWARDS: tl.constexpr):
+    """float32 as the metadata's dtype: the nearest (TOWARDS 0), or the next one down (-1) or up (1).
+
+    Directions need the bits at hand, and so does float8_e4m3fn (bias 7, smallest step 2^-9), for chips before Hopper
+    and Ada cannot convert to it.
+    """
     if KIND == 0:
         return x.to(tl.float16)
-    elif KIND == 1:
-        return x.to(tl.bfloat16)
     else:
-        magnitude = tl.abs(x)
-        bits = magnitude.to(tl.int32, bitcast=True)
-        # The exponent's bias is 7, not 127; three bits of the fraction stay, rounded to even.
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
-        small = round_even(magnitude * 512.0).to(tl.int32)
-        code = tl.where(magnitude < 0.015625, small, normal)
-        code = tl.where(x == x, code, 0x7F)
-        sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
-        return (code | sign).to(tl.uint8)
+        word = x.to(tl.int32, bitcast=True)
+        bits = word & 0x7FFFFFFF
+        DROP: tl.constexpr = 16 if KIND == 1 else 20
+        if TOWARDS == 0:
+            code = (bits + (1 << (DROP - 1)) - 1 + ((bits >> DROP) & 1)) >> DROP
+        else:
+            away = tl.where(word < 0, -1, 1) == TOWARDS
+            code = (bits >> DROP) + (away & ((bits & ((1 << DROP) - 1)) != 0)).to(tl.int32)
+        if KIND == 1:
+            code = tl.where(x == x, code << 16, 0x7FC00000) | (word & -0x80000000)
+            return code.to(tl.float32, bitcast=True).to(tl.bfloat16)
+        else:
+            steps = bits.to(tl.float32, bitcast=True) * 512.0
+            small = round_even(steps) if TOWARDS == 0 else tl.floor(steps)
+            if TOWARDS != 0:
+                small = tl.where(away & (small < steps), small + 1.0, small)
+            code = tl.where(steps < 8.0, small.to(tl.int32), code - 960)
+            code = tl.where(x == x, code, 0x7F)
+            return (code | ((word >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
@@ -60,13 +72,18 @@ def as_bytes(pointer):
 
 
 @triton.jit
-def encode_within(x, low, high, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr):
+def encode_within(
+    x, low, high, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, OUTWARDS: tl.constexpr
+):  # fmt: skip
     """Codes (as float32), scale and minimum (as stored) of groups whose range is [low, high]."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     LIMIT: tl.constexpr = 65504.0 if KIND == 0 else (3.3895313892515355e38 if KIND == 1 else 448.0)
     clipped = tl.minimum(tl.maximum(low, -LIMIT), LIMIT)
-    zero = to_stored(tl.where(low == low, clipped, low), KIND)
-    scale = to_stored(tl.minimum(tl.div_rn(high - low, tl.full(low.shape, LEVELS, tl.float32)), LIMIT), KIND)
+    zero = to_stored(tl.where(low == low, clipped, low), KIND, -1 if OUTWARDS else 0)
+    if OUTWARDS:
+        low = from_stored(zero, KIND)
+    scale = tl.minimum(tl.div_rn(high - low, tl.full(low.shape, LEVELS, tl.float32)), LIMIT)
+    scale = to_stored(scale, KIND, 1 if OUTWARDS else 0)
     step = tl.expand_dims(from_stored(scale, KIND), AXIS)
     above = x - tl.expand_dims(from_stored(zero, KIND), AXIS)
     divisor = tl.broadcast_to(tl.where(step > 0, step, 1.0), above.shape)
@@ -75,20 +92,24 @@ def encode_within(x, low, high, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl
 
 
 @triton.jit
-def encode(x, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr):
+def encode(
+    x, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr, OUTWARDS: tl.constexpr
+):  # fmt: skip
     """Codes, scale and minimum of groups along AXIS; of the shrink factors in CLIP every group takes the best."""
     low = tl.min(x, AXIS)
     high = tl.max(x, AXIS)
     # Minimum and maximum pass NaN over; a group that holds one must come back as NaN.
     broken = tl.max((x != x).to(tl.int32), AXIS)
     low = tl.where(broken > 0, float("nan"), low)
-    codes, scale, zero = encode_within(x, low, high, AXIS, BITS, KIND)
+    codes, scale, zero = encode_within(x, low, high, AXIS, BITS, KIND, OUTWARDS)
     if len(CLIP) > 0:
         wrong = squared_error(x, codes, scale, zero, AXIS, KIND)
         for i in tl.static_range(len(CLIP)):
             middle = (low + high) / 2
             half = (high - low) / 2 * CLIP[i]
-            other, other_scale, other_zero = encode_within(x, middle - half, middle + half, AXIS, BITS, KIND)
+            other, other_scale, other_zero = encode_within(
+                x, middle - half, middle + half, AXIS, BITS, KIND, OUTWARDS
+            )  # fmt: skip
             other_wrong = squared_error(x, other, other_scale, other_zero, AXIS, KIND)
             better = other_wrong < wrong
             wrong = tl.where(better, other_wrong, wrong)
@@ -131,9 +152,9 @@ def load_rows(rows, token, channel, COUNT: tl.constexpr, H: tl.constexpr, ROTATE
 
 @triton.jit
 def encode_keys(
-    rows, scratch, scale, zero, start,
+    rows, factor, scratch, scale, zero, start,
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
-    ROTATE: tl.constexpr, CLIP: tl.constexpr,
+    ROTATE: tl.constexpr, CLIP: tl.constexpr, FACTOR: tl.constexpr, OUTWARDS: tl.constexpr,
 ):  # fmt: skip
     """Groups of GROUP tokens of one channel; `start` is a multiple of it. Scratch is [COUNT, H]."""
     WIDTH: tl.constexpr = min(H, 4096 // GROUP)
@@ -143,7 +164,9 @@ def encode_keys(
             channel = j * WIDTH + tl.arange(0, WIDTH)
             token = i * GROUP + tl.arange(0, GROUP)
             x = load_rows(rows, token, channel, COUNT, H, ROTATE)
-            codes, s, z = encode(x, 0, BITS, KIND, CLIP)
+            if FACTOR:
+                x = x * tl.load(factor + channel)[None, :]
+            codes, s, z = encode(x, 0, BITS, KIND, CLIP, OUTWARDS)
             tl.store(scratch + token[:, None] * H + channel[None, :], codes)
             tl.store(scale + group * H + channel, s)
             tl.store(zero + group * H + channel, z)
@@ -151,9 +174,9 @@ def encode_keys(
 
 @triton.jit
 def encode_values(
-    rows, scratch, scale, zero, start,
+    rows, factor, scratch, scale, zero, start,
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
-    ROTATE: tl.constexpr, CLIP: tl.constexpr,
+    ROTATE: tl.constexpr, CLIP: tl.constexpr, FACTOR: tl.constexpr, OUTWARDS: tl.constexpr,
 ):  # fmt: skip
     """Groups of GROUP channels of one token. Scratch is [H, COUNT]."""
     TOKENS: tl.constexpr = 16
@@ -163,7 +186,9 @@ def encode_values(
     for i in range((COUNT + TOKENS - 1) // TOKENS):
         token = i * TOKENS + tl.arange(0, TOKENS)
         x = load_rows(rows, token, channel, COUNT, H, ROTATE)
-        codes, s, z = encode(tl.reshape(x, [TOKENS, GROUPS, GROUP]), 2, BITS, KIND, CLIP)
+        if FACTOR:
+            x = x * tl.load(factor)
+        codes, s, z = encode(tl.reshape(x, [TOKENS, GROUPS, GROUP]), 2, BITS, KIND, CLIP, OUTWARDS)
         codes = tl.reshape(codes, [TOKENS, H])
         here = (token < COUNT)[:, None]
         tl.store(scratch + channel[None, :] * COUNT + token[:, None], codes, mask=here)
@@ -223,30 +248,36 @@ def pack(
 
 @triton.jit
 def write_keys(
-    rows, scratch, codes, scale, zero, start, head, blocks,
+    rows, factor, scratch, codes, scale, zero, start, head, blocks,
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
-    ROTATE: tl.constexpr, CLIP: tl.constexpr,
+    ROTATE: tl.constexpr, CLIP: tl.constexpr, FACTOR: tl.constexpr, OUTWARDS: tl.constexpr,
 ):  # fmt: skip
     origin = head.to(tl.int64) * blocks
     scratch += head.to(tl.int64) * (COUNT * H)
     metadata = origin * (128 // GROUP * H)
     scale, zero = as_bytes(scale) + metadata, as_bytes(zero) + metadata
-    encode_keys(rows, scratch, scale, zero, start, COUNT, BITS, GROUP, KIND, H, ROTATE, CLIP)
+    encode_keys(
+        rows, factor + head * H, scratch, scale, zero, start,
+        COUNT, BITS, GROUP, KIND, H, ROTATE, CLIP, FACTOR, OUTWARDS,
+    )  # fmt: skip
     tl.debug_barrier()
     pack(scratch, codes + origin * (16 * BITS * H), start, COUNT, BITS, H, 1, H, 1, H)
 
 
 @triton.jit
 def write_values(
-    rows, scratch, codes, scale, zero, start, head, blocks,
+    rows, factor, scratch, codes, scale, zero, start, head, blocks,
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
-    ROTATE: tl.constexpr, CLIP: tl.constexpr,
+    ROTATE: tl.constexpr, CLIP: tl.constexpr, FACTOR: tl.constexpr, OUTWARDS: tl.constexpr,
 ):  # fmt: skip
     origin = head.to(tl.int64) * blocks
     scratch += head.to(tl.int64) * (COUNT * H)
     metadata = origin * (H // GROUP * 128)
     scale, zero = as_bytes(scale) + metadata, as_bytes(zero) + metadata
-    encode_values(rows, scratch, scale, zero, start, COUNT, BITS, GROUP, KIND, H, ROTATE, CLIP)
+    encode_values(
+        rows, factor + head, scratch, scale, zero, start,
+        COUNT, BITS, GROUP, KIND, H, ROTATE, CLIP, FACTOR, OUTWARDS,
+    )  # fmt: skip
     tl.debug_barrier()
     pack(scratch, codes + origin * (16 * BITS * H), start, COUNT, BITS, 1, 16 * BITS, 1, COUNT, H)
 
@@ -259,15 +290,16 @@ def write_values(
 
 @triton.jit
 def append_kernel(
-    new_key, new_value, accept, window_length, length,
+    new_key, new_value, accept, window_length, length, key_factor, value_factor,
     _window_key, _window_value, _kc, _ks, _kz, _vc, _vs, _vz,
     heads, blocks,
     window_key, window_value, kc, ks, kz, vc, vs, vz,
     out_window_length, out_length, key_scratch, value_scratch,
     WINDOW: tl.constexpr, FIRST: tl.constexpr, H: tl.constexpr,
     KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KROTATE: tl.constexpr,
+    KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
     VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VROTATE: tl.constexpr,
-    CLIP: tl.constexpr,
+    VCLIP: tl.constexpr, VFACTOR: tl.constexpr, OUTWARDS: tl.constexpr,
 ):  # fmt: skip
     """A new token into the window of each accepting sequence; windows full with it are encoded from row FIRST on."""
     heads, blocks = -heads, -blocks
@@ -292,8 +324,8 @@ def append_kernel(
             if full:
                 tl.debug_barrier()
                 write_keys(
-                    window_key + rows + FIRST * H, key_scratch, kc, ks, kz, start, head, blocks,
-                    COUNT, KBITS, KGROUP, KKIND, H, KROTATE, CLIP,
+                    window_key + rows + FIRST * H, key_factor, key_scratch, kc, ks, kz, start, head, blocks,
+                    COUNT, KBITS, KGROUP, KKIND, H, KROTATE, KCLIP, KFACTOR, OUTWARDS,
                 )  # fmt: skip
         else:
             x = tl.load(new_value + head * H + channel)
@@ -301,21 +333,23 @@ def append_kernel(
             if full:
                 tl.debug_barrier()
                 write_values(
-                    window_value + rows + FIRST * H, value_scratch, vc, vs, vz, start, head, blocks,
-                    COUNT, VBITS, VGROUP, VKIND, H, VROTATE, CLIP,
+                    window_value + rows + FIRST * H, value_factor, value_scratch, vc, vs, vz, start, head, blocks,
+                    COUNT, VBITS, VGROUP, VKIND, H, VROTATE, VCLIP, VFACTOR, OUTWARDS,
                 )  # fmt: skip
 
 
 @triton.jit
 def write_kernel(
     key_rows, key_first, key_start, key_when, value_rows, value_first, value_start, value_when,
+    key_factor, value_factor,
     _kc, _ks, _kz, _vc, _vs, _vz,
     heads, blocks,
     kc, ks, kz, vc, vs, vz, key_scratch, value_scratch,
     KROWS: tl.constexpr, KCOUNT: tl.constexpr, VROWS: tl.constexpr, VCOUNT: tl.constexpr, H: tl.constexpr,
     KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KROTATE: tl.constexpr,
+    KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
     VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VROTATE: tl.constexpr,
-    CLIP: tl.constexpr,
+    VCLIP: tl.constexpr, VFACTOR: tl.constexpr, OUTWARDS: tl.constexpr,
 ):  # fmt: skip
     """Rows `first` and on of dense keys become tokens `start` and on where `when`; values likewise."""
     heads, blocks = -heads, -blocks
@@ -325,13 +359,13 @@ def write_kernel(
         if tl.load(key_when + batch) != 0:
             rows = key_rows + (head.to(tl.int64) * KROWS + tl.load(key_first + batch)) * H
             write_keys(
-                rows, key_scratch, kc, ks, kz, tl.load(key_start + batch), head, blocks,
-                KCOUNT, KBITS, KGROUP, KKIND, H, KROTATE, CLIP,
+                rows, key_factor, key_scratch, kc, ks, kz, tl.load(key_start + batch), head, blocks,
+                KCOUNT, KBITS, KGROUP, KKIND, H, KROTATE, KCLIP, KFACTOR, OUTWARDS,
             )  # fmt: skip
     else:
         if tl.load(value_when + batch) != 0:
             rows = value_rows + (head.to(tl.int64) * VROWS + tl.load(value_first + batch)) * H
             write_values(
-                rows, value_scratch, vc, vs, vz, tl.load(value_start + batch), head, blocks,
-                VCOUNT, VBITS, VGROUP, VKIND, H, VROTATE, CLIP,
+                rows, value_factor, value_scratch, vc, vs, vz, tl.load(value_start + batch), head, blocks,
+                VCOUNT, VBITS, VGROUP, VKIND, H, VROTATE, VCLIP, VFACTOR, OUTWARDS,
             )  # fmt: skip

@@ -4,12 +4,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import Implementation, first_that_accepts
 from pallas_kernels.packed_append import triton
-from pallas_kernels.packed_append.triton import Appended, Run
+from pallas_kernels.packed_append.triton import Appended, Options, Run
 from pallas_kernels.packed_decode.layout import PackedTensor
 
 _APPEND = {"triton": triton.packed_append}
 _WRITE = {"triton": triton.packed_write}
 _DEFAULT = ("triton",)
+PLAIN = Options()
 
 
 def packed_append(
@@ -24,9 +25,7 @@ def packed_append(
     length: Int[Array, "B"],
     *,
     first: int = 0,
-    rotate_keys: bool = False,
-    rotate_values: bool = False,
-    clip: tuple[float, ...] = (),
+    options: Options = PLAIN,
     implementation: Implementation = None,
 ) -> Appended:
     """Appends one token to the window of every accepting sequence, and encodes the windows that are full with it.
@@ -42,8 +41,10 @@ def packed_append(
         window_key, window_value: [B, K, W, H] dense rows, of which `window_length` [B] < W are there.
         keys, values: packed (`layout.py`), with `length` [B] tokens; a multiple of the keys' group.
         first: rows of the window that are never encoded; static.
-        rotate_keys, rotate_values: encode after a Hadamard rotation of the channels.
-        clip: shrink factors of a group's range to try; the one with the smallest squared error is kept.
+        options: `rotate_keys` and `rotate_values` encode after a Hadamard rotation of the channels. `key_factor`
+            [B, K, H] and `value_factor` [B, K] then multiply what is encoded. `key_clip` and `value_clip` are shrink
+            factors of a group's range to try; the one with the smallest squared error is kept. `outwards` rounds
+            metadata shorter than float16 outwards, minimum down and scale up, so that codes reach the whole range.
         implementation: None or "triton". There is no other: what XLA does well here depends on the device, see
             `minikv_jax.cache`.
 
@@ -63,7 +64,7 @@ def packed_append(
     return first_that_accepts(
         "packed_append", _APPEND, implementation, _DEFAULT,
         new_key, new_value, accept, window_key, window_value, window_length, keys, values, length,
-        first=first, rotate_keys=rotate_keys, rotate_values=rotate_values, clip=tuple(clip),
+        first=first, options=options,
     )  # fmt: skip
 
 
@@ -73,9 +74,7 @@ def packed_write(
     keys: PackedTensor,
     values: PackedTensor,
     *,
-    rotate_keys: bool = False,
-    rotate_values: bool = False,
-    clip: tuple[float, ...] = (),
+    options: Options = PLAIN,
     implementation: Implementation = None,
 ) -> tuple[PackedTensor, PackedTensor]:
     """Encodes a run of dense keys, and one of dense values, into packed ones. Codes and options as `packed_append`.
@@ -95,7 +94,7 @@ def packed_write(
             raise ValueError(f"A run of {run.count} does not fit {run.rows.shape[2]} rows.")
     return first_that_accepts(
         "packed_write", _WRITE, implementation, _DEFAULT,
-        key, value, keys, values, rotate_keys=rotate_keys, rotate_values=rotate_values, clip=tuple(clip),
+        key, value, keys, values, options=options,
     )  # fmt: skip
 
 

@@ -96,20 +96,41 @@ def _decline_or_import(rows, keys, values, key_count):
     return jax_triton.triton_call, kernels
 
 
-def format_constants(keys: PackedTensor, values: PackedTensor, rotate: tuple[bool, bool], clip) -> dict:
+class Options(NamedTuple):
+    """How rows are prepared and encoded; see `api.packed_append`."""
+
+    rotate_keys: bool = False
+    rotate_values: bool = False
+    key_clip: tuple[float, ...] = ()
+    value_clip: tuple[float, ...] = ()
+    key_factor: Float[Array, "B K H"] | None = None
+    value_factor: Float[Array, "B K"] | None = None
+    outwards: bool = False
+
+
+def constants(keys: PackedTensor, values: PackedTensor, options: Options) -> dict:
     """The kernels' compile-time numbers that say how keys and values are stored."""
     return dict(
         H=keys.head_size,
         KBITS=keys.bits,
         KGROUP=keys.group_size,
         KKIND=_KINDS[keys.scale.dtype.name],
-        KROTATE=rotate[0],
+        KROTATE=options.rotate_keys,
+        KCLIP=tuple(map(float, options.key_clip)),
+        KFACTOR=options.key_factor is not None,
         VBITS=values.bits,
         VGROUP=values.group_size,
         VKIND=_KINDS[values.scale.dtype.name],
-        VROTATE=rotate[1],
-        CLIP=tuple(map(float, clip)),
+        VROTATE=options.rotate_values,
+        VCLIP=tuple(map(float, options.value_clip)),
+        VFACTOR=options.value_factor is not None,
+        OUTWARDS=options.outwards,
     )
+
+
+def _factors(options: Options, instead: Array) -> list[Array]:
+    """Both factors; `instead` of one that is not there, a pointer that is never followed."""
+    return [instead if x is None else x.astype(jnp.float32) for x in (options.key_factor, options.value_factor)]
 
 
 def _arrays(keys: PackedTensor, values: PackedTensor) -> list[Array]:
@@ -142,16 +163,14 @@ def packed_append(
     length: Int[Array, "B"],
     *,
     first: int,
-    rotate_keys: bool,
-    rotate_values: bool,
-    clip: tuple[float, ...],
+    options: Options,
 ) -> Appended:
     b, heads, window, h = window_key.shape
     rows = (new_key, new_value, window_key, window_value)
     triton_call, kernels = _decline_or_import(rows, keys, values, window - first)
     changed = [window_key, window_value, *_arrays(keys, values)]
     counters = [x.astype(jnp.int32) for x in (accept, window_length, length)]
-    inputs = [new_key, new_value, *counters, *changed]
+    inputs = [new_key, new_value, *counters, *_factors(options, counters[0]), *changed]
     counter = jax.ShapeDtypeStruct((b,), jnp.int32)
     scratch = _scratch(b, heads, window - first, h)
     window_key, window_value, *packed, window_length, length, _, _ = triton_call(
@@ -165,7 +184,7 @@ def packed_append(
         input_output_aliases={len(inputs) - len(changed) + i: i for i in range(len(changed))},
         WINDOW=window,
         FIRST=first,
-        **format_constants(keys, values, (rotate_keys, rotate_values), clip),
+        **constants(keys, values, options),
     )
     keys, values = _restored(packed, (keys, values))
     return Appended(window_key, window_value, window_length, keys, values, length)
@@ -177,9 +196,7 @@ def packed_write(
     keys: PackedTensor,
     values: PackedTensor,
     *,
-    rotate_keys: bool,
-    rotate_values: bool,
-    clip: tuple[float, ...],
+    options: Options,
 ) -> tuple[PackedTensor, PackedTensor]:
     b, heads, _, h = key.rows.shape
     triton_call, kernels = _decline_or_import((key.rows, value.rows), keys, values, key.count)
@@ -187,6 +204,7 @@ def packed_write(
     inputs = []
     for run in (key, value):
         inputs += [run.rows, *(x.astype(jnp.int32) for x in (run.first, run.start, run.when))]
+    inputs += _factors(options, inputs[1])
     packed = triton_call(
         *inputs,
         *changed,
@@ -204,6 +222,6 @@ def packed_write(
         KCOUNT=key.count,
         VROWS=value.rows.shape[2],
         VCOUNT=value.count,
-        **format_constants(keys, values, (rotate_keys, rotate_values), clip),
+        **constants(keys, values, options),
     )
     return _restored(packed[:6], (keys, values))
