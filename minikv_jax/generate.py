@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import allocate
-from minikv_jax.cache import KVCache, LayerCache, Shape, compress, loudest_query, read_token, read_tokens
+from minikv_jax.cache import KVCache, LayerCache, QueryStatistics, Shape, compress, read_token, read_tokens
 from minikv_jax.config import Allocation, CacheConfig, Rank
 from minikv_jax.errors import ConfigError, PromptError
 from minikv_jax.models.llama import Llama, LlamaLayer
@@ -67,8 +67,8 @@ def _read_layer(layer: LlamaLayer, x, lengths, rows, score_rows, sliding_window)
         sliding_window=sliding_window,
     )
     counted = positions < lengths[:, None]
-    loudest = loudest_query(query, key.shape[2], counted)
-    return layer.after_attention(x, attention), key, value, scores, loudest
+    queries = QueryStatistics.of(query, key.shape[2], counted)
+    return layer.after_attention(x, attention), key, value, scores, queries
 
 
 def _read_layer_in_chunks(layer: LlamaLayer, x, lengths, rows, score_rows, sliding_window):
@@ -114,28 +114,28 @@ def _read_layer_in_chunks(layer: LlamaLayer, x, lengths, rows, score_rows, slidi
         _, scores, _ = attend(query, first, jnp.minimum(lengths, score_rows), "all")
 
     def work(state, start):
-        x, scores, loudest = state
+        x, scores, queries = state
         part, positions = chunk_of(x, start)
         query, _, _ = layer.before_attention(part, positions)
         counts = jnp.clip(lengths - start, 0, rows)
         attention, received, _ = attend(query, start, counts, "all" if score_rows == "all" else 0)
-        louder = loudest_query(query, config.num_kv_heads, positions < lengths[:, None])
+        more = QueryStatistics.of(query, config.num_kv_heads, positions < lengths[:, None])
         x = put(x, layer.after_attention(part, attention), start)
-        return (x, scores + received, jnp.maximum(loudest, louder)), None
+        return (x, scores + received, queries.join(more)), None
 
-    loudest = jnp.zeros((b, config.num_kv_heads, config.head_dim), jnp.float32)
-    (x, scores, loudest), _ = jax.lax.scan(work, (x, scores, loudest), starts)
-    return x, key, value, scores, loudest
+    shape = b, config.num_kv_heads, config.head_dim
+    queries = QueryStatistics(jnp.zeros(shape), jnp.zeros((*shape, config.head_dim)))
+    (x, scores, queries), _ = jax.lax.scan(work, (x, scores, queries), starts)
+    return x, key, value, scores, queries
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape", "at_once"))
-def _compress(key, value, scores, loudest, lengths, budget, config, shape, at_once=_COMPRESSED) -> LayerCache:
+def _compress(key, value, scores, queries, lengths, budget, config, shape, at_once=_COMPRESSED) -> LayerCache:
     """`compress`, for long prompts sequence by sequence and some heads at a time: it sorts and casts what it is given.
 
     `at_once` bounds the numbers of the keys in one piece of work.
     """
-    arrays = key, value, scores, loudest
-    axes = 2, 2, 1, 1
+    arrays = key, value, scores, queries
     b, tokens, heads, head_size = key.shape
 
     def some_heads(arrays, lengths, budget):
@@ -146,8 +146,12 @@ def _compress(key, value, scores, loudest, lengths, budget, config, shape, at_on
         together = next(n for n in range(together, 0, -1) if heads % n == 0)
 
         def one(first):
-            part = [jax.lax.dynamic_slice_in_dim(x, first, together, axis) for x, axis in zip(arrays, axes)]
-            return compress(*part, lengths, budget, config=config, shape=shape)
+            def some(x, axis):
+                return jax.lax.dynamic_slice_in_dim(x, first, together, axis)
+
+            key, value = (some(x, 2) for x in arrays[:2])
+            scores, queries = jax.tree.map(lambda x: some(x, 1), arrays[2:])
+            return compress(key, value, scores, queries, lengths, budget, config=config, shape=shape)
 
         # What has heads has them second; the rest is the same for all of them.
         parts = jax.lax.map(one, jnp.arange(0, heads, together))
@@ -159,7 +163,7 @@ def _compress(key, value, scores, loudest, lengths, budget, config, shape, at_on
     def one_sequence(arguments):
         return some_heads(*jax.tree.map(lambda x: x[None], arguments))
 
-    caches = jax.lax.map(one_sequence, (list(arrays), lengths, budget))
+    caches = jax.lax.map(one_sequence, (arrays, lengths, budget))
     return jax.tree.map(lambda x: x[:, 0], caches)
 
 
@@ -317,14 +321,14 @@ def _fitting(model: Llama, tokens, lengths, config: CacheConfig) -> CacheConfig:
 
 
 def _check_codecs(config: CacheConfig, head_size: int) -> None:
+    if (config.rotate_keys or config.rotate_values) and head_size & (head_size - 1):
+        raise ConfigError(f"A Hadamard rotation needs a head size that is a power of two, not {head_size}.")
     for codec in (config.codec, config.retained):
         if codec is None or codec.dense:
             continue
         groups = [codec.value_group] + ([codec.key_group] if codec.key_axis == "channels" else [])
         if any(head_size % group_size(group, head_size) for group in groups):
             raise ConfigError(f"Groups of {groups} channels must divide the model's head size of {head_size}.")
-        if (codec.rotate_keys or codec.rotate_values) and head_size & (head_size - 1):
-            raise ConfigError(f"A Hadamard rotation needs a head size that is a power of two, not {head_size}.")
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -408,11 +412,11 @@ def extend(
 
 @jax.jit
 def _extend_chunk(params, cache: KVCache, tokens, counts, counted):
-    """Logits after a chunk, the cache with it, and each layer's loudest queries."""
+    """Logits after a chunk, the cache with it, and statistics of each layer's queries."""
     model = _model(params)
     x = model.embed(tokens)
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-    layers, loudest = [], []
+    layers, queries = [], []
     for layer, layer_cache in zip(model.layers, cache.layers):
         query, key, value = layer.before_attention(x, positions)
         layer_cache, attention = read_tokens(
@@ -420,9 +424,10 @@ def _extend_chunk(params, cache: KVCache, tokens, counts, counted):
         )
         x = layer.after_attention(x, attention)
         layers.append(layer_cache)
-        loudest.append(loudest_query(query, key.shape[2], jnp.arange(tokens.shape[1]) < counts[:, None]))
+        read = jnp.arange(tokens.shape[1]) < counts[:, None]
+        queries.append(QueryStatistics.of(query, key.shape[2], read))
     logits = _logits_at(model, x, counts - 1)
-    return logits, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config), loudest
+    return logits, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config), queries
 
 
 def prefill_in_chunks(
@@ -455,21 +460,21 @@ def prefill_in_chunks(
     held = [dataclasses.replace(x, ledger=dataclasses.replace(x.ledger, size=lengths)) for x in cache.layers]
     cache = dataclasses.replace(cache, layers=tuple(held))
     scored = longest if cache_config.score_rows == "all" else cache_config.score_rows
-    logits, loudest = None, [jnp.zeros(())] * layers
+    logits, queries = None, None
     for start in range(0, longest, chunk):
         part = tokens[:, start : start + chunk]
         place = start + jnp.arange(part.shape[1])
         counts = jnp.clip(lengths - start, 0, part.shape[1])
         counted = (place < lengths[:, None]) & (place >= (lengths - scored)[:, None])
-        new, cache, louder = _extend_chunk(params, cache, part, counts, counted)
+        new, cache, more = _extend_chunk(params, cache, part, counts, counted)
         logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
-        loudest = [jnp.maximum(a, b) for a, b in zip(loudest, louder)]
+        queries = more if queries is None else [a.join(b) for a, b in zip(queries, more)]
     compressed = []
     for i, layer in enumerate(cache.layers):
         key, value = (x[:, :, :longest].swapaxes(1, 2) for x in (layer.segment.key, layer.segment.value))
         budget = allocate.budgets(cache_config, i, layers, lengths, longest)
         scores, shape = layer.ledger.scores[:, :, :longest], Shape.of(cache_config, i, layers)
-        compressed.append(_compress(key, value, scores, loudest[i], lengths, budget, config=cache_config, shape=shape))
+        compressed.append(_compress(key, value, scores, queries[i], lengths, budget, config=cache_config, shape=shape))
     room = jnp.full(lengths.shape, cache_config.generated_capacity, jnp.int32)
     return logits, KVCache(tuple(compressed), jnp.array(lengths), room, cache_config)
 

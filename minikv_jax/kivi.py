@@ -39,11 +39,12 @@ def compress(
     capacity: int,
     dtype: jnp.dtype,
     balance: Float[Array, "B K H"] | None,
+    moment: Float[Array, "B K H H"],
 ) -> tuple[PackedSegment, KiviWindow]:
     """The prompt: all whole multiples of R of its keys are packed, and all but the last R of its values."""
     size = config.window
     packed_keys = lengths // size * size
-    segment = segments.build(config.codec, key, value, jnp.maximum(lengths - size, 0), capacity, dtype, balance)
+    segment = segments.build(config.codec, key, value, jnp.maximum(lengths - size, 0), capacity, dtype, balance, moment)
     # Ring row r holds the newest token t with t % (R + 1) == r.
     last = lengths[:, None] - 1
     newest = last - (last - jnp.arange(size + 1)) % (size + 1)

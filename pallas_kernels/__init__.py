@@ -6,6 +6,8 @@ K key/value heads, G = N // K query heads per key/value head, H head size.
 
 from pallas_kernels.packed_append.api import Run, packed_append, packed_write
 from pallas_kernels.packed_decode.api import (
+    Part,
+    decode_attention,
     dense_decode_attention,
     packed_decode_attention,
 )
@@ -16,8 +18,10 @@ from pallas_kernels.two_pass_attention.api import two_pass_attention
 __all__ = [
     "BLOCK",
     "PackedTensor",
+    "Part",
     "Partial",
     "Run",
+    "decode_attention",
     "dense_decode_attention",
     "dequantize",
     "merge_partials",

@@ -36,6 +36,14 @@ CASES = {
             reference.MiniKV, heavy=0.3, recent=0.2, group=8, residual=16, allocation="pyramid", layer=2, layers=5
         ),
     ),
+    "minikv_plus": (
+        presets.minikv_plus(group_size=8, residual=16),
+        functools.partial(reference.MiniKVPlus, heavy=1.0, group=8, residual=16),
+    ),
+    "minikv_plus, half the tokens": (
+        presets.minikv_plus(0.3, 0.2, group_size=8, residual=16),
+        functools.partial(reference.MiniKVPlus, heavy=0.3, recent=0.2, group=8, residual=16),
+    ),
     "streaming_llm": (presets.streaming_llm(recent=20), functools.partial(reference.StreamingLLM, recent=20)),
     "h2o": (presets.h2o(), reference.H2O),
     "h2o, persistent": (
@@ -142,6 +150,14 @@ DRAWN = {
     "streaming_llm": lambda a, b, g: (presets.streaming_llm(2, 4 + g), reference.StreamingLLM(sinks=2, recent=4 + g)),
     "h2o": lambda a, b, g: (presets.h2o(a, b), reference.H2O(heavy=a, recent=b)),
     "snapkv": lambda a, b, g: (presets.snapkv(a, 4), reference.SnapKV(capacity=a, window=4)),
+    "pyramidkv": lambda a, b, g: (
+        presets.pyramidkv(16 + g, 8),
+        reference.PyramidKV(capacity=16 + g, window=8, layer=0, layers=1),
+    ),
+    "qhitter": lambda a, b, g: (
+        presets.qhitter(a, b).replace(codec=Codec(4, 4, "head", "head", "channels")),
+        reference.QHitter(heavy=a, recent=b, quantiser="min-max"),
+    ),
     "kivi": lambda a, b, g: (
         presets.kivi(group_size=g, residual=2 * g),
         reference.KIVI(group=g, residual=2 * g),
@@ -149,6 +165,10 @@ DRAWN = {
     "minikv": lambda a, b, g: (
         presets.minikv(a, b, group_size=g, residual=2 * g),
         reference.MiniKV(heavy=a, recent=b, group=g, residual=2 * g),
+    ),
+    "minikv_plus": lambda a, b, g: (
+        presets.minikv_plus(a, b, key_bits=3, value_bits=3, group_size=g, residual=2 * g, sinks=g // 4 + 1),
+        reference.MiniKVPlus(heavy=a, recent=b, code_bits=3, group=g, residual=2 * g, sinks=g // 4 + 1),
     ),
     "mikv": lambda a, b, g: (presets.mikv(a, b), reference.MiKV(ratio=a, recent_share=b)),
 }

@@ -150,7 +150,7 @@ def synthetic_cache(model: Llama, config: CacheConfig, batch: int, prompt: int) 
             filled.append(jax.jit(jax.lax.broadcasted_iota, static_argnums=(0, 1, 2))(x.dtype, x.shape, x.ndim - 1))
         else:
             noise = _noise(i, x.shape, x.dtype)
-            positive = any(name in jax.tree_util.keystr(path[-1:]) for name in ("scale", "balance", "unit"))
+            positive = any(name in jax.tree_util.keystr(path) for name in (".scale", ".balance", ".units"))
             filled.append(jnp.abs(noise) * 0.5 + 0.25 if positive and noise.dtype.itemsize > 1 else noise)
     return jax.tree.unflatten(structure, filled)
 

@@ -73,17 +73,16 @@ def as_bytes(pointer):
 
 @triton.jit
 def encode_within(
-    x, low, high, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, OUTWARDS: tl.constexpr
+    x, low, high, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr
 ):  # fmt: skip
-    """Codes (as float32), scale and minimum (as stored) of groups whose range is [low, high]."""
+    """Codes (as float32), scale and minimum (as stored, rounded UP and DOWN) of groups whose range is [low, high]."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     LIMIT: tl.constexpr = 65504.0 if KIND == 0 else (3.3895313892515355e38 if KIND == 1 else 448.0)
     clipped = tl.minimum(tl.maximum(low, -LIMIT), LIMIT)
-    zero = to_stored(tl.where(low == low, clipped, low), KIND, -1 if OUTWARDS else 0)
-    if OUTWARDS:
-        low = from_stored(zero, KIND)
-    scale = tl.minimum(tl.div_rn(high - low, tl.full(low.shape, LEVELS, tl.float32)), LIMIT)
-    scale = to_stored(scale, KIND, 1 if OUTWARDS else 0)
+    zero = to_stored(tl.where(low == low, clipped, low), KIND, DOWN)
+    lowest = low if KIND == 0 else from_stored(zero, KIND)
+    span = tl.maximum(high - lowest, 0.0)
+    scale = to_stored(tl.minimum(tl.div_rn(span, tl.full(span.shape, LEVELS, tl.float32)), LIMIT), KIND, UP)
     step = tl.expand_dims(from_stored(scale, KIND), AXIS)
     above = x - tl.expand_dims(from_stored(zero, KIND), AXIS)
     divisor = tl.broadcast_to(tl.where(step > 0, step, 1.0), above.shape)
@@ -92,35 +91,36 @@ def encode_within(
 
 
 @triton.jit
-def encode(
-    x, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr, OUTWARDS: tl.constexpr
-):  # fmt: skip
-    """Codes, scale and minimum of groups along AXIS; of the shrink factors in CLIP every group takes the best."""
+def better_of(x, best, other, AXIS: tl.constexpr, KIND: tl.constexpr):
+    """Of two encodings of each group the one with the smaller squared error; equal: the first."""
+    better = squared_error(x, other, AXIS, KIND) < squared_error(x, best, AXIS, KIND)
+    codes = tl.where(tl.expand_dims(better, AXIS), other[0], best[0])
+    return codes, tl.where(better, other[1], best[1]), tl.where(better, other[2], best[2])
+
+
+@triton.jit
+def encode(x, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr):
+    """Codes, scale and minimum of groups along AXIS: the best of the whole range, of it shrunk by each factor in CLIP,
+    and, where metadata is shorter than float16, of the whole range rounded outwards."""
     low = tl.min(x, AXIS)
     high = tl.max(x, AXIS)
     # Minimum and maximum pass NaN over; a group that holds one must come back as NaN.
     broken = tl.max((x != x).to(tl.int32), AXIS)
     low = tl.where(broken > 0, float("nan"), low)
-    codes, scale, zero = encode_within(x, low, high, AXIS, BITS, KIND, OUTWARDS)
-    if len(CLIP) > 0:
-        wrong = squared_error(x, codes, scale, zero, AXIS, KIND)
-        for i in tl.static_range(len(CLIP)):
-            middle = (low + high) / 2
-            half = (high - low) / 2 * CLIP[i]
-            other, other_scale, other_zero = encode_within(
-                x, middle - half, middle + half, AXIS, BITS, KIND, OUTWARDS
-            )  # fmt: skip
-            other_wrong = squared_error(x, other, other_scale, other_zero, AXIS, KIND)
-            better = other_wrong < wrong
-            wrong = tl.where(better, other_wrong, wrong)
-            scale = tl.where(better, other_scale, scale)
-            zero = tl.where(better, other_zero, zero)
-            codes = tl.where(tl.expand_dims(better, AXIS), other, codes)
-    return codes.to(tl.uint8), scale, zero
+    best = encode_within(x, low, high, AXIS, BITS, KIND, 0, 0)
+    middle = (low + high) / 2
+    half = (high - low) / 2
+    for i in tl.static_range(len(CLIP)):
+        other = encode_within(x, middle - half * CLIP[i], middle + half * CLIP[i], AXIS, BITS, KIND, 0, 0)
+        best = better_of(x, best, other, AXIS, KIND)
+    if KIND != 0:
+        best = better_of(x, best, encode_within(x, low, high, AXIS, BITS, KIND, -1, 1), AXIS, KIND)
+    return best[0].to(tl.uint8), best[1], best[2]
 
 
 @triton.jit
-def squared_error(x, codes, scale, zero, AXIS: tl.constexpr, KIND: tl.constexpr):
+def squared_error(x, encoded, AXIS: tl.constexpr, KIND: tl.constexpr):
+    codes, scale, zero = encoded
     restored = codes * tl.expand_dims(from_stored(scale, KIND), AXIS) + tl.expand_dims(from_stored(zero, KIND), AXIS)
     return tl.sum((restored - x) * (restored - x), AXIS)
 
@@ -131,30 +131,17 @@ def squared_error(x, codes, scale, zero, AXIS: tl.constexpr, KIND: tl.constexpr)
 
 
 @triton.jit
-def load_rows(rows, token, channel, COUNT: tl.constexpr, H: tl.constexpr, ROTATE: tl.constexpr):
-    """float32 [tokens, channels] of a run; with ROTATE, channels after a Hadamard rotation of the whole head."""
+def load_rows(rows, token, channel, COUNT: tl.constexpr, H: tl.constexpr):
+    """float32 [tokens, channels] of a run."""
     here = (token < COUNT)[:, None]
-    if ROTATE:
-        every = tl.arange(0, H)
-        x = tl.load(rows + token[:, None] * H + every[None, :], mask=here, other=0.0)
-        # Sylvester's matrix has the sign (-1)^(ones in the binary of i & j). Signs are exact in every dtype, so the
-        # products are too; the length of the rows, sqrt(H), is taken out in float32.
-        parity = every[:, None] & channel[None, :]
-        parity = parity ^ (parity >> 4)
-        parity = parity ^ (parity >> 2)
-        parity = (parity ^ (parity >> 1)) & 1
-        signs = (1 - 2 * parity).to(x.dtype)
-        LENGTH: tl.constexpr = 0.08838834764831845 if H == 128 else 0.125
-        return tl.dot(x, signs, input_precision="ieee") * LENGTH
-    else:
-        return tl.load(rows + token[:, None] * H + channel[None, :], mask=here, other=0.0).to(tl.float32)
+    return tl.load(rows + token[:, None] * H + channel[None, :], mask=here, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def encode_keys(
     rows, factor, scratch, scale, zero, start,
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
-    ROTATE: tl.constexpr, CLIP: tl.constexpr, FACTOR: tl.constexpr, OUTWARDS: tl.constexpr,
+    CLIP: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Groups of GROUP tokens of one channel; `start` is a multiple of it. Scratch is [COUNT, H]."""
     WIDTH: tl.constexpr = min(H, 4096 // GROUP)
@@ -163,10 +150,10 @@ def encode_keys(
         for j in range(H // WIDTH):
             channel = j * WIDTH + tl.arange(0, WIDTH)
             token = i * GROUP + tl.arange(0, GROUP)
-            x = load_rows(rows, token, channel, COUNT, H, ROTATE)
+            x = load_rows(rows, token, channel, COUNT, H)
             if FACTOR:
                 x = x * tl.load(factor + channel)[None, :]
-            codes, s, z = encode(x, 0, BITS, KIND, CLIP, OUTWARDS)
+            codes, s, z = encode(x, 0, BITS, KIND, CLIP)
             tl.store(scratch + token[:, None] * H + channel[None, :], codes)
             tl.store(scale + group * H + channel, s)
             tl.store(zero + group * H + channel, z)
@@ -174,9 +161,9 @@ def encode_keys(
 
 @triton.jit
 def encode_values(
-    rows, factor, scratch, scale, zero, start,
+    rows, scratch, scale, zero, start,
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
-    ROTATE: tl.constexpr, CLIP: tl.constexpr, FACTOR: tl.constexpr, OUTWARDS: tl.constexpr,
+    CLIP: tl.constexpr,
 ):  # fmt: skip
     """Groups of GROUP channels of one token. Scratch is [H, COUNT]."""
     TOKENS: tl.constexpr = 16
@@ -185,10 +172,8 @@ def encode_values(
     group = tl.arange(0, GROUPS)
     for i in range((COUNT + TOKENS - 1) // TOKENS):
         token = i * TOKENS + tl.arange(0, TOKENS)
-        x = load_rows(rows, token, channel, COUNT, H, ROTATE)
-        if FACTOR:
-            x = x * tl.load(factor)
-        codes, s, z = encode(tl.reshape(x, [TOKENS, GROUPS, GROUP]), 2, BITS, KIND, CLIP, OUTWARDS)
+        x = load_rows(rows, token, channel, COUNT, H)
+        codes, s, z = encode(tl.reshape(x, [TOKENS, GROUPS, GROUP]), 2, BITS, KIND, CLIP)
         codes = tl.reshape(codes, [TOKENS, H])
         here = (token < COUNT)[:, None]
         tl.store(scratch + channel[None, :] * COUNT + token[:, None], codes, mask=here)
@@ -250,7 +235,7 @@ def pack(
 def write_keys(
     rows, factor, scratch, codes, scale, zero, start, head, blocks,
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
-    ROTATE: tl.constexpr, CLIP: tl.constexpr, FACTOR: tl.constexpr, OUTWARDS: tl.constexpr,
+    CLIP: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     origin = head.to(tl.int64) * blocks
     scratch += head.to(tl.int64) * (COUNT * H)
@@ -258,7 +243,7 @@ def write_keys(
     scale, zero = as_bytes(scale) + metadata, as_bytes(zero) + metadata
     encode_keys(
         rows, factor + head * H, scratch, scale, zero, start,
-        COUNT, BITS, GROUP, KIND, H, ROTATE, CLIP, FACTOR, OUTWARDS,
+        COUNT, BITS, GROUP, KIND, H, CLIP, FACTOR,
     )  # fmt: skip
     tl.debug_barrier()
     pack(scratch, codes + origin * (16 * BITS * H), start, COUNT, BITS, H, 1, H, 1, H)
@@ -266,17 +251,17 @@ def write_keys(
 
 @triton.jit
 def write_values(
-    rows, factor, scratch, codes, scale, zero, start, head, blocks,
+    rows, scratch, codes, scale, zero, start, head, blocks,
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
-    ROTATE: tl.constexpr, CLIP: tl.constexpr, FACTOR: tl.constexpr, OUTWARDS: tl.constexpr,
+    CLIP: tl.constexpr,
 ):  # fmt: skip
     origin = head.to(tl.int64) * blocks
     scratch += head.to(tl.int64) * (COUNT * H)
     metadata = origin * (H // GROUP * 128)
     scale, zero = as_bytes(scale) + metadata, as_bytes(zero) + metadata
     encode_values(
-        rows, factor + head, scratch, scale, zero, start,
-        COUNT, BITS, GROUP, KIND, H, ROTATE, CLIP, FACTOR, OUTWARDS,
+        rows, scratch, scale, zero, start,
+        COUNT, BITS, GROUP, KIND, H, CLIP,
     )  # fmt: skip
     tl.debug_barrier()
     pack(scratch, codes + origin * (16 * BITS * H), start, COUNT, BITS, 1, 16 * BITS, 1, COUNT, H)
@@ -290,16 +275,14 @@ def write_values(
 
 @triton.jit
 def append_kernel(
-    new_key, new_value, accept, window_length, length, key_factor, value_factor,
+    new_key, new_value, accept, window_length, length, key_factor,
     _window_key, _window_value, _kc, _ks, _kz, _vc, _vs, _vz,
     heads, blocks,
     window_key, window_value, kc, ks, kz, vc, vs, vz,
     out_window_length, out_length, key_scratch, value_scratch,
     WINDOW: tl.constexpr, FIRST: tl.constexpr, H: tl.constexpr,
-    KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KROTATE: tl.constexpr,
-    KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
-    VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VROTATE: tl.constexpr,
-    VCLIP: tl.constexpr, VFACTOR: tl.constexpr, OUTWARDS: tl.constexpr,
+    KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
+    VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VCLIP: tl.constexpr,
 ):  # fmt: skip
     """A new token into the window of each accepting sequence; windows full with it are encoded from row FIRST on."""
     heads, blocks = -heads, -blocks
@@ -325,7 +308,7 @@ def append_kernel(
                 tl.debug_barrier()
                 write_keys(
                     window_key + rows + FIRST * H, key_factor, key_scratch, kc, ks, kz, start, head, blocks,
-                    COUNT, KBITS, KGROUP, KKIND, H, KROTATE, KCLIP, KFACTOR, OUTWARDS,
+                    COUNT, KBITS, KGROUP, KKIND, H, KCLIP, KFACTOR,
                 )  # fmt: skip
         else:
             x = tl.load(new_value + head * H + channel)
@@ -333,23 +316,21 @@ def append_kernel(
             if full:
                 tl.debug_barrier()
                 write_values(
-                    window_value + rows + FIRST * H, value_factor, value_scratch, vc, vs, vz, start, head, blocks,
-                    COUNT, VBITS, VGROUP, VKIND, H, VROTATE, VCLIP, VFACTOR, OUTWARDS,
+                    window_value + rows + FIRST * H, value_scratch, vc, vs, vz, start, head, blocks,
+                    COUNT, VBITS, VGROUP, VKIND, H, VCLIP,
                 )  # fmt: skip
 
 
 @triton.jit
 def write_kernel(
     key_rows, key_first, key_start, key_when, value_rows, value_first, value_start, value_when,
-    key_factor, value_factor,
+    key_factor,
     _kc, _ks, _kz, _vc, _vs, _vz,
     heads, blocks,
     kc, ks, kz, vc, vs, vz, key_scratch, value_scratch,
     KROWS: tl.constexpr, KCOUNT: tl.constexpr, VROWS: tl.constexpr, VCOUNT: tl.constexpr, H: tl.constexpr,
-    KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KROTATE: tl.constexpr,
-    KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
-    VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VROTATE: tl.constexpr,
-    VCLIP: tl.constexpr, VFACTOR: tl.constexpr, OUTWARDS: tl.constexpr,
+    KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
+    VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VCLIP: tl.constexpr,
 ):  # fmt: skip
     """Rows `first` and on of dense keys become tokens `start` and on where `when`; values likewise."""
     heads, blocks = -heads, -blocks
@@ -360,12 +341,12 @@ def write_kernel(
             rows = key_rows + (head.to(tl.int64) * KROWS + tl.load(key_first + batch)) * H
             write_keys(
                 rows, key_factor, key_scratch, kc, ks, kz, tl.load(key_start + batch), head, blocks,
-                KCOUNT, KBITS, KGROUP, KKIND, H, KROTATE, KCLIP, KFACTOR, OUTWARDS,
+                KCOUNT, KBITS, KGROUP, KKIND, H, KCLIP, KFACTOR,
             )  # fmt: skip
     else:
         if tl.load(value_when + batch) != 0:
             rows = value_rows + (head.to(tl.int64) * VROWS + tl.load(value_first + batch)) * H
             write_values(
-                rows, value_factor, value_scratch, vc, vs, vz, tl.load(value_start + batch), head, blocks,
-                VCOUNT, VBITS, VGROUP, VKIND, H, VROTATE, VCLIP, VFACTOR, OUTWARDS,
+                rows, value_scratch, vc, vs, vz, tl.load(value_start + batch), head, blocks,
+                VCOUNT, VBITS, VGROUP, VKIND, H, VCLIP,
             )  # fmt: skip

@@ -31,7 +31,8 @@ def packed_append(
     """Appends one token to the window of every accepting sequence, and encodes the windows that are full with it.
 
     Codes are value = code * scale + minimum with scale = (max - min) / (2**bits - 1) of each group, computed in float32
-    against scale and minimum as they are stored (KIVI, arXiv 2402.02750, equation 1). A full window's rows from `first`
+    against scale and minimum as they are stored (KIVI, arXiv 2402.02750, equation 1). Metadata shorter than float16 is
+    also tried rounded outwards, so that codes reach the whole range. A full window's rows from `first`
     on become tokens `length` and on of the segment, and its length becomes `first`. Donate what changes: under `jit`
     it is then changed in place.
 
@@ -41,10 +42,8 @@ def packed_append(
         window_key, window_value: [B, K, W, H] dense rows, of which `window_length` [B] < W are there.
         keys, values: packed (`layout.py`), with `length` [B] tokens; a multiple of the keys' group.
         first: rows of the window that are never encoded; static.
-        options: `rotate_keys` and `rotate_values` encode after a Hadamard rotation of the channels. `key_factor`
-            [B, K, H] and `value_factor` [B, K] then multiply what is encoded. `key_clip` and `value_clip` are shrink
-            factors of a group's range to try; the one with the smallest squared error is kept. `outwards` rounds
-            metadata shorter than float16 outwards, minimum down and scale up, so that codes reach the whole range.
+        options: `key_clip` and `value_clip` are shrink factors of a group's range to try beside 1; the one with the
+            smallest squared error is kept. `key_factor` [B, K, H] multiplies keys before they are encoded.
         implementation: None or "triton". There is no other: what XLA does well here depends on the device, see
             `minikv_jax.cache`.
 

@@ -10,7 +10,7 @@ for the host to wait for, and all arrays are changed in place (`input_output_ali
 
     new row -> window row `window_length`
     window full?  no: done
-                  yes: rows -> [rotate] -> min, max of each group -> scale, minimum (stored) -> codes -> scratch
+                  yes: rows -> min, max of each group -> scale, minimum (stored) -> codes -> scratch
                                                                                                       |
                        the run of codes starts anywhere in a block:                                   v
                        block    |..........oooooo|oooooooooo......|    bytes carry tokens that lie P apart (layout.py),
@@ -18,7 +18,6 @@ for the host to wait for, and all arrays are changed in place (`input_output_ali
                                                                        run's fields replaced, and written back
 
 Codes go through scratch memory (one byte each, 16 KiB a head) because groups and bytes cut the run differently.
-Rotation is a product with a matrix of signs: exact in the window's own dtype on tensor cores, and made on the fly.
 
 The limit. A step in which nothing is full moves two rows a head: the launch is all it costs. A flush of 128 rows of 128
 channels reads 64 KiB, and writes 16 KiB, a head; it runs once in 128 steps, so its 2 B K programs need not be fast.
@@ -97,15 +96,11 @@ def _decline_or_import(rows, keys, values, key_count):
 
 
 class Options(NamedTuple):
-    """How rows are prepared and encoded; see `api.packed_append`."""
+    """What is more than plain encoding; see `api.packed_append`."""
 
-    rotate_keys: bool = False
-    rotate_values: bool = False
     key_clip: tuple[float, ...] = ()
     value_clip: tuple[float, ...] = ()
     key_factor: Float[Array, "B K H"] | None = None
-    value_factor: Float[Array, "B K"] | None = None
-    outwards: bool = False
 
 
 def constants(keys: PackedTensor, values: PackedTensor, options: Options) -> dict:
@@ -115,22 +110,18 @@ def constants(keys: PackedTensor, values: PackedTensor, options: Options) -> dic
         KBITS=keys.bits,
         KGROUP=keys.group_size,
         KKIND=_KINDS[keys.scale.dtype.name],
-        KROTATE=options.rotate_keys,
         KCLIP=tuple(map(float, options.key_clip)),
         KFACTOR=options.key_factor is not None,
         VBITS=values.bits,
         VGROUP=values.group_size,
         VKIND=_KINDS[values.scale.dtype.name],
-        VROTATE=options.rotate_values,
         VCLIP=tuple(map(float, options.value_clip)),
-        VFACTOR=options.value_factor is not None,
-        OUTWARDS=options.outwards,
     )
 
 
-def _factors(options: Options, instead: Array) -> list[Array]:
-    """Both factors; `instead` of one that is not there, a pointer that is never followed."""
-    return [instead if x is None else x.astype(jnp.float32) for x in (options.key_factor, options.value_factor)]
+def _factor(options: Options, instead: Array) -> Array:
+    """The keys' factor; `instead` of one that is not there, a pointer that is never followed."""
+    return instead if options.key_factor is None else options.key_factor.astype(jnp.float32)
 
 
 def _arrays(keys: PackedTensor, values: PackedTensor) -> list[Array]:
@@ -170,7 +161,7 @@ def packed_append(
     triton_call, kernels = _decline_or_import(rows, keys, values, window - first)
     changed = [window_key, window_value, *_arrays(keys, values)]
     counters = [x.astype(jnp.int32) for x in (accept, window_length, length)]
-    inputs = [new_key, new_value, *counters, *_factors(options, counters[0]), *changed]
+    inputs = [new_key, new_value, *counters, _factor(options, counters[0]), *changed]
     counter = jax.ShapeDtypeStruct((b,), jnp.int32)
     scratch = _scratch(b, heads, window - first, h)
     window_key, window_value, *packed, window_length, length, _, _ = triton_call(
@@ -204,7 +195,7 @@ def packed_write(
     inputs = []
     for run in (key, value):
         inputs += [run.rows, *(x.astype(jnp.int32) for x in (run.first, run.start, run.when))]
-    inputs += _factors(options, inputs[1])
+    inputs.append(_factor(options, inputs[1]))
     packed = triton_call(
         *inputs,
         *changed,

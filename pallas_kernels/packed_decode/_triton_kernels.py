@@ -162,6 +162,18 @@ def high_bytes(x):
 
 
 @triton.jit
+def low_bytes_up(x):
+    """Bytes 0 and 1 of a word, each the upper byte of 16 bits."""
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x1404;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def high_bytes_up(x):
+    """Bytes 2 and 3 of a word, each the upper byte of 16 bits."""
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x3424;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def multiply2(x, y):
     """Product of two pairs of float16."""
     return tl.inline_asm_elementwise("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1)
@@ -177,6 +189,8 @@ def pair(low, high):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scales and zero points: KIND 0 float16, 1 bfloat16, 2 float8_e4m3fn; always handed on as pairs of float16.
+# A float8 is handed on as a 256th of itself, for its fields then only move: the queries make up for it in advance, the
+# outputs at the end. Scales have no sign to look after (SIGNED False).
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -186,14 +200,16 @@ def from_bfloat16(x):
 
 
 @triton.jit
-def from_float8(x):
-    """Two float8_e4m3fn in the low bytes of the two halves: move the fields under float16's, correct the exponent."""
-    moved = ((x & 0x00800080) << 8) | ((x & 0x007F007F) << 7)
-    return multiply2(moved, tl.full([32], 0x5C005C00, tl.int32))  # times 256
+def from_float8(x, SIGNED: tl.constexpr):
+    """Two float8_e4m3fn in the upper bytes of the two halves: exponent and mantissa move under float16's."""
+    if SIGNED:
+        return ((x >> 1) & 0x3FFF3FFF) | (x & -2147450880)
+    else:
+        return x >> 1
 
 
 @triton.jit
-def metadata4(address, KIND: tl.constexpr):
+def metadata4(address, KIND: tl.constexpr, SIGNED: tl.constexpr):
     """Four consecutive numbers as two pairs."""
     if KIND == 0:
         return load2(address)
@@ -202,11 +218,11 @@ def metadata4(address, KIND: tl.constexpr):
         return from_bfloat16(x[0]), from_bfloat16(x[1])
     else:
         y = load1(address)
-        return from_float8(low_bytes(y)), from_float8(high_bytes(y))
+        return from_float8(low_bytes_up(y), SIGNED), from_float8(high_bytes_up(y), SIGNED)
 
 
 @triton.jit
-def metadata8(address, KIND: tl.constexpr):
+def metadata8(address, KIND: tl.constexpr, SIGNED: tl.constexpr):
     """Eight consecutive numbers as four pairs."""
     if KIND == 0:
         return load4(address)
@@ -216,23 +232,23 @@ def metadata8(address, KIND: tl.constexpr):
     else:
         y = load2(address)
         return (
-            from_float8(low_bytes(y[0])),
-            from_float8(high_bytes(y[0])),
-            from_float8(low_bytes(y[1])),
-            from_float8(high_bytes(y[1])),
+            from_float8(low_bytes_up(y[0]), SIGNED),
+            from_float8(high_bytes_up(y[0]), SIGNED),
+            from_float8(low_bytes_up(y[1]), SIGNED),
+            from_float8(high_bytes_up(y[1]), SIGNED),
         )
 
 
 @triton.jit
-def token_metadata(address, t, NARROW: tl.constexpr, KIND: tl.constexpr):
+def token_metadata(address, t, NARROW: tl.constexpr, KIND: tl.constexpr, SIGNED: tl.constexpr):
     """Numbers of the tokens of a run of 32 that lane t multiplies: pairs in the order (w, b) of `row_of`."""
     BYTES: tl.constexpr = 1 if KIND == 2 else 2
     if NARROW:
-        x = metadata4(address + t * (4 * BYTES), KIND)
-        y = metadata4(address + t * (4 * BYTES) + 16 * BYTES, KIND)
+        x = metadata4(address + t * (4 * BYTES), KIND, SIGNED)
+        y = metadata4(address + t * (4 * BYTES) + 16 * BYTES, KIND, SIGNED)
         return x[0], x[1], y[0], y[1]
     else:
-        return metadata8(address + t * (8 * BYTES), KIND)
+        return metadata8(address + t * (8 * BYTES), KIND, SIGNED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,10 +391,10 @@ def key_products(
                         high = high + (load4(codes + key_chunk(32 + row % 16, 4 * h + t, H)),)
         for half in tl.static_range(2):
             channel = 64 * h + 16 * t + 8 * half
-            zeros = metadata8(zero + (own_group * H + channel) * BYTES, KIND)
+            zeros = metadata8(zero + (own_group * H + channel) * BYTES, KIND, True)
             scales = ()
             for i in tl.static_range(GROUPS):
-                scales = scales + (metadata8(scale + (i * H + channel) * BYTES, KIND),)
+                scales = scales + (metadata8(scale + (i * H + channel) * BYTES, KIND, False),)
             for c in tl.static_range(2):
                 q0 = q[8 * h + 4 * half + 2 * c]
                 q1 = q[8 * h + 4 * half + 2 * c + 1]
@@ -416,7 +432,7 @@ def value_products(
     for group in tl.static_range(H // GROUP):
         s = ()
         for run in tl.static_range(4):
-            x = token_metadata(scale + (128 * group + 32 * run) * BYTES, t, NARROW, KIND)
+            x = token_metadata(scale + (128 * group + 32 * run) * BYTES, t, NARROW, KIND, False)
             for i in tl.static_range(4):
                 y = p[4 * run + i]
                 if run >= UNITS:  # 2^-(BITS plane)
@@ -451,11 +467,11 @@ def value_products(
 
 @triton.jit
 def scale_exponent(scale, lane, GROUPS: tl.constexpr, KIND: tl.constexpr):
-    """max(0, e) with all value scales of the block below 2^e."""
+    """max(0, e) with all value scales of the block, as they are handed on, below 2^e."""
     BYTES: tl.constexpr = 1 if KIND == 2 else 2
     largest = tl.zeros([32], tl.int32)
     for group in tl.static_range(GROUPS):
-        x = metadata4(scale + (128 * group + 4 * lane) * BYTES, KIND)
+        x = metadata4(scale + (128 * group + 4 * lane) * BYTES, KIND, False)
         for i in tl.static_range(2):
             largest = tl.maximum(largest, tl.maximum(x[i] & 0x7FFF, (x[i] >> 16) & 0x7FFF))
     return tl.maximum((warp_max(largest) >> 10) - 14, 0).to(tl.float32)
@@ -537,6 +553,16 @@ def hide_logits(logits, left, g, NARROW: tl.constexpr):
 
 
 @triton.jit
+def store_logits(logits, to, rows, row_size, left, g, NARROW: tl.constexpr):
+    """The logits of the first `left` tokens of a block, for the lane's two queries."""
+    for tile in tl.static_range(8):
+        for b in tl.static_range(2):
+            token = 32 * (tile // 2) + row_of(g, tile % 2, b, NARROW)
+            for i in tl.static_range(2):
+                tl.store(to + i * row_size + token, logits[4 * tile + 2 * b + i], mask=(token < left) & (i < rows))
+
+
+@triton.jit
 def clear_metadata(address, left, lane, GROUPS: tl.constexpr, KIND: tl.constexpr):
     """Zeroes, in shared memory, value metadata of the tokens from `left` on: 0 times garbage may be NaN."""
     BYTES: tl.constexpr = 1 if KIND == 2 else 2
@@ -560,6 +586,9 @@ def attend_block(
     last,
     left,
     lane,
+    row_logits,
+    row_count,
+    row_size,
     KBITS: tl.constexpr,
     KGROUP: tl.constexpr,
     KKIND: tl.constexpr,
@@ -567,8 +596,12 @@ def attend_block(
     VGROUP: tl.constexpr,
     VKIND: tl.constexpr,
     H: tl.constexpr,
+    LOGITS: tl.constexpr,
 ):
-    """One block of 128 tokens, of which the first `left` count; starts the copies of the next block."""
+    """One block of 128 tokens, of which the first `left` count; starts the copies of the next block.
+
+    `row_logits` is where the first of the lane's two queries has its logits, if `row_count` is above 0.
+    """
     acc, sums, reference, maximum = state
     g = lane // 4
     t = lane % 4
@@ -602,6 +635,8 @@ def attend_block(
         clear_metadata(vs, left, lane, VGROUPS, VKIND)
         clear_metadata(vz, left, lane, VGROUPS, VKIND)
         warp_barrier(lane)
+    if LOGITS:
+        store_logits(logits, row_logits + 128 * block, row_count, row_size, left, g, NARROW)
     top = (logits[0], logits[1])
     for i in tl.static_range(1, 16):
         top = (tl.maximum(top[0], logits[2 * i]), tl.maximum(top[1], logits[2 * i + 1]))
@@ -625,7 +660,7 @@ def attend_block(
     # Rows 0..7: probability . zero points; rows 8..15: their sum.
     one = tl.full([32], 0x3C003C00, tl.int32)
     for run in tl.static_range(4):
-        zeros = token_metadata(vz + (128 * (g * VGROUPS // 8) + 32 * run) * VBYTES, t, NARROW, VKIND)
+        zeros = token_metadata(vz + (128 * (g * VGROUPS // 8) + 32 * run) * VBYTES, t, NARROW, VKIND, True)
         sums = mma(zeros[0], one, zeros[1], one, p[4 * run], p[4 * run + 1], sums)
         sums = mma(zeros[2], one, zeros[3], one, p[4 * run + 2], p[4 * run + 3], sums)
 
@@ -636,11 +671,11 @@ def attend_block(
 
 
 @triton.jit
-def load_queries(q, row, t, valid, H: tl.constexpr):
+def load_queries(q, row, t, valid, UNIT: tl.constexpr, H: tl.constexpr):
     """The warp's eight queries as the right operand of key products, and the power of two they were divided by.
 
     Returns:
-        pairs: register 8 h + 2 k + i holds channels 64 h + 16 t + 4 k + 2 i and the next.
+        pairs: register 8 h + 2 k + i holds UNIT times channels 64 h + 16 t + 4 k + 2 i and the next.
         power: 2^e with all of row g's numbers below it, in lane (g, t).
     """
     x = ()
@@ -653,7 +688,7 @@ def load_queries(q, row, t, valid, H: tl.constexpr):
     largest = tl.maximum(largest, shuffle(largest, lane ^ 1))
     largest = tl.maximum(largest, shuffle(largest, lane ^ 2))
     exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 1), 252)
-    down = ((253 - exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((253 - exponent) << 23).to(tl.float32, bitcast=True) * UNIT
     power = ((exponent + 1) << 23).to(tl.float32, bitcast=True)
     pairs = ()
     for i in tl.static_range(H // 8):
@@ -679,6 +714,7 @@ def decode_kernel(
     splits,
     out,
     stats,
+    logits,
     KBITS: tl.constexpr,
     KGROUP: tl.constexpr,
     KKIND: tl.constexpr,
@@ -687,11 +723,13 @@ def decode_kernel(
     VKIND: tl.constexpr,
     H: tl.constexpr,
     REGISTERS: tl.constexpr,
+    LOGITS: tl.constexpr,
 ):
     """Grid (row tiles, splits, B K). Split i of a sequence takes the i-th of `splits` even shares of its blocks.
 
     Writes, per split and query row: unnormalised output [B K, splits, rows, H] and (max in base 2, sum)
-    [B K, splits, rows, 2]. A split without tokens writes (-inf, 0) and no output.
+    [B K, splits, rows, 2]; with LOGITS the logits in base 2 of the tokens held, [B K, rows, capacity]. A split without
+    tokens writes zeros, (-inf, 0) and no logits.
 
     The five sizes arrive negated: for an argument of 1 jax-triton would compile a program of its own.
     """
@@ -741,20 +779,23 @@ def decode_kernel(
         token = row // group
         batch = head // heads
         position = ((batch * (rows // group) + token) * heads + head % heads) * group + row % group
-        pairs, power = load_queries(q, position * H, t, row < rows, H)
+        pairs, power = load_queries(q, position * H, t, row < rows, 256.0 if KKIND == 2 else 1.0, H)
         # power of row 2t and 2t + 1 sits in lanes 8t and 8t + 4
         factor = (
             shuffle(power, 8 * t) * (softmax_scale * 1.4426950408889634),
             shuffle(power, 8 * t + 4) * (softmax_scale * 1.4426950408889634),
         )
+        query = first_row + 2 * t
+        row_logits = logits + (head * rows + query).to(tl.int64) * (128 * capacity)
         for block in range(first, last):
             acc, sums, reference, maximum = attend_block(
                 (acc, sums, reference, maximum), pairs, factor, memory, sources, block, last,
-                length - 128 * block, lane,
-                KBITS, KGROUP, KKIND, VBITS, VGROUP, VKIND, H,
+                length - 128 * block, lane, row_logits, rows - query, 128 * capacity,
+                KBITS, KGROUP, KKIND, VBITS, VGROUP, VKIND, H, LOGITS,
             )  # fmt: skip
         to_maximum = (tl.exp2(reference[0] - maximum[0]), tl.exp2(reference[1] - maximum[1]))
         VGROUPS: tl.constexpr = H // VGROUP
+        UNIT: tl.constexpr = 256.0 if VKIND == 2 else 1.0
         for i in tl.static_range(2):
             query = first_row + 2 * t + i
             base = ((head * splits + split) * rows + query).to(tl.int64) * H
@@ -763,52 +804,17 @@ def decode_kernel(
                 if VGROUPS > 1:
                     zero = shuffle(zero, t + 4 * ((16 * tile // VGROUP) * 8 // VGROUPS))
                 for b in tl.static_range(2):
-                    x = (acc[tile][2 * b + i] * 16777216.0 + zero) * to_maximum[i]
+                    x = (acc[tile][2 * b + i] * 16777216.0 + zero) * (to_maximum[i] * UNIT)
                     tl.store(out + base + 16 * tile + 8 * b + g, x, mask=query < rows)
         sums = (sums[0], sums[1], sums[2] * to_maximum[0], sums[3] * to_maximum[1])
+    else:
+        for i in tl.static_range(H // 4):
+            empty_row = first_row + i // (H // 32)
+            nowhere = ((head * splits + split) * rows + empty_row).to(tl.int64) * H + 32 * (i % (H // 32))
+            tl.store(out + nowhere + lane, nil, mask=empty_row < rows)
 
     for i in tl.static_range(2):
         query = first_row + 2 * t + i
         place = ((head * splits + split) * rows + query) * 2
         tl.store(stats + place, maximum[i], mask=(query < rows) & (g == 0))
         tl.store(stats + place + 1, sums[2 + i], mask=(query < rows) & (g == 0))
-
-
-@triton.jit
-def merge_kernel(
-    part,
-    stats,
-    lengths,
-    heads,
-    group,
-    rows,
-    splits,
-    out,
-    out_maximum,
-    out_total,
-    PADDED: tl.constexpr,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Grid (B K rows, H / WIDTH): joins the splits of one query row, WIDTH channels a program, all loads at once."""
-    heads, group, rows, splits = -heads, -group, -rows, -splits
-    index = tl.program_id(0)
-    head = index // rows
-    row = index % rows
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    # The same shares as in `decode_kernel`: splits past the last share hold nothing.
-    blocks = (tl.load(lengths + head) + 127) // 128
-    share = tl.maximum((blocks + splits - 1) // splits, 1)
-    used = (blocks + share - 1) // share
-    every = tl.arange(0, PADDED)
-    at = (head * splits + every) * rows + row
-    x = tl.load(part + at.to(tl.int64)[:, None] * H + channel[None, :], mask=(every < used)[:, None], other=0.0)
-    maxima = tl.load(stats + at * 2, mask=every < used, other=-float("inf"))
-    totals = tl.load(stats + at * 2 + 1, mask=every < used, other=0.0)
-    top = tl.max(maxima, 0)
-    weight = tl.exp2(maxima - tl.where(top == -float("inf"), 0.0, top))
-    position = ((head // heads * (rows // group) + row // group) * heads + head % heads) * group + row % group
-    tl.store(out + position.to(tl.int64) * H + channel, tl.sum(x * weight[:, None], 0))
-    if tl.program_id(1) == 0:
-        tl.store(out_maximum + position, top * 0.6931471805599453)
-        tl.store(out_total + position, tl.sum(totals * weight, 0))
