@@ -1,0 +1,26 @@
+"""The table of tasks. A new task is a file with a `TASK`, and a line here."""
+
+from minikv_jax.errors import ConfigError
+from minikv_jax.evals import kl, lines, shared
+from minikv_jax.evals.task import Metric, Task
+
+TASKS: dict[str, Task] = {
+    "kl": kl.TASK,
+    "lines": lines.TASK,
+    "shared": shared.TASK,
+}
+
+METRICS: dict[str, Metric] = {name: metric for task in TASKS.values() for name, metric in task.metrics.items()}
+
+
+def by_names(names: str) -> dict[str, Task]:
+    """Tasks from a comma-separated list.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in TASKS:
+            raise ConfigError(f"Unknown task {name!r}: choose from {', '.join(TASKS)}.")
+    return {name: TASKS[name] for name in chosen}
