@@ -123,12 +123,24 @@ def attention_errors(
     return {name: np.stack(jax.device_get(found), axis=1) for name, found in errors.items()}
 
 
+def received(
+    model: Llama, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], rows: int | str
+) -> np.ndarray:
+    """Attention that each token receives from all of a prompt's rows or from its last ones, [B, layers, K, T]."""
+    x, scores = _embed(model, tokens), []
+    for layer in model.layers:
+        x, _, _, gained, _ = _read_layer(layer, x, lengths, score_rows=rows, sliding_window=None)
+        scores.append(gained)
+    return np.stack(jax.device_get(scores), axis=1)
+
+
 def _size(x: Float[Array, "B T N H"]) -> Float[Array, "B"]:
     return jnp.sqrt(jnp.sum(x * x, axis=(1, 2, 3)))
 
 
 @jax.jit
-def _best(model: Llama, x: Float[Array, "B T D"], index: Int[Array, "B"]) -> Int[Array, "B"]:
+def best(model: Llama, x: Float[Array, "B T D"], index: Int[Array, "B"]) -> Int[Array, "B"]:
+    """The most likely token after the one at `index` of each sequence, from hidden states."""
     return jnp.argmax(_logits_at(model, x, index), axis=-1).astype(jnp.int32)
 
 
@@ -142,7 +154,7 @@ def write_on(
     ended = jnp.isin(token, stop)
     while len(written) < most and not (ends and bool(ended.all())):
         x, cache = read_on(model, cache, token[:, None], one)
-        token = jnp.where(ended, token, _best(model, x, one - 1))
+        token = jnp.where(ended, token, best(model, x, one - 1))
         ended |= jnp.isin(token, stop)
         written.append(token)
     written += [token] * (most - len(written))

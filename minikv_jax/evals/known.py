@@ -135,11 +135,3 @@ def asked(lab: Lab, question: str, answer: str, depth: float = 0.0) -> Follow:
     before, after = lab.ids(question), lab.ids(answer)
     return Follow((*before, *after), ((len(before), len(before) + len(after)),), depth)
 
-
-def in_turn(follows: Sequence[Follow]) -> Follow:
-    """Questions and right answers one after the other, as turns of one conversation."""
-    tokens, spans = [], []
-    for follow in follows:
-        spans += [(start + len(tokens), stop + len(tokens)) for start, stop in follow.answers]
-        tokens += follow.tokens
-    return Follow(tuple(tokens), tuple(spans), follows[0].depth)

@@ -91,7 +91,7 @@ def batches(cases: Sequence[Case], most_tokens: int) -> Iterator[list[Case]]:
     """Neighbours of one shape, at most so many tokens of cache at once. Independent of what is already done."""
 
     def shape(case: Case):
-        return case.group, len(case.follows), case.about.get("kind")
+        return case.about.get("batch", case.group), len(case.follows)
 
     for _, group in itertools.groupby(cases, shape):
         group = list(group)

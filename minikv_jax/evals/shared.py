@@ -9,72 +9,67 @@ import functools
 
 from minikv_jax.evals import known
 from minikv_jax.evals.engine import Figures
-from minikv_jax.evals.records import CODES, Record, counts, question, record, rng_of
+from minikv_jax.evals.records import CODES, counts, question, record, rng_of
 from minikv_jax.evals.task import Case, Follow, Lab, Metric, Task, Values
 
 _LINES = (50, 100, 200, 400, 800, 1600)
 _QUESTIONS, _TURNS = 8, 4
-_ASK = "\nWhat is the code of {key}?\n"
+_ANNOUNCED = "\nThe codes of {keys} will be asked for.\n"
 
 
 def cases(lab: Lab) -> list[Case]:
     found = []
     for lines in counts(lab, CODES, _LINES):
-        drawn = [
-            record(rng_of(lab, "shared", lines, i), CODES, lines, _QUESTIONS + _TURNS)
-            for i in range(lab.settings.limit)
-        ]
         group = f"{lines} lines"
-        # Three batches of equal shape: contexts, contexts with one question, contexts with a conversation's questions.
-        found += [_before(lab, f"{lines}/{i}", group, x) for i, x in enumerate(drawn)]
-        for i, x in enumerate(drawn):
-            found += [_aware(lab, f"{lines}/{i}/aware{j}", group, x, j) for j in range(_QUESTIONS)]
-        found += [_aware_chain(lab, f"{lines}/{i}/chain", group, x) for i, x in enumerate(drawn)]
+        kinds: dict[str, list[Case]] = {"before": [], "before, turns": [], "aware": [], "aware, turns": []}
+        for i in range(lab.settings.limit):
+            drawn = record(rng_of(lab, "shared", lines, i), CODES, lines, _QUESTIONS + _TURNS)
+            follows = [question(lab, CODES, *asked) for asked in drawn.questions]
+            single, turns = follows[:_QUESTIONS], _conversation(lab, follows[_QUESTIONS:])
+            context = tuple(lab.first_ids(drawn.text))
+            keys = ", ".join(key for key, *_ in drawn.questions[_QUESTIONS:])
+            announced = (*context, *lab.ids(_ANNOUNCED.format(keys=keys)))
+
+            def add(kind, name, prompt, follows, i=i, lines=lines, group=group, kinds=kinds):
+                case = Case(f"{lines}/{i}{name}", group, prompt, tuple(follows), {"batch": f"{group}, {kind}"})
+                kinds[kind].append(case)
+
+            add("before", "", context, single)
+            add("before, turns", "/turns", context, [turns])
+            for j, follow in enumerate(single):
+                asked, rest = _compressed_too(follow)
+                add("aware", f"/aware{j}", (*context, *asked), [rest])
+            add("aware, turns", "/aware-turns", announced, [turns])
+        found += [case for kind in kinds.values() for case in kind]
     return found
 
 
-def _follows(lab: Lab, drawn: Record) -> list[Follow]:
-    made = []
-    for key, value, depth in drawn.questions:
-        asked = question(lab, CODES, key, value, depth)
-        ask = lab.ids(_ASK.format(key=key))
-        spans = tuple((start + len(ask), stop + len(ask)) for start, stop in asked.answers)
-        made.append(Follow((*ask, *asked.tokens), spans, depth))
-    return made
+def _compressed_too(follow: Follow) -> tuple[tuple[int, ...], Follow]:
+    """The part of a question that joins the prompt, and what is left to read.
+
+    One token of the question stays outside, for what comes right after a prompt is exact under every method.
+    """
+    ((start, stop),) = follow.answers
+    return follow.tokens[: start - 1], Follow(follow.tokens[start - 1 :], ((1, 1 + stop - start),), follow.depth)
 
 
-def _before(lab: Lab, name: str, group: str, drawn: Record) -> Case:
-    follows = _follows(lab, drawn)
-    chain = known.in_turn(follows[_QUESTIONS:])
-    return Case(name, group, tuple(lab.first_ids(drawn.text)), (*follows[:_QUESTIONS], chain), {"kind": "before"})
-
-
-def _aware(lab: Lab, name: str, group: str, drawn: Record, which: int) -> Case:
-    follow = _follows(lab, drawn)[which]
-    (start, stop), prompt = follow.answers[0], lab.first_ids(drawn.text)
-    # One token of the question stays outside, for what comes right after a prompt is exact under every method.
-    known_part, rest = follow.tokens[: start - 1], follow.tokens[start - 1 :]
-    follow = Follow(rest, ((1, 1 + stop - start),), follow.depth)
-    return Case(name, group, (*prompt, *known_part), (follow,), {"kind": "aware"})
-
-
-def _aware_chain(lab: Lab, name: str, group: str, drawn: Record) -> Case:
-    turns = drawn.questions[_QUESTIONS:]
-    asks = "".join(_ASK.format(key=key) for key, *_ in turns)
-    chain = known.in_turn(_follows(lab, drawn)[_QUESTIONS:])
-    return Case(name, group, tuple(lab.first_ids(drawn.text + asks)), (chain,), {"kind": "aware"})
+def _conversation(lab: Lab, follows: list[Follow]) -> Follow:
+    """Questions and right answers one after the other."""
+    tokens, spans = [], []
+    end = lab.ids(".\n")
+    for follow in follows:
+        spans += [(start + len(tokens), stop + len(tokens)) for start, stop in follow.answers]
+        tokens += [*follow.tokens, *end]
+    return Follow(tuple(tokens), tuple(spans), follows[0].depth)
 
 
 def reduce(lab: Lab, case: Case, found: list[Figures]) -> Values:
-    suffix = "" if case.about["kind"] == "before" else "_aware"
-    values: Values = {}
-    for follow, figures in zip(case.follows, found):
-        outcomes = [x.exact for x in known.answers(lab, follow, figures)]
-        name = ("chain" if len(outcomes) > 1 else "shared") + suffix
-        values[name] = [*values.get(name, []), *outcomes]
-        if name == "chain":
-            values["chain_last"] = outcomes[-1:]
-    return values
+    suffix = "_aware" if "aware" in case.about["batch"] else ""
+    outcomes = [[x.exact for x in known.answers(lab, *pair)] for pair in zip(case.follows, found)]
+    if "turns" not in case.about["batch"]:
+        return {f"shared{suffix}": [x for (x,) in outcomes]}
+    last = {} if suffix else {"chain_last": outcomes[0][-1:]}
+    return {f"chain{suffix}": outcomes[0], **last}
 
 
 TASK = Task(

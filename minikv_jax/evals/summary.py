@@ -59,6 +59,9 @@ def _row(model: str, metric: str, group: str, method: str, items: Sequence[Mappi
         for name in ("bits_per_element", "bits_of_tiers", "bits_of_codes")
     }
     place = items[0].get("place") or {}
+    profile = {}
+    if kind.kind == "profile":
+        profile["profile"] = [float(f"{x:.5g}") for x in np.mean(samples, axis=0)]
     return {
         "model": model,
         "case": group,
@@ -72,6 +75,7 @@ def _row(model: str, metric: str, group: str, method: str, items: Sequence[Mappi
         "cases": len(items),
         "samples": sum(map(len, samples)),
         **(place if group != ALL else {}),
+        **profile,
     }
 
 

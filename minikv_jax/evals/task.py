@@ -13,6 +13,8 @@ from minikv_jax.errors import ConfigError
 from minikv_jax.evals.engine import Weight
 from minikv_jax.models.llama import Llama
 
+_CUT = "\u241f"  # a character that no text has
+
 # A case's figures under one method: a number, or one for each of its samples.
 type Values = dict[str, float | list[float]]
 
@@ -70,6 +72,15 @@ class Lab:
         """Tokens of a text that begins a prompt, with the model's begin token where it has one."""
         return self.tokenizer(text)["input_ids"]
 
+    def chat(self, context: str, question: str) -> tuple[str, str]:
+        """A user's message in the model's chat template, cut before the question; without a template, two paragraphs."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            return f"{context}\n\n", f"{question}\n"
+        message = [{"role": "user", "content": f"{context}\n\n{_CUT}{question}"}]
+        text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        before, _, after = text.rpartition(_CUT)
+        return before, after
+
     @property
     def batch_tokens(self) -> int:
         """Prompt tokens read at once."""
@@ -100,7 +111,8 @@ class Case:
         group: what figures are averaged over, such as "2048 tokens".
         prompt: what is compressed.
         follows: independent continuations. Cases of one group have equally many.
-        about: whatever else the task needs of it.
+        about: whatever else the task needs of it. Neighbours with the same "batch" (else the same group) are measured
+            together; "place" (length, depth, ...) goes into the results.
     """
 
     name: str
@@ -123,11 +135,12 @@ class Metric:
     Attributes:
         about: in words.
         kind: "mean"; "growth": cases give a difference of log-likelihoods, shown as exp(mean) - 1; "accuracy": a mean
-            between 0 and 1 that says nothing where the full cache is below one half.
+            between 0 and 1 that says nothing where the full cache is below one half; "profile": a case gives a list,
+            of layers or stretches of text, that is shown place by place.
     """
 
     about: str
-    kind: Literal["mean", "growth", "accuracy"] = "mean"
+    kind: Literal["mean", "growth", "accuracy", "profile"] = "mean"
 
 
 @dataclasses.dataclass(frozen=True)

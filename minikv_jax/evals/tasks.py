@@ -1,13 +1,22 @@
 """The table of tasks. A new task is a file with a `TASK`, and a line here."""
 
 from minikv_jax.errors import ConfigError
-from minikv_jax.evals import kl, lines, shared
+from minikv_jax.evals import kl, layers, lines, longbench, passkey, ruler, running, scbench, shared
 from minikv_jax.evals.task import Metric, Task
 
 TASKS: dict[str, Task] = {
     "kl": kl.TASK,
+    "running": running.TASK,
     "lines": lines.TASK,
     "shared": shared.TASK,
+    "passkey": passkey.TASK,
+    "needle": passkey.NEEDLE,
+    "ruler": ruler.TASK,
+    "longbench": longbench.TASK,
+    "scbench": scbench.TASK,
+    "layers": layers.ERRORS,
+    "spread": layers.SPREAD,
+    "persistence": layers.PERSISTENCE,
 }
 
 METRICS: dict[str, Metric] = {name: metric for task in TASKS.values() for name, metric in task.metrics.items()}
