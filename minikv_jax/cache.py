@@ -22,7 +22,7 @@ from minikv_jax.allocate import Budget
 from minikv_jax.config import CacheConfig
 from minikv_jax.kivi import KiviWindow
 from minikv_jax.segments import DenseSegment, PackedSegment, Segment
-from pallas_kernels import Partial, merge_partials, two_pass_attention
+from pallas_kernels import Partial, decode_attention, dense_decode_attention, merge_partials, two_pass_attention
 from pallas_kernels.packed_decode.layout import BLOCK
 
 
@@ -232,9 +232,9 @@ def read_token(
     """
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     layer = arrive(layer, key, value, position, accept, config)
-    output, lse = attend(layer, query, position)
-    if config.evict == "after":
-        layer = add_scores(layer, query, lse, accept[:, None])
+    output, lse, logits = attend(layer, query, position, scored=config.evict == "after")
+    if logits is not None:
+        layer = add_scores(layer, logits, lse, accept[:, None])
     return settle(layer, position, accept, config), output
 
 
@@ -256,14 +256,14 @@ def read_tokens(
     tokens = jnp.arange(query.shape[1])
     own, _, lse = two_pass_attention(query, key, value, query_lengths=counts, key_value_lengths=counts, score_rows=0)
     own = Partial(own.astype(jnp.float32), lse, jnp.where(jnp.isneginf(lse), 0.0, 1.0))
-    output, lse = attend(layer, query, position - 1, also=(own,))
+    output, lse, logits = attend(layer, query, position - 1, also=(own,), scored=config.evict == "after")
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     scores = jnp.zeros(key.shape[:3])
-    if config.evict == "after":
-        layer = add_scores(layer, query, lse, counted)
-        causal = tokens <= tokens[:, None]
-        fresh = DenseSegment(key, value, counts)
-        scores = segments.received(query, fresh, lse, counted, causal)
+    if logits is not None:
+        layer = add_scores(layer, logits, lse, counted)
+        seen = (tokens <= tokens[:, None]) & counted[:, :, None] & (tokens < counts[:, None])[:, None]
+        _, fresh = dense_decode_attention(query, key, value, counts, return_logits=True)
+        scores = segments.received(fresh, lse, seen, key.shape[1])
 
     def store(layer, token):
         k, v, score, i = token
@@ -331,20 +331,34 @@ def _enter(ledger: Ledger, segment: Segment, key, value, position, accept, confi
 
 
 def attend(
-    layer: LayerCache, query: Float[Array, "B T N H"], position: Int[Array, "B"], also: tuple[Partial, ...] = ()
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attention over everything the layer holds, and `also`: output in the query's dtype, and log-sum-exp.
+    layer: LayerCache,
+    query: Float[Array, "B T N H"],
+    position: Int[Array, "B"],
+    also: tuple[Partial, ...] = (),
+    scored: bool = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"], Float[Array, "B T N S"] | None]:
+    """Attention over everything the layer holds, and `also`.
 
     `position` is that of the newest token held.
+
+    Returns:
+        The output in the query's dtype, the log-sum-exp, and if `scored` the logits of the first tier's rows.
     """
-    partials = [segments.attention(query, part) for part in (layer.segment, layer.retained) if part is not None]
-    partials += [_shared_attention(query, part) for part in layer.prefix]
+    parts = [part for part in (layer.segment, layer.retained) if part is not None]
     if isinstance(layer.window, KiviWindow):
-        partials.append(segments.attention(query, kivi.tail(layer.segment, layer.window, position)))
+        parts.append(kivi.tail(layer.segment, layer.window, position))
     elif layer.window is not None:
-        partials.append(segments.attention(query, layer.window))
-    output, lse = merge_partials([*partials, *also])
-    return output.astype(query.dtype), lse
+        parts.append(layer.window)
+    rotated = any(isinstance(part, PackedSegment) and part.codec.rotate_values for part in parts)
+    if not (also or layer.prefix or rotated):
+        output, lse, *logits = decode_attention([segments.part(query, part) for part in parts], return_logits=scored)
+        return output, lse, logits[0] if scored else None
+    first = segments.attention(query, layer.segment, return_logits=scored)
+    first, logits = first if scored else (first, None)
+    others = [segments.attention(query, part) for part in parts[1:]]
+    others += [_shared_attention(query, part) for part in layer.prefix]
+    output, lse = merge_partials([first, *others, *also])
+    return output.astype(query.dtype), lse, logits
 
 
 def _shared_attention(query: Float[Array, "B T N H"], prefix: Segment) -> Partial:
@@ -354,9 +368,10 @@ def _shared_attention(query: Float[Array, "B T N H"], prefix: Segment) -> Partia
     return Partial(*(x.reshape(b, t, *x.shape[2:]) for x in partial))
 
 
-def add_scores(layer: LayerCache, query, lse, counted: Bool[Array, "B T"]) -> LayerCache:
-    """The layer whose tokens are credited with the attention they just received."""
-    gained = segments.received(query, layer.segment, lse, counted)
+def add_scores(layer: LayerCache, logits: Float[Array, "B T N S"], lse, counted: Bool[Array, "B T"]) -> LayerCache:
+    """The layer whose tokens are credited with the attention they just received from the counted queries."""
+    held = jnp.arange(logits.shape[-1]) < layer.segment.length[:, None]
+    gained = segments.received(logits, lse, counted[:, :, None] & held[:, None], layer.ledger.scores.shape[1])
     return dataclasses.replace(layer, ledger=dataclasses.replace(layer.ledger, scores=layer.ledger.scores + gained))
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax import quantize
 from minikv_jax.config import Codec, GroupSize
 from minikv_jax.quantize import Codes
-from pallas_kernels import Partial, dense_decode_attention, packed_decode_attention
+from pallas_kernels import Part, Partial, dense_decode_attention, packed_decode_attention
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 
 
@@ -155,45 +155,48 @@ def _rotate(x: Float[Array, "... H"], head_size: int) -> Float[Array, "... H"]:
 # ---- attention -----------------------------------------------------------------------------------------------------
 
 
-def attention(query: Float[Array, "B T N H"], segment: Segment, rows: Int[Array, "B T"] | None = None) -> Partial:
-    """Partial attention of the queries over the tokens the segment holds, or over the first `rows` for each query."""
+def part(query: Float[Array, "B T N H"], segment: Segment, rows: Int[Array, "B T"] | None = None) -> Part:
+    """The segment, and the queries as they meet its keys, for `decode_attention`.
+
+    Each query sees all tokens the segment holds, or, of a dense one, the first `rows`.
+    """
     if isinstance(segment, DenseSegment):
-        return dense_decode_attention(query, segment.key, segment.value, segment.length if rows is None else rows)
-    codec, head_size = segment.codec, query.shape[-1]
+        return Part(query, segment.key, segment.value, segment.length if rows is None else rows)
+    codec, dtype = segment.codec, query.dtype
     if segment.balance is not None:
         heads = segment.balance.shape[1]
         query = query / jnp.repeat(segment.balance, query.shape[2] // heads, axis=1)[:, None]
     if codec.rotate_keys:
-        query = _rotate(query, head_size)
-    partial = packed_decode_attention(query, segment.keys, segment.values, segment.length)
-    return partial._replace(output=_rotate(partial.output, head_size)) if codec.rotate_values else partial
+        query = _rotate(query, query.shape[-1])
+    return Part(query.astype(dtype), segment.keys, segment.values, segment.length)
+
+
+def attention(
+    query: Float[Array, "B T N H"], segment: Segment, return_logits: bool = False
+) -> Partial | tuple[Partial, Float[Array, "B T N S"]]:
+    """Partial attention of the queries over the tokens the segment holds, and their logits where asked for."""
+    attend = dense_decode_attention if isinstance(segment, DenseSegment) else packed_decode_attention
+    result = attend(*part(query, segment), return_logits=return_logits)
+    if isinstance(segment, DenseSegment) or not segment.codec.rotate_values:
+        return result
+    partial, *logits = result if return_logits else (result,)
+    partial = partial._replace(output=_rotate(partial.output, query.shape[-1]))
+    return (partial, *logits) if return_logits else partial
 
 
 def received(
-    query: Float[Array, "B T N H"],
-    segment: Segment,
+    logits: Float[Array, "B T N S"],
     lse: Float[Array, "B T N"],
-    counted: Bool[Array, "B T"],
-    visible: Bool[Array, "T S"] | None = None,
+    seen: Bool[Array, "B T S"],
+    heads: int,
 ) -> Float[Array, "B K S"]:
-    """Attention each token of the segment received from the counted queries, summed over them and over each group.
+    """Attention each token received from the queries that saw it, summed over them and over each group.
 
-    `lse` is the log-sum-exp of the queries' whole attention, this segment and all others.
+    `lse` is the log-sum-exp of the queries' whole attention, of these tokens and all others.
     """
-    key = segment.key if isinstance(segment, DenseSegment) else _all_keys(segment)
-    b, t, n, h = query.shape
-    heads = key.shape[1]
-    grouped = query.reshape(b, t, heads, n // heads, h).astype(jnp.float32)
-    logits = jnp.einsum("btkgh,bksh->bkgts", grouped, key.astype(jnp.float32)) * h**-0.5
-    lse = jnp.moveaxis(lse.reshape(b, t, heads, n // heads), 1, -1)
-    seen = counted[:, None, None, :, None] & (True if visible is None else visible)
-    p = jnp.where(seen, jnp.exp(logits - lse[..., None]), 0)
-    held = jnp.arange(key.shape[2]) < segment.length[:, None]
-    return jnp.where(held[:, None], p.sum(axis=(2, 3)), 0)
-
-
-def _all_keys(segment: PackedSegment) -> Float[Array, "B K S H"]:
-    return decode(segment.codec, *map(quantize.from_packed, (segment.keys, segment.values)), segment.balance)[0]
+    p = jnp.where(seen[:, :, None], jnp.exp(logits - lse[..., None]), 0)
+    b, t, n, s = p.shape
+    return p.reshape(b, t, heads, n // heads, s).sum(axis=(1, 3))
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ K key/value heads, G = N // K query heads per key/value head, H head size.
 """
 
 from pallas_kernels.packed_decode.api import (
+    Part,
+    decode_attention,
     dense_decode_attention,
     packed_decode_attention,
 )
@@ -15,7 +17,9 @@ from pallas_kernels.two_pass_attention.api import two_pass_attention
 __all__ = [
     "BLOCK",
     "PackedTensor",
+    "Part",
     "Partial",
+    "decode_attention",
     "dense_decode_attention",
     "dequantize",
     "merge_partials",

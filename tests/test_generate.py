@@ -16,6 +16,8 @@ from minikv_jax.models.llama import Llama
 
 MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
 step = jax.jit(decode_step, donate_argnames="cache")
+# Every method, those beyond the first two among the slow tests.
+EVERY = [name if name in ("full", "minikv") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 
 
 def follow(config, prompt, lengths, later, params=MODEL):
@@ -58,7 +60,7 @@ def test_jit_gives_what_eager_gives(method):
     chex.assert_trees_all_close(plain, jax.jit(decode_step)(MODEL, jitted[1], token), atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["full", "minikv"])
+@pytest.mark.parametrize("method", EVERY)
 @settings(max_examples=3)
 @given(lengths=st.tuples(*[st.integers(1, 48)] * 3))
 def test_a_ragged_batch_is_its_sequences_one_by_one(method, lengths):
@@ -71,13 +73,14 @@ def test_a_ragged_batch_is_its_sequences_one_by_one(method, lengths):
         assert difference.max() < 0.05 and difference.mean() < 1e-3
 
 
-@pytest.mark.parametrize("method", ["full", "minikv"])
+@pytest.mark.parametrize("method", EVERY)
 def test_padding_never_matters(method):
     text, later, lengths = tokens(2, 30), tokens(2, 10), jnp.array([30, 11])
     config = METHODS[method].replace(prompt_capacity=64)
     expected, _ = follow(config, text, lengths, later)
     padded = jnp.pad(text, ((0, 0), (0, 17)), constant_values=CONFIG.vocab_size + 5)
-    np.testing.assert_allclose(follow(config, padded, lengths, later)[0], expected, atol=1e-5)
+    # Padding changes the order of sums, which may tip a float16 scale; padding that is read differs by about 1.
+    np.testing.assert_allclose(follow(config, padded, lengths, later)[0], expected, atol=1e-3)
 
 
 def test_300_steps_cross_two_flushes_without_a_retrace_and_in_place():
@@ -118,7 +121,7 @@ def test_a_split_model_is_as_good_as_the_module():
     assert step(nnx.split(MODEL), cache, tokens(1))[0].shape == (1, CONFIG.vocab_size)
 
 
-@pytest.mark.parametrize("method", ["full", "minikv"])
+@pytest.mark.parametrize("method", EVERY)
 def test_a_full_cache_refuses_more_tokens_loudly(method):
     config = METHODS[method].replace(generated_capacity=3)
     _, cache = prefill(MODEL, tokens(2, 20), jnp.array([20, 8]), config)
@@ -130,8 +133,9 @@ def test_a_full_cache_refuses_more_tokens_loudly(method):
             chex.assert_trees_all_equal(kept, cache)
 
 
-@pytest.mark.parametrize("config", [METHODS["minikv"], presets.h2o()], ids=lambda config: config.name)
-def test_a_broken_sequence_stays_alone(config):
+@pytest.mark.parametrize("method", EVERY)
+def test_a_broken_sequence_stays_alone(method):
+    config = METHODS[method]
     broken = jax.tree.map(lambda x: x, MODEL)
     broken.head.set_value(MODEL.head[...].at[:, 3].set(jnp.nan))
     text = jnp.where(tokens(2, 30) == 3, 4, 1).at[0, 5].set(3)
@@ -139,7 +143,9 @@ def test_a_broken_sequence_stays_alone(config):
     together, _ = follow(config, text, jnp.array([30, 30]), later, params=broken)
     alone, _ = follow(config, text[1:], jnp.array([30]), later[1:], params=broken)
     columns = np.arange(CONFIG.vocab_size) != 3
-    assert np.isnan(together[0]).all()
+    assert np.isnan(together[0, 0]).all()
+    # A method that gives tokens up may come to drop the broken ones; the others stay broken for good.
+    assert config.evict != "never" or np.isnan(together[0]).all()
     np.testing.assert_allclose(together[1][:, columns], alone[0][:, columns], atol=1e-5)
 
 

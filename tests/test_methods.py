@@ -142,6 +142,14 @@ DRAWN = {
     "streaming_llm": lambda a, b, g: (presets.streaming_llm(2, 4 + g), reference.StreamingLLM(sinks=2, recent=4 + g)),
     "h2o": lambda a, b, g: (presets.h2o(a, b), reference.H2O(heavy=a, recent=b)),
     "snapkv": lambda a, b, g: (presets.snapkv(a, 4), reference.SnapKV(capacity=a, window=4)),
+    "pyramidkv": lambda a, b, g: (
+        presets.pyramidkv(16 + g, 8),
+        reference.PyramidKV(capacity=16 + g, window=8, layer=0, layers=1),
+    ),
+    "qhitter": lambda a, b, g: (
+        presets.qhitter(a, b).replace(codec=Codec(4, 4, "head", "head", "channels")),
+        reference.QHitter(heavy=a, recent=b, quantiser="min-max"),
+    ),
     "kivi": lambda a, b, g: (
         presets.kivi(group_size=g, residual=2 * g),
         reference.KIVI(group=g, residual=2 * g),

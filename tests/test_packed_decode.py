@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.packed_decode import layout
-from pallas_kernels.packed_decode.api import dense_decode_attention, packed_decode_attention
+from pallas_kernels.packed_decode.api import Part, decode_attention, dense_decode_attention, packed_decode_attention
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor, pack, rows_per_block, unpack
 from pallas_kernels.partial import Partial, merge_partials
 
@@ -22,12 +22,17 @@ FORMATS = {
     "4-bit": (4, 32, "float16", 4, 128, "float16"),
     "4 and 2 bits": (4, 32, "float16", 2, 64, "float16"),
     "8-bit": (8, 32, "float16", 8, 64, "bfloat16"),
+    "2-bit, half heads": (2, -2, "float16", 2, 32, "float16"),
+    "4-bit, whole heads": (4, -1, "bfloat16", 4, 128, "bfloat16"),
+    "3-bit, half heads, fp8": (3, -2, "float8_e4m3fn", 2, 64, "float8_e4m3fn"),
 }
 
 
 def segment(rng, b, heads, blocks, h, fmt, low=-1.0, high=1.0, scales=None):
-    """Random codes with random metadata: keys, values."""
+    """Random codes and metadata: keys, values. A negative group of keys is a part of the head, over channels."""
     kbits, kgroup, ktype, vbits, vgroup, vtype = fmt
+    kaxis, kgroup = ("tokens", kgroup) if kgroup > 0 else ("channels", h // -kgroup)
+    kgroups = (BLOCK // kgroup, h) if kaxis == "tokens" else (h // kgroup, BLOCK)
     vgroup = min(vgroup, h)
 
     def metadata(shape, dtype, a, z):
@@ -41,7 +46,7 @@ def segment(rng, b, heads, blocks, h, fmt, low=-1.0, high=1.0, scales=None):
 
     lead = (b, heads, blocks)
     return (
-        one((*lead, 16 * kbits, h), (*lead, BLOCK // kgroup, h), kbits, kgroup, ktype, "tokens", False),
+        one((*lead, 16 * kbits, h), (*lead, *kgroups), kbits, kgroup, ktype, kaxis, False),
         one((*lead, h, 16 * vbits), (*lead, h // vgroup, BLOCK), vbits, vgroup, vtype, "channels", True),
     )
 
@@ -249,13 +254,74 @@ def test_merging_segments_is_attention_over_all_of_them():
     np.testing.assert_allclose(lse, want[1] + np.log(want[2]), rtol=1e-5)
 
 
-def test_dense_matches_float64():
-    rng = np.random.default_rng(4)
-    query, key, value = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(2, 2, 4, 64), *[(2, 2, 90, 64)] * 2])
-    lengths = np.asarray([90, 31])
-    got = dense_decode_attention(query, key, value, jnp.asarray(lengths))
-    want = attention(query, np.asarray(key), np.asarray(value), np.broadcast_to(lengths[:, None], (2, 2)), 64**-0.5)
-    assert error(got, want) < 1e-5
+def compare_dense(implementation, *, b=2, heads=2, group=2, t=1, h=64, s=90, dtype="float32", seed=4) -> float:
+    """Drawn rows visible to every query and head; what nobody sees is NaN."""
+    rng = np.random.default_rng(seed)
+    query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)), dtype)
+    key, value = (jnp.asarray(rng.normal(size=(b, heads, s, h)), dtype) for _ in range(2))
+    lengths = rng.integers(0, s + 1, (b, t, heads))
+    dirty = [jnp.where((np.arange(s) < lengths.max(1)[:, :, None])[..., None], x, jnp.nan) for x in (key, value)]
+    options = {"return_logits": True, "implementation": implementation}
+    got, logits = dense_decode_attention(query, *dirty, jnp.asarray(lengths, jnp.int32), **options)
+    key, value = (np.asarray(x.astype(jnp.float32), np.float64) for x in (key, value))
+    worst = 0.0
+    for i in range(t):
+        one = Partial(*(x[:, i : i + 1] for x in got))
+        worst = max(worst, error(one, attention(query[:, i : i + 1], key, value, lengths[:, i], h**-0.5)))
+    wide = np.repeat(key, group, axis=1)
+    want = np.einsum("btnh,bnsh->btns", np.asarray(query.astype(jnp.float32), np.float64), wide) * h**-0.5
+    seen = np.arange(s) < np.repeat(lengths, group, axis=2)[..., None]
+    np.testing.assert_allclose(np.asarray(logits)[seen], want[seen], rtol=1e-2, atol=1e-2)
+    return worst
+
+
+@settings(max_examples=7, deadline=None)
+@given(
+    heads=st.sampled_from([(1, 1), (1, 8), (2, 4), (3, 3)]),
+    t=st.integers(1, 3),
+    s=st.integers(1, 200),
+    seed=st.integers(0, 2**20),
+)
+def test_dense_matches_float64(heads, t, s, seed):
+    assert compare_dense("xla", heads=heads[0], group=heads[1], t=t, s=s, seed=seed) < 1e-5
+
+
+def check_together(implementation, *, t=1, heads=2, group=2, h=64, dtype="bfloat16", lengths=((200, 33), (0, 0))):
+    """A packed and a dense segment as one softmax, and the logits of the first."""
+    rng = np.random.default_rng(7)
+    b = len(lengths)
+    keys, values = segment(rng, b, heads, 2, h, FORMATS["2-bit"])
+    query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)), dtype)
+    key, value = (jnp.asarray(rng.normal(size=(b, heads, 40, h)), dtype) for _ in range(2))
+    packed_length, dense_length = (jnp.asarray(x, jnp.int32) for x in zip(*lengths))
+    parts = [Part(query, keys, values, packed_length), Part(query, key, value, dense_length)]
+    output, lse, logits = decode_attention(parts, return_logits=True, implementation=implementation)
+    for some, seen in ((parts[:1], (1, 0)), (parts, (1, 1))):
+        wanted_output, wanted_lse = [], []
+        for i in range(b):
+            held = [lengths[i][j] * seen[j] for j in range(2)]
+            rows = [
+                np.concatenate([dequantised(p)[i, :, : held[0]], np.asarray(d[i, :, : held[1]], np.float64)], 1)[None]
+                for p, d in ((keys, key), (values, value))
+            ]
+            out, top, total = attention(query[i : i + 1], *rows, np.full((1, heads), sum(held)), h**-0.5)
+            wanted_output.append(out[0] / np.maximum(total, 1e-30)[0][..., None])
+            with np.errstate(divide="ignore"):
+                wanted_lse.append((top + np.log(total))[0])
+        got = (output, lse) if len(some) == 2 else decode_attention(some, implementation=implementation)
+        assert got[0].dtype == query.dtype
+        np.testing.assert_allclose(np.asarray(got[0], np.float64), wanted_output, rtol=2e-2, atol=4e-3)
+        np.testing.assert_allclose(got[1], wanted_lse, rtol=2e-3, atol=5e-3)
+    wide = np.repeat(dequantised(keys), group, axis=1)
+    want = np.einsum("btnh,bnsh->btns", np.asarray(query, np.float64), wide) * h**-0.5
+    for i in range(b):
+        np.testing.assert_allclose(logits[i, ..., : lengths[i][0]], want[i, ..., : lengths[i][0]], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("t", [1, 3])
+def test_segments_attend_together(t):
+    check_together("xla", t=t)
+    check_together(None, t=t)
 
 
 def test_wrong_arguments_are_refused():
@@ -267,6 +333,11 @@ def test_wrong_arguments_are_refused():
         packed_decode_attention(jnp.zeros((1, 1, 3, 64)), keys, values, lengths)
     with pytest.raises(ValueError, match="lengths"):
         packed_decode_attention(query, keys, values, jnp.zeros((2,), jnp.int32))
+    with pytest.raises(ValueError, match="at least one segment"):
+        decode_attention([])
+    with pytest.raises(ValueError, match="must be alike"):
+        dense = Part(query.astype(jnp.bfloat16), jnp.zeros((1, 2, 5, 64)), jnp.zeros((1, 2, 5, 64)), lengths)
+        decode_attention([Part(query, keys, values, lengths), dense])
     with pytest.raises(ValueError, match="unknown implementation"):
         packed_decode_attention(query, keys, values, lengths, implementation="cuda")
 

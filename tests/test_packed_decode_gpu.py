@@ -1,5 +1,6 @@
 """The Triton kernel on a CUDA device, against float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,13 +8,15 @@ from test_packed_decode import (
     FORMATS,
     attention,
     check_nothing_beyond_the_length,
+    check_together,
     compare,
+    compare_dense,
     dequantised,
     error,
     segment,
 )
 
-from pallas_kernels.packed_decode.api import packed_decode_attention
+from pallas_kernels.packed_decode.api import Part, decode_attention, packed_decode_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -49,3 +52,36 @@ def test_triton_takes_adversarial_scales(scales):
     got = packed_decode_attention(query, keys, values, jnp.asarray([200]), implementation="triton")
     want = attention(query, dequantised(keys), dequantised(values), np.full((1, 2), 200), 128**-0.5)
     assert error(got, want) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(("h", "t"), [(64, 1), (128, 1), (256, 2), (128, 8)])
+@pytest.mark.parametrize("heads", [(1, 8), (8, 4), (4, 1), (3, 3)])
+def test_dense_rows(heads, h, t, dtype):
+    worst = compare_dense("triton", heads=heads[0], group=heads[1], t=t, h=h, s=777, dtype=dtype)
+    assert worst < {"bfloat16": 4e-3, "float16": 1e-3, "float32": 1e-5}[dtype]
+
+
+@pytest.mark.parametrize("s", [1, 63, 64, 65, 5000])
+def test_dense_rows_of_every_capacity(s):
+    assert compare_dense("triton", h=128, s=s, dtype="float16") < 1e-3
+
+
+@pytest.mark.parametrize("t", [1, 4])
+@pytest.mark.parametrize("heads", [(2, 2), (8, 4), (1, 12)])
+def test_segments_attend_together(heads, t):
+    check_together("triton", t=t, heads=heads[0], group=heads[1], h=128)
+
+
+def test_one_launch_a_segment_and_one_to_join_them():
+    rng = np.random.default_rng(0)
+    keys, values = segment(rng, 1, 8, 4, 128, FORMATS["2-bit"])
+    query = jnp.zeros((1, 1, 32, 128), jnp.bfloat16)
+    window = jnp.zeros((1, 8, 128, 128), jnp.bfloat16)
+
+    @jax.jit
+    def attend(query, keys, values, window, lengths):
+        return decode_attention([Part(query, keys, values, lengths), Part(query, window, window, lengths)])
+
+    program = attend.lower(query, keys, values, window, jnp.asarray([100])).compile().as_text()
+    assert program.count('custom_call_target="triton_kernel_call_ffi"') == 3

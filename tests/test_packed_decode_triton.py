@@ -27,20 +27,37 @@ def simulate(query, keys, values, lengths, splits) -> Partial:
     tensors = [query.astype(jnp.float32), *(x for p in (keys, values) for x in (p.codes, p.scale, p.zero)), lengths]
     arrays = [np.asarray(x) for x in tensors]
     arrays += [np.full((b * heads, splits, rows, width), np.nan, np.float32) for width in (h, 2)]
+    arrays.append(np.full((b * heads, rows, blocks * 128), np.nan, np.float32))
     sizes = [np.float32(h**-0.5), *(-x for x in (blocks, heads, group, rows, splits))]
     grid = (-(-rows // 8), splits, b * heads)
     scalars = dict(zip(range(8, 14), sizes))
-    result = triton_warp.run(kernels, "decode_kernel", grid, arrays, scalars, constants(keys, values))
-    part, stats = (x.reshape(b * heads, splits, rows, -1) for x in result[-2:])
+    result = triton_warp.run(
+        kernels, "decode_kernel", grid, arrays, scalars, constants(keys, values) | {"LOGITS": True}
+    )
+    part, stats = (x.reshape(b * heads, splits, rows, -1) for x in result[-3:-1])
+    check_logits(result[-1].reshape(b * heads, rows, -1), query, keys, lengths)
     top = stats[..., 0].max(axis=1)
     weight = np.exp2(stats[..., 0] - np.where(np.isneginf(top), 0, top)[:, None])
-    output = (np.where(weight[..., None] > 0, part, 0) * weight[..., None]).sum(axis=1)
+    output = (part * weight[..., None]).sum(axis=1)
 
     def unrows(x):
         x = x.reshape(b, heads, t, group, *x.shape[2:])
         return x.swapaxes(1, 2).reshape(b, t, n, *x.shape[4:])
 
     return Partial(unrows(output), unrows(top) * np.log(2), unrows((stats[..., 1] * weight).sum(axis=1)))
+
+
+def check_logits(logits, query, keys, lengths):
+    """Of the tokens held, those of the definition; of others, nothing is written."""
+    b, t, n, h = query.shape
+    heads = keys.codes.shape[1]
+    query = np.asarray(query.astype(jnp.float32), np.float64).reshape(b, t, heads, n // heads, h).swapaxes(1, 2)
+    want = np.einsum("bktgh,bksh->bktgs", query, dequantised(keys)) * h**-0.5 / np.log(2)
+    want = want.reshape(logits.shape)
+    held = np.broadcast_to((np.arange(want.shape[-1]) < lengths.reshape(-1)[:, None])[:, None], want.shape)
+    assert np.isnan(logits[~held]).all()
+    largest = np.abs(want[held]).max(initial=1e-30)
+    np.testing.assert_allclose(logits[held] / largest, want[held] / largest, atol=3e-3)
 
 
 def check(fmt, *, h=64, heads=1, group=2, t=1, scales=None, query_size=1.0, splits=2, lengths=((200,), (128,), (0,))):
@@ -88,14 +105,17 @@ def test_lanes_read_nothing_beyond_the_length(name, length):
         pytest.param(100, "2-bit", marks=pytest.mark.slow),
         pytest.param(80, "3 and 2 bits, fp8", marks=pytest.mark.slow),
         pytest.param(90, "groups of 16", marks=pytest.mark.slow),
+        pytest.param(90, "3-bit, half heads, fp8", marks=pytest.mark.slow),
     ],
 )
 def test_compiles_for(capability, name):
     keys, values = segment(np.random.default_rng(0), 1, 1, 1, 128, FORMATS[name])
-    constant = constants(keys, values)
+    constant = constants(keys, values) | {"LOGITS": False}
     types = dict.fromkeys(("kc", "ks", "kz", "vc", "vs", "vz"), "*u8")
     types = {"q": "*bf16", **types, "lengths": "*i32", "softmax_scale": "fp32"}
-    types |= dict.fromkeys(("capacity", "heads", "group", "rows", "splits"), "i32") | {"out": "*fp32", "stats": "*fp32"}
+    types |= dict.fromkeys(("capacity", "heads", "group", "rows", "splits"), "i32") | dict.fromkeys(
+        ("out", "stats", "logits"), "*fp32"
+    )
     source = ASTSource(kernels.decode_kernel, types | dict.fromkeys(constant, "constexpr"), constexprs=constant)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
     assert "mma.sync.aligned.m16n8k16" in compiled.asm["ptx"]

@@ -151,7 +151,12 @@ def _instructions(shared):
         "warp_max": lambda x: register(np.full(LANES, x.max(), np.int32)),
         "low_bytes": lambda x: (x & 0xFF) | ((x & 0xFF00) << 8),
         "high_bytes": lambda x: ((x >> 16) & 0xFF) | ((x >> 8) & 0xFF0000),
+        "low_bytes_up": lambda x: ((x & 0xFF) << 8) | ((x & 0xFF00) << 16),
+        "high_bytes_up": lambda x: ((x >> 8) & 0xFF00) | (x & np.int32(-16777216)),
         "multiply2": multiply2,
+        "half_as_float": lambda x, shift: (
+            _halves(_lanes(x))[np.arange(LANES), _lanes(shift) // 16].astype(np.float32).view(Register)
+        ),
         "pair": pair,
     }
 

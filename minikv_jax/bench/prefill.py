@@ -1,8 +1,12 @@
 """Two-pass prefill attention beside cuDNN's flash attention, in one run on one GPU: `minikv bench prefill`.
 
-Figures are device time: calls are chained inside one jit, each waiting for the last one's results.
+Figures are device time: calls are chained inside one jit, each waiting for the last one's results. Shares of the limit
+are floating-point operations, those of the causal half alone, per second over the rate of a large bfloat16 product;
+`extra_bytes` is what the compiled call holds beyond the attention output, and `lse_and_scores_bytes` the size of its
+other two results.
 """
 
+import datetime
 import math
 import statistics
 import time
@@ -33,6 +37,7 @@ class Case:
     head_size: int = 128
     window: int | None = None
     lengths: tuple[int, ...] = ()
+    implementation: str = "mosaic_gpu"
 
     @property
     def batch(self) -> int:
@@ -58,6 +63,8 @@ CASES = (
     Case("S32768-heads32-32", 32768, kv_heads=32),
     Case("S8192-D64", 8192, head_size=64),
     Case("S32768-D64", 32768, head_size=64),
+    Case("S8192-triton", 8192, implementation="triton"),
+    Case("S32768-triton", 32768, implementation="triton"),
     Case("ragged8-1k-16k", 16384, lengths=(1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384)),
 )
 
@@ -76,7 +83,13 @@ def _lengths(case: Case) -> jax.Array | None:
 def _two_passes(case: Case, score_rows, q, k, v):
     lengths = _lengths(case)
     return two_pass_attention(
-        q, k, v, query_lengths=lengths, key_value_lengths=lengths, score_rows=score_rows, implementation="mosaic_gpu"
+        q,
+        k,
+        v,
+        query_lengths=lengths,
+        key_value_lengths=lengths,
+        score_rows=score_rows,
+        implementation=case.implementation,
     )
 
 
@@ -131,9 +144,10 @@ def _row(case: Case, programs: dict) -> dict:
     arrays = _draw(case)
     flash, forward, both = _seconds(programs, arrays)
     second = max(both - forward, 1e-9)
+    memory = programs["memory"]
     row = {
         "case": case.name,
-        "implementation": "mosaic_gpu",
+        "implementation": case.implementation,
         "shape": {"B": case.batch, "S": case.length, "N": case.heads, "K": case.kv_heads, "H": case.head_size},
         "us": both * 1e6,
         "forward_us": forward * 1e6,
@@ -145,8 +159,10 @@ def _row(case: Case, programs: dict) -> dict:
         "share_of_limit": case.operations / both / MATMUL_RATE,
         "forward_share_of_limit": case.flash_operations / forward / MATMUL_RATE,
         "flash_share_of_limit": case.flash_operations / flash / MATMUL_RATE,
-        "temporary_bytes": programs["memory"].temp_size_in_bytes,
-        "output_bytes": programs["memory"].output_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "extra_bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes - arrays[0].nbytes,
+        "lse_and_scores_bytes": 4 * case.batch * case.length * (case.heads + case.kv_heads),
     }
     if case.window is None:
         row["scores_share_of_limit"] = case.flash_operations / 2 / second / MATMUL_RATE
@@ -172,4 +188,4 @@ def run(out: Path) -> None:
     for row in rows:
         if "lengths" in row["shape"]:
             row["time_over_work"] = uniform["tflops"] / row["tflops"]
-    write_results(out, "prefill", "minikv bench prefill --out examples/results/prefill.json", "2026-11-22", rows)
+    write_results(out, "prefill", f"minikv bench prefill --out {out}", datetime.date.today().isoformat(), rows)

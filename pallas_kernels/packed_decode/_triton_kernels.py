@@ -162,9 +162,34 @@ def high_bytes(x):
 
 
 @triton.jit
+def low_bytes_up(x):
+    """Bytes 0 and 1 of a word, each the upper byte of 16 bits."""
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x1404;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def high_bytes_up(x):
+    """Bytes 2 and 3 of a word, each the upper byte of 16 bits."""
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x3424;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def multiply2(x, y):
     """Product of two pairs of float16."""
     return tl.inline_asm_elementwise("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def half_as_float(x, shift):
+    """The float16 that starts at bit `shift` of a word."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 w; .reg .b16 h; shr.b32 w, $1, $2; cvt.u16.u32 h, w; cvt.f32.f16 $0, h; }",
+        "=f,r,r",
+        [x, shift],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -177,6 +202,8 @@ def pair(low, high):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scales and zero points: KIND 0 float16, 1 bfloat16, 2 float8_e4m3fn; always handed on as pairs of float16.
+# A float8 is handed on as a 256th of itself, for its fields then only move: the queries make up for it in advance, the
+# outputs at the end. Scales have no sign to look after (SIGNED False).
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -186,14 +213,16 @@ def from_bfloat16(x):
 
 
 @triton.jit
-def from_float8(x):
-    """Two float8_e4m3fn in the low bytes of the two halves: move the fields under float16's, correct the exponent."""
-    moved = ((x & 0x00800080) << 8) | ((x & 0x007F007F) << 7)
-    return multiply2(moved, tl.full([32], 0x5C005C00, tl.int32))  # times 256
+def from_float8(x, SIGNED: tl.constexpr):
+    """Two float8_e4m3fn in the upper bytes of the two halves: exponent and mantissa move under float16's."""
+    if SIGNED:
+        return ((x >> 1) & 0x3FFF3FFF) | (x & -2147450880)
+    else:
+        return x >> 1
 
 
 @triton.jit
-def metadata4(address, KIND: tl.constexpr):
+def metadata4(address, KIND: tl.constexpr, SIGNED: tl.constexpr):
     """Four consecutive numbers as two pairs."""
     if KIND == 0:
         return load2(address)
@@ -202,11 +231,11 @@ def metadata4(address, KIND: tl.constexpr):
         return from_bfloat16(x[0]), from_bfloat16(x[1])
     else:
         y = load1(address)
-        return from_float8(low_bytes(y)), from_float8(high_bytes(y))
+        return from_float8(low_bytes_up(y), SIGNED), from_float8(high_bytes_up(y), SIGNED)
 
 
 @triton.jit
-def metadata8(address, KIND: tl.constexpr):
+def metadata8(address, KIND: tl.constexpr, SIGNED: tl.constexpr):
     """Eight consecutive numbers as four pairs."""
     if KIND == 0:
         return load4(address)
@@ -216,23 +245,23 @@ def metadata8(address, KIND: tl.constexpr):
     else:
         y = load2(address)
         return (
-            from_float8(low_bytes(y[0])),
-            from_float8(high_bytes(y[0])),
-            from_float8(low_bytes(y[1])),
-            from_float8(high_bytes(y[1])),
+            from_float8(low_bytes_up(y[0]), SIGNED),
+            from_float8(high_bytes_up(y[0]), SIGNED),
+            from_float8(low_bytes_up(y[1]), SIGNED),
+            from_float8(high_bytes_up(y[1]), SIGNED),
         )
 
 
 @triton.jit
-def token_metadata(address, t, NARROW: tl.constexpr, KIND: tl.constexpr):
+def token_metadata(address, t, NARROW: tl.constexpr, KIND: tl.constexpr, SIGNED: tl.constexpr):
     """Numbers of the tokens of a run of 32 that lane t multiplies: pairs in the order (w, b) of `row_of`."""
     BYTES: tl.constexpr = 1 if KIND == 2 else 2
     if NARROW:
-        x = metadata4(address + t * (4 * BYTES), KIND)
-        y = metadata4(address + t * (4 * BYTES) + 16 * BYTES, KIND)
+        x = metadata4(address + t * (4 * BYTES), KIND, SIGNED)
+        y = metadata4(address + t * (4 * BYTES) + 16 * BYTES, KIND, SIGNED)
         return x[0], x[1], y[0], y[1]
     else:
-        return metadata8(address + t * (8 * BYTES), KIND)
+        return metadata8(address + t * (8 * BYTES), KIND, SIGNED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,6 +362,22 @@ def key_tile(
 
 
 @triton.jit
+def key_words(codes, part, g, t, BITS: tl.constexpr, H: tl.constexpr, NARROW: tl.constexpr):
+    """The lane's codes of channels 64 part + 16 t .. + 15: four rows of each run of 32 bytes; third bits apart."""
+    UNITS: tl.constexpr = (2 if BITS == 3 else BITS) // 2  # runs of 32 bytes
+    words = ()
+    high = ()
+    for u in tl.static_range(UNITS):
+        for w in tl.static_range(2):
+            for b in tl.static_range(2):
+                row = row_of(g, w, b, NARROW)
+                words = words + (load4(codes + key_chunk(row + 32 * u, 4 * part + t, H)),)
+                if BITS == 3:
+                    high = high + (load4(codes + key_chunk(32 + row % 16, 4 * part + t, H)),)
+    return words, high
+
+
+@triton.jit
 def key_products(
     q,
     codes,
@@ -352,8 +397,6 @@ def key_products(
         d: eight tiles [16 tokens, 8 queries], tile 2 i + w of the i-th run of 32 tokens; times 2^-24 4^plane.
         z: tile [groups spread over 8 rows, 8 queries].
     """
-    PART: tl.constexpr = 2 if BITS == 3 else BITS
-    UNITS: tl.constexpr = PART // 2  # runs of 32 bytes
     GROUPS: tl.constexpr = 128 // GROUP
     BYTES: tl.constexpr = 1 if KIND == 2 else 2
     nil = tl.zeros([32], tl.float32)
@@ -364,21 +407,13 @@ def key_products(
     z = (nil, nil, nil, nil)
     own_group = g * GROUPS // 8
     for h in tl.static_range(H // 64):
-        words = ()
-        high = ()
-        for u in tl.static_range(UNITS):
-            for w in tl.static_range(2):
-                for b in tl.static_range(2):
-                    row = row_of(g, w, b, NARROW)
-                    words = words + (load4(codes + key_chunk(row + 32 * u, 4 * h + t, H)),)
-                    if BITS == 3:
-                        high = high + (load4(codes + key_chunk(32 + row % 16, 4 * h + t, H)),)
+        words, high = key_words(codes, h, g, t, BITS, H, NARROW)
         for half in tl.static_range(2):
             channel = 64 * h + 16 * t + 8 * half
-            zeros = metadata8(zero + (own_group * H + channel) * BYTES, KIND)
+            zeros = metadata8(zero + (own_group * H + channel) * BYTES, KIND, True)
             scales = ()
             for i in tl.static_range(GROUPS):
-                scales = scales + (metadata8(scale + (i * H + channel) * BYTES, KIND),)
+                scales = scales + (metadata8(scale + (i * H + channel) * BYTES, KIND, False),)
             for c in tl.static_range(2):
                 q0 = q[8 * h + 4 * half + 2 * c]
                 q1 = q[8 * h + 4 * half + 2 * c + 1]
@@ -391,6 +426,70 @@ def key_products(
                     after = after + (key_tile(d[tile], words, high, s, g, 2 * half + c, tile, BITS, GROUP, NARROW),)
                 d = after
     return d, z
+
+
+@triton.jit
+def channel_key_products(
+    q,
+    codes,
+    scale,
+    zero,
+    g,
+    t,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KIND: tl.constexpr,
+    H: tl.constexpr,
+):
+    """Queries times keys whose groups lie over the channels of a token: eight tiles [16 tokens, 8 queries].
+
+    A group's products with the codes are finished before its scale, one a token, meets them. Where groups are smaller
+    than the 64 channels a product covers, the others' queries are zero in it.
+    """
+    PART: tl.constexpr = 2 if BITS == 3 else BITS
+    BYTES: tl.constexpr = 1 if KIND == 2 else 2
+    nil = tl.zeros([32], tl.float32)
+    none = tl.zeros([32], tl.int32)
+    one = tl.full([32], 0x3C003C00, tl.int32)
+    shift = 16 * (g % 2)
+    x = ()
+    for _ in tl.static_range(8):
+        x = x + ((nil, nil, nil, nil),)
+    for group in tl.static_range(H // GROUP):
+        d = ()
+        for _ in tl.static_range(8):
+            d = d + ((nil, nil, nil, nil),)
+        z = (nil, nil, nil, nil)
+        for part in tl.static_range((GROUP + 63) // 64):
+            words, high = key_words(codes, GROUP * group // 64 + part, g, t, BITS, H, False)
+            for k in tl.static_range(4):
+                q0 = q[8 * (GROUP * group // 64 + part) + 2 * k]
+                q1 = q[8 * (GROUP * group // 64 + part) + 2 * k + 1]
+                if GROUP < 64:
+                    own = t // (GROUP // 16) == group % (64 // GROUP)
+                    q0 = tl.where(own, q0, 0)
+                    q1 = tl.where(own, q1, 0)
+                z = mma(one, none, one, none, q0, q1, z)
+                after = ()
+                for tile in tl.static_range(8):
+                    after = after + (key_tile(d[tile], words, high, ((q0, q1),), g, k, tile, BITS, 128, False),)
+                d = after
+        scaled = ()
+        for run in tl.static_range(4):
+            first = (128 * group + 32 * run + 8 * (g // 2)) * BYTES
+            scales = metadata8(scale + first, KIND, False)
+            zeros = metadata8(zero + first, KIND, True)
+            for w in tl.static_range(2):
+                tile = ()
+                for b in tl.static_range(2):
+                    by = half_as_float(scales[2 * w + b], shift) * ((1 << (24 - PART * (run // (PART // 2)))) * 1.0)
+                    plus = half_as_float(zeros[2 * w + b], shift)
+                    for i in tl.static_range(2):
+                        more = d[2 * run + w][2 * b + i] * by + z[i] * plus
+                        tile = tile + (x[2 * run + w][2 * b + i] + more,)
+                scaled = scaled + (tile,)
+        x = scaled
+    return x
 
 
 @triton.jit
@@ -416,7 +515,7 @@ def value_products(
     for group in tl.static_range(H // GROUP):
         s = ()
         for run in tl.static_range(4):
-            x = token_metadata(scale + (128 * group + 32 * run) * BYTES, t, NARROW, KIND)
+            x = token_metadata(scale + (128 * group + 32 * run) * BYTES, t, NARROW, KIND, False)
             for i in tl.static_range(4):
                 y = p[4 * run + i]
                 if run >= UNITS:  # 2^-(BITS plane)
@@ -451,11 +550,11 @@ def value_products(
 
 @triton.jit
 def scale_exponent(scale, lane, GROUPS: tl.constexpr, KIND: tl.constexpr):
-    """max(0, e) with all value scales of the block below 2^e."""
+    """max(0, e) with all value scales of the block, as they are handed on, below 2^e."""
     BYTES: tl.constexpr = 1 if KIND == 2 else 2
     largest = tl.zeros([32], tl.int32)
     for group in tl.static_range(GROUPS):
-        x = metadata4(scale + (128 * group + 4 * lane) * BYTES, KIND)
+        x = metadata4(scale + (128 * group + 4 * lane) * BYTES, KIND, False)
         for i in tl.static_range(2):
             largest = tl.maximum(largest, tl.maximum(x[i] & 0x7FFF, (x[i] >> 16) & 0x7FFF))
     return tl.maximum((warp_max(largest) >> 10) - 14, 0).to(tl.float32)
@@ -501,7 +600,7 @@ def fetch_keys(
 ):  # fmt: skip
     """Starts the copies of a block's keys; one group."""
     CODES: tl.constexpr = 16 * BITS * H
-    METADATA: tl.constexpr = (128 // GROUP) * H * (1 if KIND == 2 else 2)
+    METADATA: tl.constexpr = 128 * H // GROUP * (1 if KIND == 2 else 2)
     block = block.to(tl.int64)
     fetch_key_codes(memory, codes + block * CODES, valid, lane, BITS, H)
     fetch(memory + CODES, scale + block * METADATA, valid, lane, METADATA)
@@ -537,6 +636,16 @@ def hide_logits(logits, left, g, NARROW: tl.constexpr):
 
 
 @triton.jit
+def store_logits(logits, to, rows, row_size, left, g, NARROW: tl.constexpr):
+    """The logits of the first `left` tokens of a block, for the lane's two queries."""
+    for tile in tl.static_range(8):
+        for b in tl.static_range(2):
+            token = 32 * (tile // 2) + row_of(g, tile % 2, b, NARROW)
+            for i in tl.static_range(2):
+                tl.store(to + i * row_size + token, logits[4 * tile + 2 * b + i], mask=(token < left) & (i < rows))
+
+
+@triton.jit
 def clear_metadata(address, left, lane, GROUPS: tl.constexpr, KIND: tl.constexpr):
     """Zeroes, in shared memory, value metadata of the tokens from `left` on: 0 times garbage may be NaN."""
     BYTES: tl.constexpr = 1 if KIND == 2 else 2
@@ -560,25 +669,32 @@ def attend_block(
     last,
     left,
     lane,
+    row_logits,
+    row_count,
+    row_size,
     KBITS: tl.constexpr,
     KGROUP: tl.constexpr,
+    KAXIS: tl.constexpr,
     KKIND: tl.constexpr,
     VBITS: tl.constexpr,
     VGROUP: tl.constexpr,
     VKIND: tl.constexpr,
     H: tl.constexpr,
+    LOGITS: tl.constexpr,
 ):
-    """One block of 128 tokens, of which the first `left` count; starts the copies of the next block."""
+    """One block of 128 tokens, of which the first `left` count; starts the copies of the next block.
+
+    `row_logits` is where the first of the lane's two queries has its logits, if `row_count` is above 0.
+    """
     acc, sums, reference, maximum = state
     g = lane // 4
     t = lane % 4
-    NARROW: tl.constexpr = KGROUP == 16
+    NARROW: tl.constexpr = KGROUP == 16 and KAXIS == 0
     KPART: tl.constexpr = 2 if KBITS == 3 else KBITS
-    KGROUPS: tl.constexpr = 128 // KGROUP
     VGROUPS: tl.constexpr = H // VGROUP
     VBYTES: tl.constexpr = 1 if VKIND == 2 else 2
     KCODES: tl.constexpr = 16 * KBITS * H
-    KMETADATA: tl.constexpr = KGROUPS * H * (1 if KKIND == 2 else 2)
+    KMETADATA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND == 2 else 2)
     VCODES: tl.constexpr = 16 * VBITS * H
     more = tl.where(lane + block + 1 < lane + last, 1, 0)
     values = memory + (KCODES + 2 * KMETADATA)
@@ -586,22 +702,31 @@ def attend_block(
     vz = vs + VGROUPS * 128 * VBYTES
 
     wait_group(lane)
-    d, z = key_products(
-        q, memory, memory + KCODES, memory + (KCODES + KMETADATA), g, t, KBITS, KGROUP, KKIND, H, NARROW
-    )
+    scale = memory + KCODES
+    zero = scale + KMETADATA
+    # Logits in base 2; columns 2t and 2t + 1 are the lane's two queries.
+    logits = ()
+    if KAXIS == 0:
+        d, z = key_products(q, memory, scale, zero, g, t, KBITS, KGROUP, KKIND, H, NARROW)
+        for tile in tl.static_range(8):
+            logits = logits + tile_logits(d[tile], z, factor, t, tile, KPART, KGROUP)
+    else:
+        UNIT: tl.constexpr = 256.0 if KKIND == 2 else 1.0
+        x = channel_key_products(q, memory, scale, zero, g, t, KBITS, KGROUP, KKIND, H)
+        for tile in tl.static_range(8):
+            for i in tl.static_range(4):
+                logits = logits + (x[tile][i] * (factor[i % 2] * UNIT),)
     warp_barrier(lane)
     fetch_keys(memory, sources[0], sources[1], sources[2], block + 1, more, lane, KBITS, KGROUP, KKIND, H)
     wait_group(lane)
 
-    # Logits in base 2; columns 2t and 2t + 1 are the lane's two queries.
-    logits = ()
-    for tile in tl.static_range(8):
-        logits = logits + tile_logits(d[tile], z, factor, t, tile, KPART, KGROUP)
     if left < 128:
         logits = hide_logits(logits, left, g, NARROW)
         clear_metadata(vs, left, lane, VGROUPS, VKIND)
         clear_metadata(vz, left, lane, VGROUPS, VKIND)
         warp_barrier(lane)
+    if LOGITS:
+        store_logits(logits, row_logits + 128 * block, row_count, row_size, left, g, NARROW)
     top = (logits[0], logits[1])
     for i in tl.static_range(1, 16):
         top = (tl.maximum(top[0], logits[2 * i]), tl.maximum(top[1], logits[2 * i + 1]))
@@ -625,7 +750,7 @@ def attend_block(
     # Rows 0..7: probability . zero points; rows 8..15: their sum.
     one = tl.full([32], 0x3C003C00, tl.int32)
     for run in tl.static_range(4):
-        zeros = token_metadata(vz + (128 * (g * VGROUPS // 8) + 32 * run) * VBYTES, t, NARROW, VKIND)
+        zeros = token_metadata(vz + (128 * (g * VGROUPS // 8) + 32 * run) * VBYTES, t, NARROW, VKIND, True)
         sums = mma(zeros[0], one, zeros[1], one, p[4 * run], p[4 * run + 1], sums)
         sums = mma(zeros[2], one, zeros[3], one, p[4 * run + 2], p[4 * run + 3], sums)
 
@@ -636,11 +761,11 @@ def attend_block(
 
 
 @triton.jit
-def load_queries(q, row, t, valid, H: tl.constexpr):
+def load_queries(q, row, t, valid, UNIT: tl.constexpr, H: tl.constexpr):
     """The warp's eight queries as the right operand of key products, and the power of two they were divided by.
 
     Returns:
-        pairs: register 8 h + 2 k + i holds channels 64 h + 16 t + 4 k + 2 i and the next.
+        pairs: register 8 h + 2 k + i holds UNIT times channels 64 h + 16 t + 4 k + 2 i and the next.
         power: 2^e with all of row g's numbers below it, in lane (g, t).
     """
     x = ()
@@ -653,7 +778,7 @@ def load_queries(q, row, t, valid, H: tl.constexpr):
     largest = tl.maximum(largest, shuffle(largest, lane ^ 1))
     largest = tl.maximum(largest, shuffle(largest, lane ^ 2))
     exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 1), 252)
-    down = ((253 - exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((253 - exponent) << 23).to(tl.float32, bitcast=True) * UNIT
     power = ((exponent + 1) << 23).to(tl.float32, bitcast=True)
     pairs = ()
     for i in tl.static_range(H // 8):
@@ -679,19 +804,23 @@ def decode_kernel(
     splits,
     out,
     stats,
+    logits,
     KBITS: tl.constexpr,
     KGROUP: tl.constexpr,
+    KAXIS: tl.constexpr,
     KKIND: tl.constexpr,
     VBITS: tl.constexpr,
     VGROUP: tl.constexpr,
     VKIND: tl.constexpr,
     H: tl.constexpr,
     REGISTERS: tl.constexpr,
+    LOGITS: tl.constexpr,
 ):
     """Grid (row tiles, splits, B K). Split i of a sequence takes the i-th of `splits` even shares of its blocks.
 
     Writes, per split and query row: unnormalised output [B K, splits, rows, H] and (max in base 2, sum)
-    [B K, splits, rows, 2]. A split without tokens writes (-inf, 0) and no output.
+    [B K, splits, rows, 2]; with LOGITS the logits in base 2 of the tokens held, [B K, rows, capacity]. A split without
+    tokens writes zeros, (-inf, 0) and no logits.
 
     The five sizes arrive negated: for an argument of 1 jax-triton would compile a program of its own.
     """
@@ -722,7 +851,7 @@ def decode_kernel(
     if first < last:
         KBLOCK: tl.constexpr = 16 * KBITS * H
         VBLOCK: tl.constexpr = 16 * VBITS * H
-        KMETA: tl.constexpr = (128 // KGROUP) * H * (1 if KKIND == 2 else 2)
+        KMETA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND == 2 else 2)
         VMETA: tl.constexpr = (H // VGROUP) * 128 * (1 if VKIND == 2 else 2)
         start = head.to(tl.int64) * capacity
         kcodes = kc.to(tl.int64) + start * KBLOCK
@@ -741,20 +870,23 @@ def decode_kernel(
         token = row // group
         batch = head // heads
         position = ((batch * (rows // group) + token) * heads + head % heads) * group + row % group
-        pairs, power = load_queries(q, position * H, t, row < rows, H)
+        pairs, power = load_queries(q, position * H, t, row < rows, 256.0 if KKIND == 2 and KAXIS == 0 else 1.0, H)
         # power of row 2t and 2t + 1 sits in lanes 8t and 8t + 4
         factor = (
             shuffle(power, 8 * t) * (softmax_scale * 1.4426950408889634),
             shuffle(power, 8 * t + 4) * (softmax_scale * 1.4426950408889634),
         )
+        query = first_row + 2 * t
+        row_logits = logits + (head * rows + query).to(tl.int64) * (128 * capacity)
         for block in range(first, last):
             acc, sums, reference, maximum = attend_block(
                 (acc, sums, reference, maximum), pairs, factor, memory, sources, block, last,
-                length - 128 * block, lane,
-                KBITS, KGROUP, KKIND, VBITS, VGROUP, VKIND, H,
+                length - 128 * block, lane, row_logits, rows - query, 128 * capacity,
+                KBITS, KGROUP, KAXIS, KKIND, VBITS, VGROUP, VKIND, H, LOGITS,
             )  # fmt: skip
         to_maximum = (tl.exp2(reference[0] - maximum[0]), tl.exp2(reference[1] - maximum[1]))
         VGROUPS: tl.constexpr = H // VGROUP
+        UNIT: tl.constexpr = 256.0 if VKIND == 2 else 1.0
         for i in tl.static_range(2):
             query = first_row + 2 * t + i
             base = ((head * splits + split) * rows + query).to(tl.int64) * H
@@ -763,52 +895,17 @@ def decode_kernel(
                 if VGROUPS > 1:
                     zero = shuffle(zero, t + 4 * ((16 * tile // VGROUP) * 8 // VGROUPS))
                 for b in tl.static_range(2):
-                    x = (acc[tile][2 * b + i] * 16777216.0 + zero) * to_maximum[i]
+                    x = (acc[tile][2 * b + i] * 16777216.0 + zero) * (to_maximum[i] * UNIT)
                     tl.store(out + base + 16 * tile + 8 * b + g, x, mask=query < rows)
         sums = (sums[0], sums[1], sums[2] * to_maximum[0], sums[3] * to_maximum[1])
+    else:
+        for i in tl.static_range(H // 4):
+            empty_row = first_row + i // (H // 32)
+            nowhere = ((head * splits + split) * rows + empty_row).to(tl.int64) * H + 32 * (i % (H // 32))
+            tl.store(out + nowhere + lane, nil, mask=empty_row < rows)
 
     for i in tl.static_range(2):
         query = first_row + 2 * t + i
         place = ((head * splits + split) * rows + query) * 2
         tl.store(stats + place, maximum[i], mask=(query < rows) & (g == 0))
         tl.store(stats + place + 1, sums[2 + i], mask=(query < rows) & (g == 0))
-
-
-@triton.jit
-def merge_kernel(
-    part,
-    stats,
-    lengths,
-    heads,
-    group,
-    rows,
-    splits,
-    out,
-    out_maximum,
-    out_total,
-    PADDED: tl.constexpr,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Grid (B K rows, H / WIDTH): joins the splits of one query row, WIDTH channels a program, all loads at once."""
-    heads, group, rows, splits = -heads, -group, -rows, -splits
-    index = tl.program_id(0)
-    head = index // rows
-    row = index % rows
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    # The same shares as in `decode_kernel`: splits past the last share hold nothing.
-    blocks = (tl.load(lengths + head) + 127) // 128
-    share = tl.maximum((blocks + splits - 1) // splits, 1)
-    used = (blocks + share - 1) // share
-    every = tl.arange(0, PADDED)
-    at = (head * splits + every) * rows + row
-    x = tl.load(part + at.to(tl.int64)[:, None] * H + channel[None, :], mask=(every < used)[:, None], other=0.0)
-    maxima = tl.load(stats + at * 2, mask=every < used, other=-float("inf"))
-    totals = tl.load(stats + at * 2 + 1, mask=every < used, other=0.0)
-    top = tl.max(maxima, 0)
-    weight = tl.exp2(maxima - tl.where(top == -float("inf"), 0.0, top))
-    position = ((head // heads * (rows // group) + row // group) * heads + head % heads) * group + row % group
-    tl.store(out + position.to(tl.int64) * H + channel, tl.sum(x * weight[:, None], 0))
-    if tl.program_id(1) == 0:
-        tl.store(out_maximum + position, top * 0.6931471805599453)
-        tl.store(out_total + position, tl.sum(totals * weight, 0))

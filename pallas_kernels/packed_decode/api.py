@@ -1,4 +1,7 @@
-"""Attention of a few new tokens over one segment of a cache, packed or dense."""
+"""Attention of a few new tokens over the segments of a cache, packed or dense, one by one or all together."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -6,12 +9,23 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import Implementation, first_that_accepts
 from pallas_kernels.packed_decode import triton, xla
 from pallas_kernels.packed_decode.layout import PackedTensor
-from pallas_kernels.partial import Partial
+from pallas_kernels.partial import Partial, merge_partials
 
 _PACKED = {"triton": triton.packed_decode_attention, "xla": xla.packed_decode_attention}
-_DENSE = {"xla": xla.dense_decode_attention}
-_PACKED_DEFAULT = ("triton", "xla")
-_DENSE_DEFAULT = ("xla",)
+_DENSE = {"triton": triton.dense_decode_attention, "xla": xla.dense_decode_attention}
+_DEFAULT = ("triton", "xla")
+
+
+class Part(NamedTuple):
+    """One segment, and the queries that meet it: as `packed_decode_attention` and `dense_decode_attention` take them.
+
+    Segments may hold keys in different bases (balanced, rotated), so each has its own queries.
+    """
+
+    query: Float[Array, "B T N H"]
+    keys: PackedTensor | Float[Array, "B K S H"]
+    values: PackedTensor | Float[Array, "B K S H"]
+    lengths: Int[Array, "..."]
 
 
 def packed_decode_attention(
@@ -21,8 +35,9 @@ def packed_decode_attention(
     lengths: Int[Array, "B"] | Int[Array, "B K"],
     *,
     scale: float | None = None,
+    return_logits: bool = False,
     implementation: Implementation = None,
-) -> Partial:
+) -> Partial | tuple[Partial, Float[Array, "B T N S"]]:
     """Partial attention over packed keys and values: every query sees the first `lengths` tokens of its sequence.
 
     Codes are unpacked on the way; no dequantised copy of the segment exists. What lies beyond a length is never read
@@ -34,29 +49,20 @@ def packed_decode_attention(
         values: packed values.
         lengths: tokens held, per sequence or per sequence and key/value head; 0 <= length <= capacity.
         scale: of the logits; default H ** -0.5.
+        return_logits: also return the scaled logits of every token, float32; beyond a length they mean nothing. With
+            the log-sum-exp of all segments they are the attention row that H2O and MiKV add up.
         implementation: None, "triton", "xla", or a sequence of names to try; None is Triton on a CUDA device where it
             accepts the format, else XLA.
 
     Returns:
-        Float32 `Partial`, to be joined with other segments by `merge_partials`.
+        Float32 `Partial`, to be joined with other segments by `merge_partials`; with `return_logits` also the logits.
 
     Raises:
         ValueError: shapes that contradict each other.
         NotImplementedError: a named implementation cannot run these arguments.
     """
-    b, _, n, h = query.shape
-    heads = _check("keys", keys, h)
-    if _check("values", values, h) != heads or keys.codes.shape[:3] != values.codes.shape[:3]:
-        raise ValueError(f"keys {keys.codes.shape} and values {values.codes.shape} must agree in [B, K, blocks].")
-    if keys.codes.shape[0] != b or n % heads:
-        raise ValueError(f"query {query.shape} does not fit keys of batch {keys.codes.shape[0]} and {heads} heads.")
-    if lengths.shape not in ((b,), (b, heads)):
-        raise ValueError(f"lengths {lengths.shape} must be [B]={(b,)} or [B, K]={(b, heads)}.")
-    lengths = jnp.broadcast_to(lengths.reshape(b, -1), (b, heads))
-    scale = h**-0.5 if scale is None else scale
-    return first_that_accepts(
-        "packed_decode_attention", _PACKED, implementation, _PACKED_DEFAULT, query, keys, values, lengths, scale=scale
-    )
+    part = _checked_packed(Part(query, keys, values, lengths))
+    return _dispatch("packed_decode_attention", _PACKED, implementation, part, scale, return_logits)
 
 
 def dense_decode_attention(
@@ -66,8 +72,9 @@ def dense_decode_attention(
     lengths: Int[Array, "B"] | Int[Array, "B T"] | Int[Array, "B T K"],
     *,
     scale: float | None = None,
+    return_logits: bool = False,
     implementation: Implementation = None,
-) -> Partial:
+) -> Partial | tuple[Partial, Float[Array, "B T N S"]]:
     """Partial attention over dense keys and values; query t of a sequence sees the first `lengths[b, t]` rows.
 
     Args:
@@ -76,15 +83,98 @@ def dense_decode_attention(
         value: as key.
         lengths: visible rows, per sequence, per query or per query and key/value head; 0 <= length <= S.
         scale: of the logits; default H ** -0.5.
-        implementation: None, "xla", or a sequence of names to try.
+        return_logits: as in `packed_decode_attention`.
+        implementation: None, "triton", "xla", or a sequence of names to try, as in `packed_decode_attention`.
 
     Returns:
-        Float32 `Partial`.
+        Float32 `Partial`; with `return_logits` also the logits.
 
     Raises:
         ValueError: shapes that contradict each other.
         NotImplementedError: a named implementation cannot run these arguments.
     """
+    part = _checked_dense(Part(query, key, value, lengths))
+    return _dispatch("dense_decode_attention", _DENSE, implementation, part, scale, return_logits)
+
+
+def decode_attention(
+    parts: Sequence[Part],
+    *,
+    scale: float | None = None,
+    return_logits: bool = False,
+    implementation: Implementation = None,
+) -> tuple[Array, ...]:
+    """Softmax attention over several segments as one: what `merge_partials` makes of their partials.
+
+    On a CUDA device one or two segments take a launch each and one that joins all their shares.
+
+    Args:
+        parts: the segments; all queries have one shape and dtype.
+        scale: of the logits; default H ** -0.5.
+        return_logits: also return the logits of the first part, as `packed_decode_attention` does.
+        implementation: None, "triton", "xla", or a sequence of names to try. None is Triton for all segments together
+            where it accepts them, else each segment by what suits it.
+
+    Returns:
+        output [B, T, N, H] in the query's dtype and natural log-sum-exp [B, T, N] float32; with `return_logits` also
+        the logits [B, T, N, S].
+
+    Raises:
+        ValueError: no parts, or shapes that contradict each other.
+        NotImplementedError: a named implementation cannot run these arguments.
+    """
+    if not parts:
+        raise ValueError("decode_attention needs at least one segment.")
+    parts = [_checked_packed(p) if isinstance(p.keys, PackedTensor) else _checked_dense(p) for p in parts]
+    if len({(p.query.shape, p.query.dtype) for p in parts}) > 1:
+        raise ValueError(f"all queries must be alike, not {[(p.query.shape, str(p.query.dtype)) for p in parts]}.")
+    together = {
+        "triton": triton.decode_attention,
+        "xla": lambda *args, **options: _one_by_one(*args, **options, implementation="xla"),
+        "one by one": _one_by_one,
+    }
+    default = ("triton", "one by one")
+    scale = parts[0].query.shape[-1] ** -0.5 if scale is None else scale
+    return first_that_accepts(
+        "decode_attention", together, implementation, default, parts, scale=scale, return_logits=return_logits
+    )
+
+
+def _one_by_one(parts, *, scale: float, return_logits: bool, implementation: Implementation = None):
+    partials, logits = [], None
+    for i, part in enumerate(parts):
+        attend = packed_decode_attention if isinstance(part.keys, PackedTensor) else dense_decode_attention
+        wanted = return_logits and i == 0
+        partial = attend(*part, scale=scale, return_logits=wanted, implementation=implementation)
+        partials.append(partial[0] if wanted else partial)
+        logits = partial[1] if wanted else logits
+    output, lse = merge_partials(partials)
+    output = output.astype(parts[0].query.dtype)
+    return (output, lse, logits) if return_logits else (output, lse)
+
+
+def _dispatch(name: str, implementations, chosen: Implementation, part: Part, scale: float | None, return_logits: bool):
+    scale = part.query.shape[-1] ** -0.5 if scale is None else scale
+    return first_that_accepts(name, implementations, chosen, _DEFAULT, *part, scale=scale, return_logits=return_logits)
+
+
+def _checked_packed(part: Part) -> Part:
+    """The part with lengths [B, K]."""
+    query, keys, values, lengths = part
+    b, _, n, h = query.shape
+    heads = _check("keys", keys, h)
+    if _check("values", values, h) != heads or keys.codes.shape[:3] != values.codes.shape[:3]:
+        raise ValueError(f"keys {keys.codes.shape} and values {values.codes.shape} must agree in [B, K, blocks].")
+    if keys.codes.shape[0] != b or n % heads:
+        raise ValueError(f"query {query.shape} does not fit keys of batch {keys.codes.shape[0]} and {heads} heads.")
+    if lengths.shape not in ((b,), (b, heads)):
+        raise ValueError(f"lengths {lengths.shape} must be [B]={(b,)} or [B, K]={(b, heads)}.")
+    return part._replace(lengths=jnp.broadcast_to(lengths.reshape(b, -1), (b, heads)))
+
+
+def _checked_dense(part: Part) -> Part:
+    """The part with lengths [B, T, K]."""
+    query, key, value, lengths = part
     b, t, n, h = query.shape
     heads = key.shape[1]
     if key.shape != value.shape or key.shape[0] != b or key.shape[3] != h or n % heads:
@@ -92,11 +182,7 @@ def dense_decode_attention(
     if lengths.shape not in ((b,), (b, t), (b, t, heads)):
         raise ValueError(f"lengths {lengths.shape} must be [B], [B, T] or [B, T, K] for query {query.shape}.")
     lengths = lengths.reshape(*lengths.shape, *(1,) * (3 - lengths.ndim))
-    lengths = jnp.broadcast_to(lengths, (b, t, heads))
-    scale = h**-0.5 if scale is None else scale
-    return first_that_accepts(
-        "dense_decode_attention", _DENSE, implementation, _DENSE_DEFAULT, query, key, value, lengths, scale=scale
-    )
+    return part._replace(lengths=jnp.broadcast_to(lengths, (b, t, heads)))
 
 
 def _check(name: str, packed: PackedTensor, head_size: int) -> int:

@@ -37,28 +37,35 @@ this block's values are in work and the other way round. A second small kernel j
 
 The limit (H100, 2 bits, groups of 32, H = 128). A block is 10.5 KiB, so copy bandwidth, 2.76 TB/s, grants each of the
 528 processor quarters one every 2.06 us. It takes about 1400 issued instructions (512 AND, 128 PRMT, 144 MMA): 0.8 us.
-Memory is the limit, as long as enough of it is in flight: eight to twelve warps a processor, hence the cap at 168
-registers. In `ncu` the first kernel reaches 77 % of the memory's peak at 40 % of the issue slots and 23 % of the tensor
-cores; what stalls is waiting for copies. With fp8 metadata and three-bit keys the issue slots come nearer: 5 to 7
-instructions make a pair of scales, a third bit costs one more LOP3 an operand.
+Memory is the limit, as long as enough of it is in flight: eight to ten warps a processor, hence the cap at 200
+registers (168, with a handful of spills, costs 1 to 3 %, and 10 % with four bits). In `ncu` the kernel reaches 77 % of
+the memory's peak at 40 % of the issue slots and 23 % of the tensor cores; what stalls is waiting for copies. With
+three-bit keys the issue slots come nearer: a third bit costs one more LOP3 an operand. Float8 metadata cost 5 to 7
+instructions a pair as exact float16; handed on as a 256th of themselves they cost 2 (scales) or 4, which made three-bit
+keys with two-bit values 15 % faster.
 
-Small problems (one sequence of 32768 tokens: 17.6 us of kernels) end up at the host: a trace shows 30 us before each
-launch of the first kernel and 10 before the second, so a chain of nothing but such calls runs at the host's pace. In a
-decode step the host runs ahead while the model's products keep the device busy.
+A dense segment is an ordinary flash decode: `mma` over tiles of 64 tokens, four stages of `cp.async`, as many shares as
+fill the processors, and cuDNN's time. A call joins the shares of up to two segments, a packed one and the dense window
+behind it, in one more launch. Small problems (one sequence of 32768 tokens: 13 us, and 5 more for the join) live on
+launches that do not wait for the host: see `triton_call.py`.
 """
 
-import importlib.util
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.packed_decode.layout import PackedTensor
+from pallas_kernels import triton_call
+from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 from pallas_kernels.partial import Partial
 
 _KINDS = {"float16": 0, "bfloat16": 1, "float8_e4m3fn": 2}
-REGISTERS = 168  # twelve warps a processor; a handful of spills
+DENSE_TOKENS = 64  # of one step of the dense kernel; half as many where a row is a kilobyte
+REGISTERS = 200  # ten warps a processor
 
 
 def decline(query: Float[Array, "B T N H"], keys: PackedTensor, values: PackedTensor, scale: float) -> str | None:
@@ -70,8 +77,9 @@ def decline(query: Float[Array, "B T N H"], keys: PackedTensor, values: PackedTe
         return f"{keys.bits}-bit keys and {values.bits}-bit values: keys of 2, 3, 4, 8 and values of 2, 4, 8 bits run"
     if keys.tokens_last or not values.tokens_last:
         return "keys must have channels last and values tokens last"
-    if keys.group_axis != "tokens" or keys.group_size not in (16, 32, 64, 128):
-        return f"keys in groups of {keys.group_size} {keys.group_axis}: 16, 32, 64 or 128 tokens run"
+    largest = 128 if keys.group_axis == "tokens" else h
+    if keys.group_size not in (16, 32, 64, 128) or keys.group_size > largest:
+        return f"keys in groups of {keys.group_size} {keys.group_axis}: 16, 32, 64, 128 tokens or 16 ... H channels run"
     if values.group_axis != "channels" or values.group_size not in (16, 32, 64, 128) or values.group_size > h:
         return f"values in groups of {values.group_size} {values.group_axis}: 16, 32, 64 ... H channels run"
     for x in (keys, values):
@@ -84,6 +92,17 @@ def decline(query: Float[Array, "B T N H"], keys: PackedTensor, values: PackedTe
     return None
 
 
+def decline_dense(query: Float[Array, "B T N H"], key: Float[Array, "B K S H"]) -> str | None:
+    """As `decline`, for dense keys."""
+    if query.shape[-1] not in (64, 128, 256):
+        return f"head size {query.shape[-1]}: 64, 128 and 256 run"
+    if key.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"keys of {key.dtype}: bfloat16, float16 and float32 run"
+    if key.shape[2] == 0:
+        return "a segment without rows"
+    return None
+
+
 def _bytes(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == jnp.float8_e4m3fn else x
 
@@ -93,6 +112,7 @@ def constants(keys: PackedTensor, values: PackedTensor) -> dict:
     return dict(
         KBITS=keys.bits,
         KGROUP=keys.group_size,
+        KAXIS=int(keys.group_axis == "channels"),
         KKIND=_KINDS[keys.scale.dtype.name],
         VBITS=values.bits,
         VGROUP=values.group_size,
@@ -102,7 +122,38 @@ def constants(keys: PackedTensor, values: PackedTensor) -> dict:
     )
 
 
-def attend(
+class Shares(NamedTuple):
+    """What the shares of one segment answer, in base 2, before their merge.
+
+    Attributes:
+        part: float32 [B K, splits, rows, H], unnormalised outputs; rows are the T G queries of a key/value head.
+        stats: float32 [B K, splits, rows, 2], maxima and sums.
+        logits: float32 [B K, rows, capacity] where asked for; rubbish beyond the tokens held.
+    """
+
+    part: Float[Array, "BK splits rows H"]
+    stats: Float[Array, "BK splits rows 2"]
+    logits: Float[Array, "BK rows S"]
+
+
+def _launch(kernel, *args, heads: int, rows: int, head_size: int, capacity: int, tile: int, splits: int,
+            return_logits: bool, **options) -> Shares:  # fmt: skip
+    """Runs a kernel over (row tiles, splits, B K); sizes behind `args` arrive negated, see `decode_kernel`."""
+    logits = (heads, rows, capacity) if return_logits else (1,)
+    shapes = (heads, splits, rows, head_size), (heads, splits, rows, 2), logits
+    return Shares(
+        *triton_call.call(
+            *args,
+            kernel=kernel,
+            out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+            grid=(-(-rows // tile), splits, heads),
+            LOGITS=return_logits,
+            **options,
+        )
+    )
+
+
+def attend_packed(
     query: Float[Array, "B T N H"],
     keys: PackedTensor,
     values: PackedTensor,
@@ -110,18 +161,16 @@ def attend(
     *,
     scale: float,
     splits: int,
-) -> Partial:
-    """The two launches: `splits` programs a head and eight query rows, then their merge."""
-    import jax_triton
-
+    return_logits: bool = False,
+) -> Shares:
+    """`splits` programs for each key/value head and eight query rows."""
     from pallas_kernels.packed_decode import _triton_kernels as kernels
 
     b, t, n, h = query.shape
     heads, blocks = keys.codes.shape[1:3]
-    group = n // heads
-    rows = t * group
-    lengths = lengths.astype(jnp.int32)
-    part, stats = jax_triton.triton_call(
+    rows = t * (n // heads)
+    return _launch(
+        kernels.decode_kernel,
         query,
         keys.codes,
         _bytes(keys.scale),
@@ -129,38 +178,101 @@ def attend(
         values.codes,
         _bytes(values.scale),
         _bytes(values.zero),
-        lengths,
+        lengths.astype(jnp.int32),
         np.float32(scale),
-        *(-size for size in (blocks, heads, group, rows, splits)),
-        kernel=kernels.decode_kernel,
-        out_shape=[
-            jax.ShapeDtypeStruct((b * heads, splits, rows, h), jnp.float32),
-            jax.ShapeDtypeStruct((b * heads, splits, rows, 2), jnp.float32),
-        ],
-        grid=(-(-rows // 8), splits, b * heads),
+        *(-size for size in (blocks, heads, n // heads, rows, splits)),
+        heads=b * heads,
+        rows=rows,
+        head_size=h,
+        capacity=blocks * BLOCK,
+        tile=8,
+        splits=splits,
+        return_logits=return_logits,
         num_warps=1,
         **constants(keys, values),
     )
-    padded = 1 << (splits - 1).bit_length()
-    width = min(h, max(32, 1024 // padded))
-    output, maximum, total = jax_triton.triton_call(
-        part,
-        stats,
+
+
+def attend_dense(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
+    lengths: Int[Array, "B T K"],
+    *,
+    scale: float,
+    splits: int,
+    return_logits: bool = False,
+    tokens: int,
+) -> Shares:
+    """`splits` programs for each key/value head and 16 query rows."""
+    from pallas_kernels.packed_decode import _triton_dense as kernels
+
+    b, t, n, h = query.shape
+    heads, capacity = key.shape[1:3]
+    rows = t * (n // heads)
+    lengths = lengths.astype(jnp.int32)
+    # Keys and values of a step, in shared memory once for every stage but one.
+    step_bytes = 2 * tokens * h * key.dtype.itemsize
+    return _launch(
+        kernels.dense_kernel,
+        query,
+        key,
+        value,
         lengths,
-        *(-size for size in (heads, group, rows, splits)),
+        lengths.max(axis=1),
+        np.float32(scale),
+        *(-size for size in (capacity, heads, n // heads, rows, splits)),
+        heads=b * heads,
+        rows=rows,
+        head_size=h,
+        capacity=capacity,
+        tile=16,
+        splits=splits,
+        return_logits=return_logits,
+        num_warps=4,
+        num_stages=max(2, min(4, (128 << 10) // step_bytes)),
+        H=h,
+        ROWS=16,
+        TOKENS=tokens,
+        PRECISION="ieee" if key.dtype == jnp.float32 else "tf32",
+    )
+
+
+def _merge(query: Float[Array, "B T N H"], heads: int, first: Shares, second: Shares | None, normalize: bool):
+    """One launch: with `normalize` output (query's dtype) and log-sum-exp, else the arrays of a `Partial`."""
+    from pallas_kernels.packed_decode import _triton_dense as kernels
+
+    b, t, n, h = query.shape
+    rows = t * (n // heads)
+    other = first if second is None else second
+    splits, other_splits = (x.part.shape[1] for x in (first, other))
+    padded, other_padded = (1 << (x - 1).bit_length() for x in (splits, other_splits))
+    width = min(h, max(32, 1024 // max(padded, other_padded)))
+    shapes = [((b, t, n, h), query.dtype if normalize else jnp.float32), ((b, t, n), jnp.float32)]
+    shapes.append(((1,) if normalize else (b, t, n), jnp.float32))
+    return triton_call.call(
+        first.part,
+        first.stats,
+        other.part,
+        other.stats,
+        *(-size for size in (heads, n // heads, rows, splits, other_splits)),
         kernel=kernels.merge_kernel,
-        out_shape=[
-            jax.ShapeDtypeStruct((b, t, n, h), jnp.float32),
-            jax.ShapeDtypeStruct((b, t, n), jnp.float32),
-            jax.ShapeDtypeStruct((b, t, n), jnp.float32),
-        ],
+        out_shape=[jax.ShapeDtypeStruct(*x) for x in shapes],
         grid=(b * heads * rows, h // width),
         num_warps=min(max(padded * width // 1024, 1), 8),
         PADDED=padded,
+        OTHER=0 if second is None else other_padded,
         H=h,
         WIDTH=width,
+        NORMALIZE=normalize,
     )
-    return Partial(output, maximum, total)
+
+
+def _natural(shares: Shares, query: Float[Array, "B T N H"], heads: int) -> Float[Array, "B T N S"]:
+    """Logits as the caller knows them."""
+    b, t, n, _ = query.shape
+    x = shares.logits.reshape(b, heads, t, n // heads, -1)
+    return jnp.swapaxes(x, 1, 2).reshape(b, t, n, -1) * math.log(2)
 
 
 def choose_splits(work: int, blocks: int, processors: int) -> int:
@@ -174,23 +286,64 @@ def choose_splits(work: int, blocks: int, processors: int) -> int:
     return max(1, min(splits, blocks, 256))
 
 
-def packed_decode_attention(
-    query: Float[Array, "B T N H"],
-    keys: PackedTensor,
-    values: PackedTensor,
-    lengths: Int[Array, "B K"],
-    *,
-    scale: float,
-) -> Partial:
-    reason = decline(query, keys, values, scale)
-    if reason is None and jax.default_backend() != "gpu":
-        reason = f"needs a CUDA GPU, this is {jax.default_backend()}"
-    if reason is None and importlib.util.find_spec("jax_triton") is None:
-        reason = "needs the package jax-triton"
+def choose_dense_splits(work: int, tiles: int, processors: int) -> int:
+    """As `choose_splits`, for programs of four warps: two run on a processor, and as many follow."""
+    return max(1, min(-(-4 * processors // work), tiles, 256))
+
+
+def _processors() -> int:
+    return getattr(jax.devices()[0], "core_count", 132)
+
+
+def _shares(query, keys, values, lengths, scale: float, return_logits: bool) -> Shares:
+    """One segment, packed or dense, by as many programs as suit it."""
+    b, t, n, _ = query.shape
+    if isinstance(keys, PackedTensor):
+        heads, blocks = keys.codes.shape[1:3]
+        splits = choose_splits(b * heads * -(-t * (n // heads) // 8), blocks, _processors())
+        return attend_packed(query, keys, values, lengths, scale=scale, splits=splits, return_logits=return_logits)
+    heads, capacity = keys.shape[1:3]
+    tokens = DENSE_TOKENS if keys.shape[-1] * keys.dtype.itemsize < 1024 else DENSE_TOKENS // 2
+    splits = choose_dense_splits(b * heads * -(-t * (n // heads) // 16), -(-capacity // tokens), _processors())
+    return attend_dense(
+        query, keys, values, lengths, scale=scale, splits=splits, return_logits=return_logits, tokens=tokens
+    )
+
+
+def _require(reason: str | None) -> None:
+    reason = reason or triton_call.decline()
     if reason is not None:
         raise NotImplementedError(reason)
-    heads, blocks = keys.codes.shape[1:3]
-    rows = query.shape[1] * (query.shape[2] // heads)
-    processors = getattr(jax.devices()[0], "core_count", 132)
-    splits = choose_splits(query.shape[0] * heads * -(-rows // 8), blocks, processors)
-    return attend(query, keys, values, lengths, scale=scale, splits=splits)
+
+
+def _partial(query, keys, values, lengths, scale: float, return_logits: bool):
+    heads = (keys.codes if isinstance(keys, PackedTensor) else keys).shape[1]
+    shares = _shares(query, keys, values, lengths, scale, return_logits)
+    partial = Partial(*_merge(query, heads, shares, None, normalize=False))
+    return (partial, _natural(shares, query, heads)) if return_logits else partial
+
+
+def packed_decode_attention(query, keys, values, lengths, *, scale: float, return_logits: bool):
+    """`api.packed_decode_attention` in two launches."""
+    _require(decline(query, keys, values, scale))
+    return _partial(query, keys, values, lengths, scale, return_logits)
+
+
+def dense_decode_attention(query, key, value, lengths, *, scale: float, return_logits: bool):
+    """`api.dense_decode_attention` in two launches."""
+    _require(decline_dense(query, key))
+    return _partial(query, key, value, lengths, scale, return_logits)
+
+
+def decode_attention(parts: Sequence, *, scale: float, return_logits: bool):
+    """`api.decode_attention` over one or two segments: a launch for each, and one that joins them."""
+    if len(parts) > 2:
+        raise NotImplementedError(f"joins two segments at most, not {len(parts)}")
+    for query, keys, values, _ in parts:
+        packed = isinstance(keys, PackedTensor)
+        _require(decline(query, keys, values, scale) if packed else decline_dense(query, keys))
+    query, keys = parts[0][:2]
+    heads = (keys.codes if isinstance(keys, PackedTensor) else keys).shape[1]
+    shares = [_shares(*part, scale, return_logits and i == 0) for i, part in enumerate(parts)]
+    output, lse, _ = _merge(query, heads, shares[0], shares[1] if len(parts) == 2 else None, normalize=True)
+    return (output, lse, _natural(shares[0], query, heads)) if return_logits else (output, lse)

@@ -37,28 +37,35 @@ def _attend(
     visible: Int[Array, "B K M"],
     capacity: int,
     chunk: int,
-) -> tuple[Float[Array, "B K M H"], Float[Array, "B K M"], Float[Array, "B K M"]]:
-    """Running softmax over chunks of tokens; row m of a sequence sees its first `visible` tokens."""
+    return_logits: bool,
+) -> tuple[Array, ...]:
+    """Running softmax over chunks of tokens; row m of a sequence sees its first `visible` tokens.
+
+    Returns output [B, K, M, H], maximum and total [B, K, M], and the logits [B, K, M, capacity] where asked for.
+    """
 
     def step(i: Int[Array, ""], carry):
-        output, maximum, total = carry
+        output, maximum, total, *every = carry
         # The last chunk is moved back to end at the capacity; what an earlier chunk has seen is masked.
         start = jnp.minimum(i * chunk, capacity - chunk)
         tokens = read(start)
         position = start + jnp.arange(chunk)
         seen = (position >= i * chunk) & (position < visible[..., None])
-        logits = jnp.where(seen, tokens.logits(query), -jnp.inf)
+        logits = tokens.logits(query)
+        every = [jax.lax.dynamic_update_slice_in_dim(x, logits, start, axis=-1) for x in every]
+        logits = jnp.where(seen, logits, -jnp.inf)
         new_maximum = jnp.maximum(maximum, logits.max(axis=-1))
         reference = jnp.where(jnp.isneginf(new_maximum), 0.0, new_maximum)
         p = jnp.exp(logits - reference[..., None])
         rescale = jnp.exp(maximum - reference)
         update = tokens.output(p, position < visible.max(axis=-1, keepdims=True))
-        return output * rescale[..., None] + update, new_maximum, total * rescale + p.sum(axis=-1)
+        return output * rescale[..., None] + update, new_maximum, total * rescale + p.sum(axis=-1), *every
 
     start = (
         jnp.zeros(query.shape, jnp.float32),
         jnp.full(query.shape[:-1], -jnp.inf, jnp.float32),
         jnp.zeros(query.shape[:-1], jnp.float32),
+        *([jnp.zeros((*query.shape[:-1], capacity), jnp.float32)] if return_logits else []),
     )
     if chunk == capacity:
         return step(jnp.int32(0), start)
@@ -78,8 +85,10 @@ def _unrows(x: Float[Array, "B K M ..."], queries: int) -> Float[Array, "B T N .
     return split.reshape(b, queries, k * (m // queries), *x.shape[3:])
 
 
-def _partial(result, queries: int) -> Partial:
-    return Partial(*(_unrows(x, queries) for x in result))
+def _partial(result, queries: int) -> Partial | tuple[Partial, Array]:
+    output, maximum, total, *logits = (_unrows(x, queries) for x in result)
+    partial = Partial(output, maximum, total)
+    return (partial, *logits) if logits else partial
 
 
 def _without_absent(values: PackedTensor, present: Bool[Array, "B K blocks 128"]) -> PackedTensor:
@@ -97,7 +106,8 @@ def packed_decode_attention(
     lengths: Int[Array, "B K"],
     *,
     scale: float,
-) -> Partial:
+    return_logits: bool,
+) -> Partial | tuple[Partial, Array]:
     b, t, _n, h = query.shape
     heads = keys.codes.shape[1]
     chunk = _chunk_tokens(keys.capacity, b * heads, h)
@@ -117,7 +127,7 @@ def packed_decode_attention(
 
     rows = _rows(query, heads, scale)
     visible = jnp.broadcast_to(lengths[:, :, None], rows.shape[:-1])
-    return _partial(_attend(rows, read, visible, keys.capacity, chunk), t)
+    return _partial(_attend(rows, read, visible, keys.capacity, chunk, return_logits), t)
 
 
 def dense_decode_attention(
@@ -127,7 +137,8 @@ def dense_decode_attention(
     lengths: Int[Array, "B T K"],
     *,
     scale: float,
-) -> Partial:
+    return_logits: bool,
+) -> Partial | tuple[Partial, Array]:
     b, t, n, h = query.shape
     _, heads, capacity, _ = key.shape
     chunk = _chunk_tokens(capacity, b * heads, h)
@@ -147,4 +158,4 @@ def dense_decode_attention(
     # float32 queries times bfloat16 keys would convert the keys: round the query instead, as a GPU would.
     rows = _rows(query, heads, scale).astype(key.dtype)
     visible = jnp.repeat(jnp.swapaxes(lengths, 1, 2), n // heads, axis=2)
-    return _partial(_attend(rows, read, visible, capacity, chunk), t)
+    return _partial(_attend(rows, read, visible, capacity, chunk, return_logits), t)

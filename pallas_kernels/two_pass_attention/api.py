@@ -15,6 +15,12 @@ def _mosaic_gpu(*args, **kwargs):
     return mosaic_gpu.two_pass_attention(*args, **kwargs)
 
 
+def _triton(*args, **kwargs):
+    from pallas_kernels.two_pass_attention import triton
+
+    return triton.two_pass_attention(*args, **kwargs)
+
+
 def _xla(query, key, value, query_lengths, key_value_lengths, query_offset, **kwargs):
     full = jnp.full((query.shape[0],), 1, jnp.int32)
     query_lengths = full * query.shape[1] if query_lengths is None else query_lengths
@@ -22,9 +28,9 @@ def _xla(query, key, value, query_lengths, key_value_lengths, query_offset, **kw
     return xla.two_pass_attention(query, key, value, query_lengths, key_value_lengths, query_offset, **kwargs)
 
 
-_IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "xla": _xla}
+_IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "triton": _triton, "xla": _xla}
 # An implementation declines devices that it cannot run on, so a CPU always gets "xla".
-_DEFAULT = ("mosaic_gpu", "xla")
+_DEFAULT = ("mosaic_gpu", "triton", "xla")
 
 
 def two_pass_attention(
@@ -58,7 +64,8 @@ def two_pass_attention(
         is_causal: a row sees only columns at or before its position.
         sliding_window: a row sees only the last this many columns up to its position; None: all.
         score_rows: "all", or W: only each sequence's last W rows add to the scores (0: none, scores are zero).
-        implementation: None (the first that runs here), "mosaic_gpu" (Hopper), "xla", or a sequence of names to try.
+        implementation: None (the first that runs here), "mosaic_gpu" (Hopper), "triton" (CUDA from Ampere on), "xla",
+            or a sequence of names to try.
 
     Returns:
         output [B, T, N, H] in the query's dtype, scores [B, K, S] float32, natural log-sum-exp [B, T, N] float32.

@@ -33,7 +33,6 @@ are no multiple of 8 are padded by the wrapper. Padding may hold NaN: logits out
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -42,7 +41,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-_LOG2E = math.log2(math.e)
+from pallas_kernels.two_pass_attention import common
+
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 _COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 # Registers per thread of (a consumer, the producer) by number of consumers: 65536 in all, in steps of 8.
@@ -57,6 +57,7 @@ class ForwardBlocks:
     rows: int = 64
     keys: int = 128
     stages: int = 2
+    lane_totals: bool = False  # sums of probabilities stay within a lane until the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,8 @@ class ScoreBlocks:
     rows: int = 128
     stages: int = 2
     whole_group: bool = False
+    early_lse: bool = False  # log-sum-exps are read while the product runs
+    turns: bool = False  # consumers start their products in turn
 
 
 # By head size, measured on an H100. What was tried and lost, each against its neighbour of the same run, H = 128.
@@ -86,9 +89,6 @@ _BLOCKS = {
     128: (ForwardBlocks(), ScoreBlocks()),
     256: (ForwardBlocks(2, 64, 64), ScoreBlocks(2, 64, 128)),
 }
-# When a block of threads of pass 2 takes a whole group of query heads.
-_ENOUGH_BLOCKS = 1024
-_FEW_ROWS = 512
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
@@ -156,7 +156,7 @@ def _forward(
     tiles = -(-t // tile)
     tall = (rows, keys)
     turns = wgs > 1
-    factor = scale * _LOG2E
+    factor = scale * common.LOG2E
 
     def kernel(q_ref, k_ref, v_ref, extent_ref, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, p_smem, *barriers):
         q_bar, k_bar, v_bar, k_free, v_free, turn = barriers
@@ -189,7 +189,11 @@ def _forward(
                 shift = jnp.where(new == -jnp.inf, 0.0, new) if masked else new
                 shrink = jnp.exp2(maximum - shift)
                 p = jnp.exp2(s * factor - lax.broadcast_in_dim(shift, tall, [0]))
-                return p, new, total * shrink + p.sum(axis=1), shrink
+                if blocks.lane_totals:
+                    total = total * lax.broadcast_in_dim(shrink, total.shape, [0]) + _lane_sums(p)
+                else:
+                    total = total * shrink + p.sum(axis=1)
+                return p, new, total, shrink
 
             def logits(s_acc, step):
                 slot = _slot(step, stages)
@@ -242,7 +246,7 @@ def _forward(
                 plgpu.barrier_arrive(v_free.at[_slot(steps - 1, stages)])
                 return out
 
-            zero = _row_constant(rows, 0.0)
+            zero = _zeros((rows, 8)) if blocks.lane_totals else _row_constant(rows, 0.0)
             middle = jnp.clip(unmasked, 1, steps)
             tall_acc, out_acc = (plgpu.WGMMAAccumulatorRef(x, jnp.float32) for x in (tall, (rows, size)))
 
@@ -279,6 +283,8 @@ def _forward(
             out, maximum, total = walk_interpreted() if interpret else pl.run_scoped(walk, tall_acc, out_acc)
             if turns:
                 pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+            if blocks.lane_totals:
+                total = total.sum(axis=1)
             row = plgpu.broadcasted_iota(jnp.int32, (rows, size), 0, layout=plgpu.Layout.WGMMA) + base
             filled = jnp.where(total > 0, total, 1.0)
             out = out * lax.broadcast_in_dim(1.0 / filled, out.shape, [0])
@@ -335,8 +341,8 @@ def _forward(
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
             plgpu.Barrier(num_barriers=wgs),
         ],
-        grid=(heads, tiles, batch),
-        grid_names=("heads", "tiles", "batch"),
+        grid=(tiles, batch, heads),
+        grid_names=("tiles", "batch", "heads"),
         num_threads=wgs + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
@@ -356,10 +362,10 @@ def _column_sums(
     tile = wgs * keys
     tiles = -(-s // tile)
     tall = (keys, rows)
-    factor = scale * _LOG2E
+    factor = scale * common.LOG2E
 
     def kernel(q_ref, k_ref, lse_ref, extent_ref, out_ref, k_smem, q_smem, lse_smem, out_smem, *barriers):
-        k_bar, q_bar, free = barriers
+        k_bar, q_bar, free, turn = barriers
         b, h, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
         tile_base = lax.axis_index("tiles") * tile
         query_length, key_length, offset, counted = (extent_ref[b * 4 + i] for i in range(4))
@@ -388,6 +394,9 @@ def _column_sums(
                 def skip(step, _):
                     slot = _slot(start + step, stages)
                     plgpu.barrier_wait(q_bar.at[slot])
+                    if blocks.turns:
+                        plgpu.barrier_wait(turn.at[wg])
+                        plgpu.barrier_arrive(turn.at[lax.rem(wg + 1, _int(wgs))])
                     plgpu.barrier_arrive(free.at[slot])
 
                 def body(step, sums, masked):
@@ -395,11 +404,18 @@ def _column_sums(
                     plgpu.barrier_wait(q_bar.at[slot])
 
                     def product(accumulator):
+                        if blocks.turns:
+                            plgpu.barrier_wait(turn.at[wg])
                         plgpu.wgmma(accumulator, k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
-                        return _loaded(accumulator, 0)
+                        if blocks.turns:
+                            plgpu.barrier_arrive(turn.at[lax.rem(wg + 1, _int(wgs))])
+                        if not blocks.early_lse:
+                            logits = _loaded(accumulator, 0)
+                            return logits, plgpu.load(lse_smem.at[slot], layout=_COLUMN_LAYOUT)
+                        lse = plgpu.load(lse_smem.at[slot], layout=_COLUMN_LAYOUT)
+                        return _loaded(accumulator, 0), lse
 
-                    logits = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(tall, jnp.float32))
-                    lse = plgpu.load(lse_smem.at[slot], layout=_COLUMN_LAYOUT)
+                    logits, lse = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(tall, jnp.float32))
                     if interpret:  # its model of TMA wants a fence after a lane's read, beside the barrier
                         plgpu.commit_smem()
                     plgpu.barrier_arrive(free.at[slot])
@@ -418,8 +434,14 @@ def _column_sums(
                 sums = lax.fori_loop(diagonal, last, unmasked, sums)
                 return lax.fori_loop(last, steps, masked, sums)
 
+            if blocks.turns:
+                pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
             sums = lax.fori_loop(0, together, head, _zeros((keys, 8))).sum(axis=1)
-            out_smem.at[wg][...] = sums
+            if blocks.turns:
+                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+            # A key of padding may have been NaN: what it received is dropped, not multiplied by zero.
+            column = plgpu.broadcasted_iota(jnp.int32, (keys,), 0, layout=_ROW_LAYOUT) + base
+            out_smem.at[wg][...] = jnp.where(column < key_length, sums, 0.0)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, h, pl.ds(base, keys)])
             plgpu.wait_smem_to_gmem(0)
@@ -461,43 +483,24 @@ def _column_sums(
             plgpu.Barrier(num_barriers=wgs),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+            plgpu.Barrier(num_barriers=wgs),
         ],
-        grid=(heads // together, tiles, batch),
-        grid_names=("heads", "tiles", "batch"),
+        grid=(tiles, batch, heads // together),
+        grid_names=("tiles", "batch", "heads"),
         num_threads=wgs + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
     )(query, key, lse, extent)
-    sums = sums.reshape(batch, kv_heads, group // together, -1)[..., :s].sum(axis=2)
-    # A key of padding may have been NaN: what it received is dropped here, not multiplied by zero.
-    present = jnp.arange(s) < extent.reshape(batch, 4)[:, 1, None, None]
-    return jnp.where(present, sums, 0.0)
-
-
-def _device_kind() -> str:
-    """What the program is traced for: the abstract device of a cross-lowering, or the default device."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract.device_kind if abstract.platform == "cuda" else abstract.platform
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    platform = device if isinstance(device, str) else device.platform
-    return getattr(device, "device_kind", platform) if platform in ("gpu", "cuda") else platform
+    return sums.reshape(batch, kv_heads, group // together, -1)[..., :s].sum(axis=2)
 
 
 def _decline_what_it_cannot_run(query, key, value, scale, sliding_window, interpret):
-    if not interpret and not any(name in _device_kind() for name in _HOPPER):
-        raise NotImplementedError(f"needs a Hopper GPU, this is {_device_kind()!r}")
+    if not interpret and not any(name in common.device_kind() for name in _HOPPER):
+        raise NotImplementedError(f"needs a Hopper GPU, this is {common.device_kind()!r}")
     if sliding_window is not None:
         raise NotImplementedError("has no sliding window")
-    if query.dtype not in (jnp.bfloat16, jnp.float16) or not query.dtype == key.dtype == value.dtype:
-        raise NotImplementedError(f"takes bfloat16 or float16, not {query.dtype}, {key.dtype}, {value.dtype}")
-    if query.shape[3] not in _BLOCKS:
-        raise NotImplementedError(f"takes head sizes {sorted(_BLOCKS)}, not {query.shape[3]}")
-    if 0 in query.shape or 0 in key.shape:
-        raise NotImplementedError("needs at least one row and one column")
-    if not scale > 0:
-        raise NotImplementedError(f"needs a scale above 0, not {scale}")
+    common.decline_what_no_kernel_takes(query, key, value, scale)
 
 
 def two_pass_attention(
@@ -532,14 +535,9 @@ def _two_passes(
     b, t, _, _ = query.shape
     s, kv_heads = key.shape[1:3]
 
-    def per_sequence(x, default):
-        return jnp.full((b,), default, jnp.int32) if x is None else x.astype(jnp.int32)
-
-    rows, columns = per_sequence(query_lengths, t), per_sequence(key_value_lengths, s)
-    counted = jnp.zeros_like(rows) if score_rows == "all" else jnp.maximum(rows - score_rows, 0)
-    extent = jnp.stack([rows, columns, per_sequence(query_offset, 0), counted], axis=1).reshape(-1)
+    extent = common.extents(query, key, query_lengths, key_value_lengths, query_offset, score_rows)
     if key_value_lengths is not None:  # a probability of 0 times a NaN of padding would be NaN
-        value = jnp.where((jnp.arange(s) < columns[:, None])[:, :, None, None], value, 0)
+        value = jnp.where((jnp.arange(s) < key_value_lengths[:, None])[:, :, None, None], value, 0)
     query, key, value = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in (query, key, value))
 
     run = functools.partial(dict, scale=scale, is_causal=is_causal, interpret=interpret)
@@ -547,10 +545,8 @@ def _two_passes(
     if score_rows == 0:
         scores = jnp.zeros((b, kv_heads, s), jnp.float32)
     else:
-        few_rows = score_rows != "all" and score_rows <= _FEW_ROWS
-        enough_blocks = b * kv_heads * -(-s // (blocks[1].warpgroups * blocks[1].keys)) >= _ENOUGH_BLOCKS
-        whole_group = blocks[1].whole_group or few_rows or enough_blocks
+        tiles = b * kv_heads * -(-s // (blocks[1].warpgroups * blocks[1].keys))
+        whole_group = blocks[1].whole_group or common.takes_whole_group(score_rows, tiles)
         score_blocks = dataclasses.replace(blocks[1], whole_group=whole_group)
         scores = _column_sums(query, key, lse2, extent, **run(blocks=score_blocks))[..., :s]
-    lse = jnp.where(jnp.isposinf(lse2), -jnp.inf, lse2 * math.log(2))
-    return output[:, :t], scores, jnp.swapaxes(lse[..., :t], 1, 2)
+    return output[:, :t], scores, common.natural(lse2[..., :t])
