@@ -48,7 +48,7 @@ def test_a_pyramid_weighs_what_prefill_makes():
     prompt, lengths = tokens(1, 60), jnp.array([60])
     model = type(MODEL)(dataclasses.replace(CONFIG, num_layers=3), rngs=nnx.Rngs(params=1))
     _, cache = prefill(model, prompt, lengths, config)
-    weight = engine.weight_of(engine.read_prompt(model, prompt, lengths, {"x": config}).caches["x"])
+    weight = engine.weight_of(model, engine.read_prompt(model, prompt, lengths, {"x": config}).caches["x"])
     total = cache_report(cache).total
     assert weight.bytes == total.bytes_held == nbytes(cache)
     assert weight.bits_per_element == total.bits_per_element > weight.bits_of_tiers == weight.bits_of_codes
@@ -57,7 +57,7 @@ def test_a_pyramid_weighs_what_prefill_makes():
 def test_metadata_is_told_apart():
     config = METHODS["minikv"].replace(generated_capacity=16)
     cache = engine.read_prompt(MODEL, tokens(1, 64), jnp.array([64]), {"x": config}).caches["x"]
-    weight = engine.weight_of(cache)
+    weight = engine.weight_of(MODEL, cache)
     # 2 bits of codes; scale and minimum of 16 bits for each group of 8.
     assert weight.bits_of_tiers == 3 * weight.bits_of_codes > 0
 

@@ -12,7 +12,7 @@ Two facts make a study of many methods affordable:
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import allocate
-from minikv_jax.cache import KVCache, LayerCache, Shape, compress, read_token
+from minikv_jax.cache import KVCache, LayerCache, Shape, read_token
 from minikv_jax.config import CacheConfig
-from minikv_jax.generate import _compress, _embed, _fitting, _logits_at, _read_layer, _shrink
+from minikv_jax.generate import _compress, _embed, _fitting, _logits_at, _read_layer, empty_cache
 from minikv_jax.models.llama import Llama
 from minikv_jax.report import Size, cache_report
 from minikv_jax.segments import DenseSegment
@@ -34,6 +34,15 @@ class Prompt:
 
     logits: Float[Array, "B V"]
     caches: dict[str, KVCache]
+
+
+def _read_layers(model: Llama, tokens, lengths, rows: Sequence[int | str]) -> Iterator[dict[int | str, tuple]]:
+    """What each layer gives in turn, for each way to count scores: its result, and all that is compressed of it."""
+    x = _embed(model, tokens)
+    for layer in model.layers:
+        read = {n: _read_layer(layer, x, lengths, score_rows=n, sliding_window=None) for n in rows}
+        x = read[rows[0]][0]
+        yield read
 
 
 def read_prompt(
@@ -49,17 +58,19 @@ def read_prompt(
     layers = model.config.num_layers
     rows = {config.score_rows for config in methods.values()}
     rows = sorted(rows - {0}, key=str) or [0]
-    x = _embed(model, tokens)
+    largest = {
+        name: Shape(*map(max, zip(*(Shape.of(config, i, layers) for i in range(layers)))))
+        for name, config in methods.items()
+    }
     held: dict[str, list[LayerCache]] = {name: [] for name in methods}
-    for i, layer in enumerate(model.layers):
-        read = {n: _read_layer(layer, x, lengths, score_rows=n, sliding_window=None) for n in rows}
+    x = None
+    for i, read in enumerate(_read_layers(model, tokens, lengths, rows)):
         x = read[rows[0]][0]
         for name, config in methods.items():
             # A method without scores takes any: it ignores them.
             _, *attended = read.get(config.score_rows, read[rows[0]])
             budget = allocate.budgets(config, i, layers, lengths, tokens.shape[1])
-            shape = Shape(*map(max, zip(*(Shape.of(config, j, layers) for j in range(layers)))))
-            held[name].append(_compress(*attended, lengths, budget, config=config, shape=shape))
+            held[name].append(_compress(*attended, lengths, budget, config=config, shape=largest[name]))
     caches = {}
     for name, config in methods.items():
         room = jnp.full(lengths.shape, config.generated_capacity, jnp.int32)
@@ -127,10 +138,7 @@ def received(
     model: Llama, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], rows: int | str
 ) -> np.ndarray:
     """Attention that each token receives from all of a prompt's rows or from its last ones, [B, layers, K, T]."""
-    x, scores = _embed(model, tokens), []
-    for layer in model.layers:
-        x, _, _, gained, _ = _read_layer(layer, x, lengths, score_rows=rows, sliding_window=None)
-        scores.append(gained)
+    scores = [read[rows][3] for read in _read_layers(model, tokens, lengths, [rows])]
     return np.stack(jax.device_get(scores), axis=1)
 
 
@@ -219,13 +227,12 @@ class Weight:
     bits_of_codes: float
 
 
-def weight_of(cache: KVCache) -> Weight:
+def weight_of(model: Llama, cache: KVCache) -> Weight:
     """Measured on the arrays, with each layer cut to the capacity that `prefill` gives it."""
     config, layers = cache.config, len(cache.layers)
-    shapes = [Shape.of(config, i, layers) for i in range(layers)]
-    if len(set(shapes)) > 1:
-        cut = [_cut(layer, config, shape) for layer, shape in zip(cache.layers, shapes)]
-        cache = dataclasses.replace(cache, layers=tuple(cut))
+    if len({Shape.of(config, i, layers) for i in range(layers)}) > 1:
+        like = jax.eval_shape(lambda: empty_cache(model, config, cache.lengths.shape[0]))
+        cache = jax.tree.map(lambda x, y: x[tuple(slice(n) for n in y.shape)], cache, like)
     total: Size = cache_report(cache).total
     bits = 16 / total.bytes_bfloat16
     codes = sum(_bytes_of_codes(part) for x in cache.layers for part in (x.segment, x.retained) if part is not None)
@@ -235,16 +242,3 @@ def weight_of(cache: KVCache) -> Weight:
 def _bytes_of_codes(part) -> int:
     arrays = (part.key, part.value) if isinstance(part, DenseSegment) else (part.keys.codes, part.values.codes)
     return sum(x.size * x.dtype.itemsize for x in arrays)
-
-
-def _cut(layer: LayerCache, config: CacheConfig, shape: Shape) -> LayerCache:
-    part = layer.segment
-    rows = part.key if isinstance(part, DenseSegment) else part.keys.codes
-    batch, heads, head_size = rows.shape[0], rows.shape[1], rows.shape[-1]
-    key = jax.ShapeDtypeStruct((batch, config.prompt_capacity, heads, head_size), jnp.bfloat16)
-    scores = jax.ShapeDtypeStruct((batch, heads, config.prompt_capacity), jnp.float32)
-    loudest = jax.ShapeDtypeStruct((batch, heads, head_size), jnp.float32)
-    count = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    make = functools.partial(compress, config=config, shape=shape)
-    like = jax.eval_shape(make, key, key, scores, loudest, count, allocate.Budget(count, count))
-    return _shrink(layer, tuple(x.shape for x in jax.tree.leaves(like)))

@@ -11,10 +11,11 @@ from minikv_jax.evals.texts import passages
 
 
 def cases(lab: Lab) -> list[Case]:
+    more = lab.settings.new_tokens
     return [
-        Case(f"{name}@{length}", f"{length} tokens", ids[:length], (Follow(ids[length:]),))
+        Case(f"{name}@{length}+{more}", f"{length}+{more} tokens", ids[:length], (Follow(ids[length:]),))
         for length in lab.settings.lengths
-        for name, ids in passages(lab, length + lab.settings.new_tokens + 1)
+        for name, ids in passages(lab, length + more + 1)
     ]
 
 

@@ -76,7 +76,7 @@ def follow_on(
     def one(name: str) -> list[Measured]:
         hidden, cache = (reference, full) if name == FULL else read(name)
         found = figures(lab.model, hidden, reference, targets)
-        weight = per_sequence(weight_of(cache), len(follows))
+        weight = per_sequence(weight_of(lab.model, cache), len(follows))
         own = [_of_row(found, i, follow) for i, follow in enumerate(follows)]
         return [
             Measured(reduce(lab, case, own[i * each : (i + 1) * each]), weight) for i, case in enumerate(cases)

@@ -30,7 +30,7 @@ def measure_errors(lab: Lab, cases: Sequence[Case], methods: Mapping[str, CacheC
     measured = {}
     for name, errors in found.items():
         _, cache = read_on(lab.model, caches[name], tokens, counts)
-        weight = known.per_sequence(weight_of(cache), len(cases))
+        weight = known.per_sequence(weight_of(lab.model, cache), len(cases))
         measured[name] = [Measured({"attention_error": row.astype(float).tolist()}, weight) for row in errors]
     return measured
 

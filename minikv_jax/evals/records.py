@@ -68,8 +68,9 @@ def rng_of(lab: Lab, *parts: object) -> random.Random:
 
 
 def counts(lab: Lab, form: Form, candidates: Sequence[int]) -> list[int]:
-    """Those numbers of lines whose record fits the longest prompt asked for."""
+    """For each prompt length asked for, the largest of these numbers of lines whose record fits it."""
     entry = len(lab.ids(form.line.format(key=WORDS[0], value=12_345)))
     head = len(lab.first_ids(form.head))
-    longest = max(lab.settings.lengths)
-    return [n for n in candidates if head + (n + min(n, EXAMPLES)) * entry <= longest]
+    tokens = {n: head + (n + min(n, EXAMPLES)) * entry for n in candidates}
+    fitting = ([n for n in candidates if tokens[n] <= length] for length in lab.settings.lengths)
+    return sorted({max(some) for some in fitting if some})

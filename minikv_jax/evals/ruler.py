@@ -7,10 +7,11 @@ with plain stand-ins for what is missing. Contexts are compressed before the que
 
 import functools
 import importlib.util
-import json
+import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,16 @@ def cases(lab: Lab) -> list[Case]:
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         lab.tokenizer.save_pretrained(f"{scratch}/tokenizer")
-        for length in lab.settings.lengths:
-            for family, about in families.items():
-                kind = {**about, **constants.TASKS[about["task"]]}
-                lines = _generate(lab, folder, Path(scratch) / str(length), family, kind, length)
-                found += [_case(lab, family, length, i, line, kind) for i, line in enumerate(lines)]
+        kinds = {family: {**about, **constants.TASKS[about["task"]]} for family, about in families.items()}
+        asked = [(family, length) for length in lab.settings.lengths for family in families]
+
+        def generate(asked):
+            family, length = asked
+            return _generate(lab, folder, Path(scratch) / str(length), family, kinds[family], length)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for (family, length), lines in zip(asked, pool.map(generate, asked)):
+                found += [_case(lab, family, length, i, line, kinds[family]) for i, line in enumerate(lines)]
     return found
 
 
@@ -92,6 +98,8 @@ def _generate(lab: Lab, folder: Path, scratch: Path, family: str, kind: dict[str
         "template": template,
         **kind["args"],
     }
+    if kind["task"] == "qa" and settings.split == "test":
+        options["pre_samples"] = 2000  # questions come in the order of the data set, not at random
     script = folder / "data" / "synthetic" / f"{kind['task']}.py"
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value) if part != ""]
     paths = [str(folder.parent), str(folder / "data"), str(script.parent)]

@@ -43,7 +43,7 @@ def run(
         ConfigError: as `store.begin`, and what tasks and methods raise.
     """
     settings = lab.settings
-    identity = {"model": name, "seed": settings.seed, "split": settings.split, "new_tokens": settings.new_tokens}
+    identity = {"model": name, "seed": settings.seed, "split": settings.split}
     items = store.begin(out, identity)
     done: Done = {(item["task"], item["case"], item["method"]) for item in items}
     methods = with_full(methods)

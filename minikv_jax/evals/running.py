@@ -16,8 +16,9 @@ _STRETCHES = 8
 
 
 def cases(lab: Lab) -> list[Case]:
+    more = lab.settings.new_tokens
     return [
-        Case(f"{name}@{length}", f"{length} tokens", ids)
+        Case(f"{name}@{length}+{more}", f"{length}+{more} tokens", ids)
         for length in lab.settings.lengths
         for name, ids in passages(lab, length)
     ]

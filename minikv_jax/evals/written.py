@@ -61,7 +61,7 @@ def measure(
             if i + 1 < rounds:
                 answer, counts = padded([turn.answer if turn else () for turn in now])
                 _, cache = read_on(lab.model, cache, jnp.asarray(answer), jnp.asarray(counts))
-        weight = known.per_sequence(weight_of(cache), len(cases))
+        weight = known.per_sequence(weight_of(lab.model, cache), len(cases))
         return [Measured({metric: mine}, weight) for mine in scores]
 
     return known.in_parallel(one, list(methods))
