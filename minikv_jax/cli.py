@@ -360,6 +360,7 @@ def bench(benchmark: str, out: Path) -> None:
 @click.option("--methods", default="full,kivi,minikv,mikv", show_default=True,
               help="Methods with settings: minikv:heavy=0.1,recent=0.1,kivi.")  # fmt: skip
 @click.option("--tasks", default="kl,lines,shared", show_default=True, help="See `minikv_jax/evals/tasks.py`.")
+@click.option("--study", help="Pieces of the study instead of methods and tasks: main, budgets, ... or all.")
 @click.option("--out", type=Path, required=True, help="Folder of the run; what it holds is not measured again.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything drawn.")
 @click.option("--split", type=click.Choice(["dev", "test"]), default="dev", show_default=True,
@@ -372,23 +373,36 @@ def bench(benchmark: str, out: Path) -> None:
 @click.option("--longbench", type=Path, help="Folder with LongBench's JSON lines.")
 @click.option("--scbench", type=Path, help="Folder with SCBench's JSON lines.")
 def evaluate(
-    model: str, name: str | None, dtype: str | None, methods: str, tasks: str, out: Path, lengths: str, **settings
+    model: str,
+    name: str | None,
+    dtype: str | None,
+    methods: str,
+    tasks: str,
+    study: str | None,
+    out: Path,
+    lengths: str,
+    **settings,
 ) -> None:
     """Measure how good compressed caches are: quality beside bits per element, resumable."""
+    from minikv_jax.evals import study as pieces
+    from minikv_jax.evals import tasks as known
     from minikv_jax.evals.run import run
     from minikv_jax.evals.task import Lab, Settings
-    from minikv_jax.evals.tasks import by_names
 
     try:
         tokens = tuple(int(length) for length in lengths.split(","))
     except ValueError:
         raise ConfigError(f"--lengths {lengths}: give numbers of tokens, for example 1024,2048.") from None
-    chosen, configs = by_names(tasks), presets.parse(methods)
-    asked = Settings(lengths=tokens, **settings)
+    asked, configs = Settings(lengths=tokens, **settings), presets.parse(methods)
+    chosen = {"": pieces.Piece("", tasks, lambda *_: configs)} if study is None else pieces.by_names(study)
+    work = {title: (piece, known.by_names(piece.tasks)) for title, piece in chosen.items()}
     loaded, tokenizer = _load(model, dtype)
     command = " ".join(["minikv", *(shlex.quote(part) for part in sys.argv[1:])])
-    with _progress_bar(", ".join(chosen)) as progress:
-        run(Lab(loaded, tokenizer, asked), name or Path(model).stem, configs, chosen, out, command, progress)
+    for title, (piece, tasks_of) in work.items():
+        lab = Lab(loaded, tokenizer, piece.settings(asked))
+        with _progress_bar(title or tasks) as progress:
+            of_piece = piece.methods(loaded.config, lab.settings)
+            run(lab, name or Path(model).stem, of_piece, tasks_of, out, command, progress)
     print((out / "table.md").read_text(encoding="utf-8"))
 
 
