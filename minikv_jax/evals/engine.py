@@ -12,7 +12,9 @@ Two facts make a study of many methods affordable:
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import cpu_count
 
 import jax
 import jax.numpy as jnp
@@ -66,11 +68,16 @@ def read_prompt(
     x = None
     for i, read in enumerate(_read_layers(model, tokens, lengths, rows)):
         x = read[rows[0]][0]
-        for name, config in methods.items():
+
+        def compressed(name: str, i=i, read=read) -> LayerCache:
+            config = methods[name]
             # A method without scores takes any: it ignores them.
             _, *attended = read.get(config.score_rows, read[rows[0]])
             budget = allocate.budgets(config, i, layers, lengths, tokens.shape[1])
-            held[name].append(_compress(*attended, lengths, budget, config=config, shape=largest[name]))
+            return _compress(*attended, lengths, budget, config=config, shape=largest[name])
+
+        for name, cache in in_parallel(compressed, list(methods)).items():
+            held[name].append(cache)
     caches = {}
     for name, config in methods.items():
         room = jnp.full(lengths.shape, config.generated_capacity, jnp.int32)
@@ -81,6 +88,14 @@ def read_prompt(
 def repeated(cache: KVCache, count: int) -> KVCache:
     """Each sequence `count` times in a row: independent continuations, for any method (`fork` shares what it can)."""
     return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), cache)
+
+
+def in_parallel[T](run: Callable[[str], T], names: list[str]) -> dict[str, T]:
+    """Runs for each name; on an accelerator in threads, so that one's compilation overlaps with another's work."""
+    if jax.default_backend() == "cpu":
+        return {name: run(name) for name in names}
+    with ThreadPoolExecutor(max(1, (cpu_count() or 2) // 2)) as pool:
+        return dict(zip(names, pool.map(run, names)))
 
 
 @functools.partial(jax.jit, static_argnames="config")

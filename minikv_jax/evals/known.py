@@ -7,8 +7,6 @@ together, and no decoding loop is needed.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from os import cpu_count
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,7 @@ import numpy as np
 
 from minikv_jax.cache import KVCache
 from minikv_jax.config import CacheConfig
-from minikv_jax.evals.engine import Figures, Weight, figures, read_on, read_prompt, repeated, weight_of
+from minikv_jax.evals.engine import Figures, Weight, figures, in_parallel, read_on, read_prompt, repeated, weight_of
 from minikv_jax.evals.task import Case, Follow, Lab, Measured, Values, padded
 
 FULL = "full"
@@ -83,14 +81,6 @@ def follow_on(
         ]
 
     return in_parallel(one, list(methods))
-
-
-def in_parallel[T](run: Callable[[str], T], names: list[str]) -> dict[str, T]:
-    """Runs for each name; on an accelerator in threads, so that one's compilation overlaps with another's work."""
-    if jax.default_backend() == "cpu":
-        return {name: run(name) for name in names}
-    with ThreadPoolExecutor(max(1, (cpu_count() or 2) // 2)) as pool:
-        return dict(zip(names, pool.map(run, names)))
 
 
 def per_sequence(weight: Weight, sequences: int) -> Weight:

@@ -51,26 +51,35 @@ def run(
     asked = {title: dict(methods) if task.compares else {FULL: methods[FULL]} for title, task in tasks.items()}
     total = sum(len(cases[title]) * len(asked[title]) for title in tasks)
     finished = sum((t, c.name, m) in done for t in tasks for c in cases[t] for m in asked[t])
-    for title, task in tasks.items():
-        for batch in batches(cases[title], lab.batch_tokens):
-            missing = {m: x for m, x in asked[title].items() if any((title, c.name, m) not in done for c in batch)}
-            if progress is not None:
-                progress(finished, total)
-            if not missing:
-                continue
-            measured = task.measure(lab, batch, missing)
-            new = [
-                _item(title, case, method, one)
-                for method, column in measured.items()
-                for case, one in zip(batch, column)
-                if (title, case.name, method) not in done
-            ]
-            store.add(out, new)
-            items += new
-            finished += len(new)
+    try:
+        for title, task in tasks.items():
+            for batch in batches(cases[title], lab.batch_tokens):
+                missing = {m: x for m, x in asked[title].items() if any((title, c.name, m) not in done for c in batch)}
+                if progress is not None:
+                    progress(finished, total)
+                if missing:
+                    new = _measured(lab, title, task, batch, missing, done)
+                    store.add(out, new)
+                    items += new
+                    finished += len(new)
+    except KeyboardInterrupt:
+        write(out, items, name, command)
+        raise
     if progress is not None:
         progress(finished, total)
     return write(out, items, name, command)
+
+
+def _measured(
+    lab: Lab, title: str, task: Task, batch: Sequence[Case], methods: Mapping[str, CacheConfig], done: Done
+) -> list[dict]:
+    measured = task.measure(lab, batch, methods)
+    return [
+        _item(title, case, method, one)
+        for method, column in measured.items()
+        for case, one in zip(batch, column)
+        if (title, case.name, method) not in done
+    ]
 
 
 def write(out: Path, items: Sequence[Mapping], name: str, command: str) -> list[dict]:

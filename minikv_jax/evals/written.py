@@ -12,7 +12,7 @@ import numpy as np
 
 from minikv_jax.config import CacheConfig
 from minikv_jax.evals import known
-from minikv_jax.evals.engine import best, read_on, weight_of, write_on
+from minikv_jax.evals.engine import best, in_parallel, read_on, weight_of, write_on
 from minikv_jax.evals.task import Case, Lab, Measured, padded
 
 
@@ -64,7 +64,7 @@ def measure(
         weight = known.per_sequence(weight_of(lab.model, cache), len(cases))
         return [Measured({metric: mine}, weight) for mine in scores]
 
-    return known.in_parallel(one, list(methods))
+    return in_parallel(one, list(methods))
 
 
 def _text(lab: Lab, ids: list[int], ends: Sequence[int]) -> str:
