@@ -2,8 +2,10 @@
 
 import difflib
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -96,7 +98,10 @@ def test_longbench_is_read_cut_and_judged(tmp_path):
     chosen = lab(longbench=tmp_path, lengths=(128,))
     first, second, trec = longbench.TASK.cases(chosen)
     decode = chosen.tokenizer.decode
-    assert decode(first.prompt).startswith("read: it was ann.") and decode(first.about["turns"][0].question) == "now: who?\n"
+    assert (
+        decode(first.prompt).startswith("read: it was ann.")
+        and decode(first.about["turns"][0].question) == "now: who?\n"
+    )
     assert len(second.prompt) == 128 and trec.group == "trec" and trec.name == "trec_e/0"
     assert first.about["turns"][0].score("it was ann b") == pytest.approx(2 * 2 / (4 + 2))
     assert trec.about["turns"][0].score("place\nthing") == 1
@@ -124,7 +129,7 @@ def test_a_longbench_folder_that_is_none(tmp_path, name, text, named):
 def test_prompts_of_longbench_must_hold_the_context(tmp_path):
     _write(tmp_path / "qasper.jsonl", _QUESTION)
     _write(tmp_path / "config" / "dataset2prompt.json", {"qasper": "{input}"})
-    with pytest.raises(ConfigError, match="no {context}"):
+    with pytest.raises(ConfigError, match=r"no \{context\}"):
         longbench.TASK.cases(lab(longbench=tmp_path))
     with pytest.raises(ConfigError, match="--longbench"):
         longbench.TASK.cases(lab())
@@ -143,7 +148,9 @@ def test_scbench_asks_turn_after_turn(tmp_path):
     assert [decode(turn.answer) for turn in kv.about["turns"]] == ["b", "d"]
     assert kv.about["turns"][1].score("it is E") == 1 and vt.about["turns"][0].score("v only") == 0.5
 
-    kv = written.case("kv", "g", kv.prompt, [turn.__class__(turn.question, turn.answer, 3, turn.score) for turn in kv.about["turns"]])
+    kv = written.case(
+        "kv", "g", kv.prompt, [turn.__class__(turn.question, turn.answer, 3, turn.score) for turn in kv.about["turns"]]
+    )
     measured = scbench.TASK.measure(chosen, [kv], {"full": presets.full()})
     assert len(measured["full"][0].values["scbench"]) == 2
 
@@ -188,15 +195,16 @@ def _package(tmp_path, generator=_GENERATOR):
     folder = tmp_path / "long_context_eval"
     (folder / "data" / "synthetic").mkdir(parents=True)
     (folder / "synthetic.yaml").write_text("one_key:\n  task: niah\n  args:\n    kind: words\n")
-    template = {"niah": {"tokens_to_generate": 4, "template": "look: {context}\nwhat is {query}?", "answer_prefix": " it is"}}
+    template = {
+        "niah": {"tokens_to_generate": 4, "template": "look: {context}\nwhat is {query}?", "answer_prefix": " it is"}
+    }
     (folder / "data" / "synthetic" / "constants.py").write_text(f"TASKS = {template!r}")
     (folder / "data" / "synthetic" / "niah.py").write_text(generator)
 
 
 def _ruler_lab(monkeypatch, tmp_path, **settings):
     chosen = lab(ruler=tmp_path, **settings)
-    save = lambda folder: __import__("os").makedirs(folder)  # noqa: E731
-    monkeypatch.setattr(chosen.tokenizer, "save_pretrained", save, raising=False)
+    monkeypatch.setattr(chosen.tokenizer, "save_pretrained", os.makedirs, raising=False)
     return chosen
 
 
@@ -278,3 +286,14 @@ def test_a_real_model_is_measured_by_the_program(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "| `kivi` |" in result.stdout and (tmp_path / "quality.png").exists()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    source = Path(__file__).parent.parent / "examples"
+    notebook = nbformat.read(source / "quality.ipynb", as_version=4)
+    (tmp_path / "examples").mkdir()
+    nbclient.NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": tmp_path / "examples"}}).execute()
+    assert "`minikv:" in str(notebook.cells[3].outputs) and (tmp_path / "demo" / "quality" / "quality.png").exists()

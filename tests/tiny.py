@@ -1,7 +1,8 @@
 """What the evaluation tests run on: the tiny random model and a tokenizer of characters."""
 
-from minikv_jax.evals.task import Lab, Settings
 from models import CONFIG, MODEL
+
+from minikv_jax.evals.task import Lab, Settings
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 \n.:<>-?'\"(),_"
 

@@ -149,9 +149,7 @@ def attention_errors(
     return {name: np.stack(jax.device_get(found), axis=1) for name, found in errors.items()}
 
 
-def received(
-    model: Llama, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], rows: int | str
-) -> np.ndarray:
+def received(model: Llama, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], rows: int | str) -> np.ndarray:
     """Attention that each token receives from all of a prompt's rows or from its last ones, [B, layers, K, T]."""
     scores = [read[rows][3] for read in _read_layers(model, tokens, lengths, [rows])]
     return np.stack(jax.device_get(scores), axis=1)

@@ -76,9 +76,7 @@ def follow_on(
         found = figures(lab.model, hidden, reference, targets)
         weight = per_sequence(weight_of(lab.model, cache), len(follows))
         own = [_of_row(found, i, follow) for i, follow in enumerate(follows)]
-        return [
-            Measured(reduce(lab, case, own[i * each : (i + 1) * each]), weight) for i, case in enumerate(cases)
-        ]
+        return [Measured(reduce(lab, case, own[i * each : (i + 1) * each]), weight) for i, case in enumerate(cases)]
 
     return in_parallel(one, list(methods))
 
@@ -124,4 +122,3 @@ def asked(lab: Lab, question: str, answer: str, depth: float = 0.0) -> Follow:
     """A question (or a sentence begun) and its right answer."""
     before, after = lab.ids(question), lab.ids(answer)
     return Follow((*before, *after), ((len(before), len(before) + len(after)),), depth)
-

@@ -49,7 +49,9 @@ def measure_spread(lab: Lab, cases: Sequence[Case], methods: Mapping[str, CacheC
     weight = _of_full(lab, cases)
     scores = received(lab.model, tokens, lengths, "all")
     share = scores / np.maximum(scores.sum(axis=-1, keepdims=True), 1e-30)
-    tokens_in_use = np.exp(-np.sum(share * np.log(np.maximum(share, 1e-30)), axis=-1)) / np.array(lengths)[:, None, None]
+    tokens_in_use = (
+        np.exp(-np.sum(share * np.log(np.maximum(share, 1e-30)), axis=-1)) / np.array(lengths)[:, None, None]
+    )
     heaviest = -np.sort(-share, axis=-1)
     top = np.stack([x[..., : max(int(n * _HEAVY), 1)].sum(axis=-1) for x, n in zip(heaviest, np.array(lengths))])
     return {
@@ -109,7 +111,11 @@ def _of_full(lab: Lab, cases: Sequence[Case]) -> Weight:
 
 PERSISTENCE = Task(
     "how many heavy hitters of the prompt stay heavy while the model writes",
-    {"persistence": Metric("heaviest quarter of the prompt still heavy for the text that follows, by layer", "profile")},
+    {
+        "persistence": Metric(
+            "heaviest quarter of the prompt still heavy for the text that follows, by layer", "profile"
+        )
+    },
     running_cases,
     measure_persistence,
     compares=False,

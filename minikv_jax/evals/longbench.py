@@ -67,12 +67,17 @@ def _prompt(folder: Path, name: str) -> str:
 
 def _case(lab: Lab, stem: str, name: str, i: int, record: dict[str, Any], prompt: str) -> Case:
     before, _, after = prompt.partition(_CONTEXT)
-    context, question = before.replace("{input}", record["input"]) + record["context"], after.replace("{input}", record["input"])
+    context, question = (
+        before.replace("{input}", record["input"]) + record["context"],
+        after.replace("{input}", record["input"]),
+    )
     if name not in _PLAIN:
         context, question = lab.chat(context, question.strip())
     most, score = _DATASETS[name]
     ids = written.middle_out(lab.first_ids(context), max(lab.settings.lengths))
-    judge = functools.partial(_judge, name=name, answers=record["answers"], classes=record["all_classes"] or (), score=score)
+    judge = functools.partial(
+        _judge, name=name, answers=record["answers"], classes=record["all_classes"] or (), score=score
+    )
     return written.case(f"{stem}/{i}", name, ids, [written.Turn(tuple(lab.ids(question or "\n")), (), most, judge)])
 
 

@@ -1,6 +1,6 @@
 """Pictures of results: quality against bits per element, and retrieval over depth and length.
 
-    python -m minikv_jax.evals.picture examples/results/quality-*.json --out examples/results/quality.png
+python -m minikv_jax.evals.picture examples/results/quality-*.json --out examples/results/quality.png
 """
 
 import argparse
@@ -62,7 +62,10 @@ def _lines(axis, rows: Sequence[Mapping], methods: Sequence[str]) -> None:
         x, y = [row["bits_per_element"] for row in mine], [row["value"] for row in mine]
         error = None
         if mine and all(row["low"] is not None for row in mine):
-            error = [[max(row["value"] - row["low"], 0) for row in mine], [max(row["high"] - row["value"], 0) for row in mine]]
+            error = [
+                [max(row["value"] - row["low"], 0) for row in mine],
+                [max(row["high"] - row["value"], 0) for row in mine],
+            ]
         color = "black" if method == "full" else f"C{i % 10}"
         axis.errorbar(x, y, error, marker="o", markersize=4, linewidth=1.2, capsize=2, label=method, color=color)
 
@@ -77,7 +80,11 @@ def save_heatmap(rows: Sequence[Mapping], path: Path) -> Path | None:
     figure, axes = _canvas(columns, math.ceil(len(panels) / columns), 2.8, 2.6)
     flat = [axis for line in axes for axis in line]
     for axis, (task, method) in zip(flat, panels):
-        found = {(row["depth"], row["length"]): row["value"] for row in mine if (row["task"], row["method"]) == (task, method)}
+        found = {
+            (row["depth"], row["length"]): row["value"]
+            for row in mine
+            if (row["task"], row["method"]) == (task, method)
+        }
         depths, lengths = (sorted({place[i] for place in found}) for i in (0, 1))
         grid = [[found.get((depth, length), math.nan) for length in lengths] for depth in depths]
         axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")

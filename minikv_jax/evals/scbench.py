@@ -33,7 +33,9 @@ def cases(lab: Lab) -> list[Case]:
     for path in jsonl.files(lab.settings.scbench, "--scbench", "SCBench's JSON lines"):
         name = path.stem
         if name not in (*_SCORES, _MIXED):
-            raise ConfigError(f"{path}: {name!r} is not supported; {', '.join((*_SCORES, _MIXED))} are. Move it elsewhere.")
+            raise ConfigError(
+                f"{path}: {name!r} is not supported; {', '.join((*_SCORES, _MIXED))} are. Move it elsewhere."
+            )
         for i, record in zip(range(lab.settings.limit), jsonl.records(path, ("multi_turns",))):
             found.append(_case(lab, name, i, record))
     return found

@@ -27,7 +27,7 @@ class Piece:
         about: the question.
         tasks: comma-separated.
         methods: by label, for a model and settings.
-        settings: what the piece changes of them; `lengths` as shares of the longest one asked for.
+        settings: what the piece changes of those asked for.
     """
 
     about: str
@@ -133,8 +133,16 @@ def _lines(*lines: str) -> Callable[[ModelConfig, Settings], dict[str, CacheConf
     return methods
 
 
-_DEFAULTS = _lines("full", "kivi", "minikv", "minikv_pyramid", "mikv", "h2o:heavy=0.25,recent=0.25", "snapkv:budget=0.5",
-                   "minikv_plus")  # fmt: skip
+_DEFAULTS = _lines(
+    "full",
+    "kivi",
+    "minikv",
+    "minikv_pyramid",
+    "mikv",
+    "h2o:heavy=0.25,recent=0.25",
+    "snapkv:budget=0.5",
+    "minikv_plus",
+)
 _LONG = _lines("full", "kivi", "minikv", "mikv", "minikv_plus")
 
 
@@ -142,8 +150,14 @@ def _longest(settings: Settings) -> Settings:
     return dataclasses.replace(settings, lengths=(max(settings.lengths),))
 
 
-def _shortest(settings: Settings) -> Settings:
-    return dataclasses.replace(settings, lengths=(min(settings.lengths),))
+def _longer_answers(settings: Settings) -> Settings:
+    return dataclasses.replace(_longest(settings), new_tokens=8 * settings.new_tokens)
+
+
+def _around(settings: Settings) -> Settings:
+    """A quarter, a half, once and twice the longest length."""
+    longest = max(settings.lengths)
+    return dataclasses.replace(settings, lengths=(longest // 4, longest // 2, longest, 2 * longest))
 
 
 STUDY: dict[str, Piece] = {
@@ -197,9 +211,9 @@ STUDY: dict[str, Piece] = {
         "do errors pile up over a long answer?",
         "running",
         _LONG,
-        lambda s: dataclasses.replace(_shortest(s), new_tokens=8 * s.new_tokens),
+        _longer_answers,
     ),
-    "lengths": Piece("does the loss grow with the prompt?", "kl", _DEFAULTS),
+    "lengths": Piece("does the loss grow with the prompt?", "kl", _DEFAULTS, _around),
     "depth": Piece("is anything lost in the middle?", "needle,passkey", _LONG),
     "inside": Piece("errors and attention, layer by layer", "layers,spread,persistence", _DEFAULTS, _longest),
 }

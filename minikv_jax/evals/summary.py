@@ -39,7 +39,9 @@ def rows(items: Sequence[Mapping], metrics: Mapping[str, Metric], model: str) ->
         for metric in item["values"]:
             for group in (item["group"], ALL):
                 held.setdefault((metric, group, item["method"]), []).append(item)
-    made = [_row(model, metric, group, method, found, metrics[metric]) for (metric, group, method), found in held.items()]
+    made = [
+        _row(model, metric, group, method, found, metrics[metric]) for (metric, group, method), found in held.items()
+    ]
     full = {(row["task"], row["case"]): row["value"] for row in made if row["method"] == "full"}
     for row in made:
         if metrics[row["task"]].kind == "accuracy" and full.get((row["task"], row["case"]), 1.0) < 0.5:
@@ -84,9 +86,15 @@ def shown(row: Mapping, metric: Metric) -> str:
     if row.get("cannot"):
         return "model cannot"
     if metric.kind == "growth":
-        value, ends = f"{100 * row['value']:+.1f} %", [f"{100 * x:+.1f}" for x in (row["low"], row["high"]) if x is not None]
+        value, ends = (
+            f"{100 * row['value']:+.1f} %",
+            [f"{100 * x:+.1f}" for x in (row["low"], row["high"]) if x is not None],
+        )
     elif metric.kind == "accuracy":
-        value, ends = f"{100 * row['value']:.1f} %", [f"{100 * x:.1f}" for x in (row["low"], row["high"]) if x is not None]
+        value, ends = (
+            f"{100 * row['value']:.1f} %",
+            [f"{100 * x:.1f}" for x in (row["low"], row["high"]) if x is not None],
+        )
     else:
         value, ends = f"{row['value']:.3g}", [f"{x:.3g}" for x in (row["low"], row["high"]) if x is not None]
     return f"{value} ({' to '.join(ends)})" if ends else value

@@ -73,7 +73,7 @@ class Lab:
         return self.tokenizer(text)["input_ids"]
 
     def chat(self, context: str, question: str) -> tuple[str, str]:
-        """A user's message in the model's chat template, cut before the question; without a template, two paragraphs."""
+        """A user's message in the model's chat template, cut before the question; else two paragraphs."""
         if getattr(self.tokenizer, "chat_template", None) is None:
             return f"{context}\n\n", f"{question}\n"
         message = [{"role": "user", "content": f"{context}\n\n{_CUT}{question}"}]
