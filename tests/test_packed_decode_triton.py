@@ -97,6 +97,7 @@ def test_lanes_read_nothing_beyond_the_length(name, length):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.usefixtures("triton_cache")
 @pytest.mark.parametrize(
     ("capability", "name"),
     [

@@ -211,7 +211,8 @@ blocks = (
 )
 got = m.two_pass_attention(
     q, k, v, ints(rows), ints(columns), ints(offset), scale=0.125, is_causal=case["causal"], sliding_window=None,
-    score_rows=case["score_rows"], blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True),
+    score_rows=case["score_rows"], blocks=blocks, processors=case.get("processors", 1),
+    interpret=plgpu.InterpretGPUParams(detect_races=True),
 )
 want = reference(q, k, v, [rows], [columns], [offset], 0.125, case["causal"], None, case["score_rows"])
 compare(got, want, 2e-2)
@@ -227,10 +228,10 @@ print("DONE")
         dict(
             causal=True,
             score_rows=20,
-            forward=dict(lane_totals=True),
-            blocks=dict(whole_group=True, early_lse=True, turns=True),
+            forward=dict(lane_totals=True, persistent=True),
+            blocks=dict(whole_group=True, early_lse=True, turns=True, persistent=True),
         ),
-        dict(causal=False, score_rows="all", blocks={}),
+        dict(causal=False, score_rows="all", blocks=dict(persistent=True), processors=2),
     ],
 )
 def test_kernels_in_the_interpreter_have_no_races(case):

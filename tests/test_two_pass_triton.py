@@ -106,6 +106,7 @@ QUICK = [(64, 80, None), (128, 90, None)]
 EVERY = [x for x in itertools.product((64, 96, 128, 256), PRODUCT, (None, 512)) if x not in QUICK]
 
 
+@pytest.mark.usefixtures("triton_cache")
 @pytest.mark.parametrize("kernel", [kernels.forward_kernel, kernels.scores_kernel], ids=["forward", "scores"])
 @pytest.mark.parametrize(
     ("h", "capability", "window"), QUICK + [pytest.param(*x, marks=pytest.mark.slow) for x in EVERY]
@@ -122,9 +123,9 @@ def launched(monkeypatch):
     """The kernels that a stand-in for jax-triton, which needs a GPU to be imported, was asked to launch."""
     names = []
 
-    def triton_call(*_, kernel, out_shape, **__):
+    def triton_call(*_, kernel, out_type, **__):
         names.append(kernel.fn.__name__)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_shape)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
 
     monkeypatch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(triton_call=triton_call))
     jax.clear_caches()

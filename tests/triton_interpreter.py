@@ -41,11 +41,11 @@ def _index_of_one_element(tensor, scope, patch=interpreter._patch_lang_tensor):
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
-def triton_call(*arguments, kernel, out_shape, grid, num_warps, num_stages, compute_capability, **constants):
+def triton_call(*arguments, kernel, out_type, grid, num_warps, num_stages, compute_capability, **constants):
     def missing(shape):  # what the kernel leaves out is seen in the result
         return Tensor(np.full(shape.shape, np.nan, shape.dtype))
 
-    outputs = jax.tree.map(missing, out_shape)
+    outputs = jax.tree.map(missing, out_type)
     inputs = [Tensor(x) if isinstance(x, jax.Array) else x.item() if hasattr(x, "item") else x for x in arguments]
     kernel[grid](*inputs, *jax.tree.leaves(outputs), **constants)
     return jax.tree.map(lambda x: jnp.asarray(x.array), outputs)

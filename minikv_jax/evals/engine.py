@@ -98,6 +98,11 @@ def in_parallel[T](run: Callable[[str], T], names: list[str]) -> dict[str, T]:
         return dict(zip(names, pool.map(run, names)))
 
 
+@jax.jit
+def _embedded(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    return model.embed(tokens)
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def _read_on_layer(layer, x, cache: LayerCache, position, counted: Bool[Array, "B T"], config: CacheConfig):
     places = position[:, None] + jnp.arange(x.shape[1])
@@ -126,7 +131,7 @@ def read_on(
         counts: true numbers of tokens. Hidden states past them are meaningless.
     """
     counted = jnp.arange(tokens.shape[1]) < counts[:, None]
-    x, layers = _embed(model, tokens), []
+    x, layers = _embedded(model, tokens), []
     for layer, held in zip(model.layers, cache.layers):
         x, held, _ = _read_on_layer(layer, x, held, cache.lengths, counted, config=cache.config)
         layers.append(held)
@@ -138,7 +143,7 @@ def attention_errors(
 ) -> dict[str, np.ndarray]:
     """Relative error of each layer's attention output, [B, layers], when all layers get the full cache's inputs."""
     counted = jnp.ones(tokens.shape, bool)
-    x, errors = _embed(model, tokens), {name: [] for name in caches}
+    x, errors = _embedded(model, tokens), {name: [] for name in caches}
     for i, layer in enumerate(model.layers):
         following, _, exact = _read_on_layer(layer, x, full.layers[i], full.lengths, counted, config=full.config)
         exact = exact.astype(jnp.float32)

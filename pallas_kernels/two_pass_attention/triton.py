@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import triton_call
 from pallas_kernels.two_pass_attention import common
 
 
@@ -131,8 +132,6 @@ def two_pass_attention(
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8, 9))
 def _two_passes(query, key, value, extent, scale, is_causal, sliding_window, score_rows, tiles, capability):
-    import jax_triton
-
     from pallas_kernels.two_pass_attention import _triton_kernels as kernels
 
     batch, t, heads, size = query.shape
@@ -141,7 +140,7 @@ def _two_passes(query, key, value, extent, scale, is_causal, sliding_window, sco
     forward, scores = tiles
 
     def launch(kernel, tile, inputs, out_shape, grid, *sizes):
-        return jax_triton.triton_call(
+        return triton_call.call(
             *inputs,
             extent,
             np.float32(-scale * common.LOG2E),
@@ -169,11 +168,11 @@ def _two_passes(query, key, value, extent, scale, is_causal, sliding_window, sco
     key_tiles = -(-s // scores.keys)
     group = heads // kv_heads
     together = group if common.takes_whole_group(score_rows, batch * kv_heads * key_tiles) else 1
-    sums = launch(
+    (sums,) = launch(
         kernels.scores_kernel,
         scores,
         (query, key, lse2),
-        jax.ShapeDtypeStruct((batch, heads // together, s), jnp.float32),
+        [jax.ShapeDtypeStruct((batch, heads // together, s), jnp.float32)],
         (heads // together, key_tiles, batch),
         -together,
         window,
