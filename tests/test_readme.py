@@ -39,7 +39,7 @@ def test_commands_and_files_named_in_the_readme_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for name in re.findall(r"(?:tests|examples)/[\w/.]+\.(?:py|txt)", README):
         assert (ROOT / name).exists(), name
-    for command, *options in re.findall(r"minikv (generate|compare|methods)((?: --[a-z-]+ [^ `\n]+)*)", README):
+    for command, *options in re.findall(r"minikv (generate|compare|methods|eval)((?: --[a-z-]+ [^ `\n]+)*)", README):
         known = {flag for option in cli.app.commands[command].params for flag in option.opts}
         assert set(re.findall(r"--[a-z-]+", options[0])) <= known
 

@@ -21,6 +21,8 @@ from minikv_jax.report import planned_report
 
 RESULTS = Path("examples/results")
 _NOT_YET = "Not measured yet."
+# The study has many settings of each method; the README shows the published ones.
+_SHOWN = (*presets.METHODS, "h2o:heavy=0.25,recent=0.25", "snapkv:budget=0.5")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -168,6 +170,20 @@ def _kernels(row: dict, bandwidth: float) -> str:
     return f"{title}\n\n{_table(['kernel', 'calls', 'time', 'share'], rows)}"
 
 
+def quality(folder: Path) -> str:
+    """Each model's methods: quality beside bits per element."""
+    from minikv_jax.evals import summary
+    from minikv_jax.evals.tasks import METRICS
+
+    parts = []
+    for path in sorted(folder.glob("quality-*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row for row in results["rows"] if row["method"] in _SHOWN]
+        parts.append(f"{results['rows'][0]['model']}. {_source(results)}")
+        parts.append(summary.table(rows, METRICS, ("kl", "top1", "ppl", "lines", "shared")))
+    return "\n\n".join(parts) or _NOT_YET
+
+
 def _shape(row: dict) -> str:
     shape = row["shape"]
     return f"{shape['N']} query and {shape['K']} key/value heads of {shape['H']} where a case does not say otherwise. "
@@ -180,6 +196,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "prefill": prefill,
     "decode": decode,
     "e2e": e2e,
+    "quality": quality,
 }
 
 
