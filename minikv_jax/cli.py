@@ -78,7 +78,7 @@ def _answer(
     import jax.numpy as jnp
     import numpy as np
 
-    from minikv_jax.generate import bucket, stream
+    from minikv_jax.generate import stream
 
     def read() -> tuple[str, bool]:
         """The answer so far, and whether it ends here."""
@@ -92,7 +92,7 @@ def _answer(
     with _progress_bar(f"reading {len(ids):,} tokens ({config.name})") as progress:
         tokens = stream(
             model,
-            bucket(jnp.asarray([ids], jnp.int32), model.config.max_position_embeddings - request.max_new_tokens),
+            jnp.asarray([ids], jnp.int32),
             jnp.asarray([len(ids)], jnp.int32),
             config,
             request.max_new_tokens,

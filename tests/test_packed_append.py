@@ -220,7 +220,7 @@ def test_compiles_for(capability, name, kernel):
         constants |= {"WINDOW": 128, "FIRST": 0}
         names = ("new_key", "new_value", "_window_key", "_window_value", "window_key", "window_value")
         types = dict.fromkeys(names, "*bf16")
-        counters = ("accept", "window_length", "length", "out_window_length", "out_length")
+        counters = ("accept", "window_length", "length")
     else:
         constants |= {"KROWS": 128, "KCOUNT": 128, "VROWS": 129, "VCOUNT": 1}
         types = dict.fromkeys(("key_rows", "value_rows"), "*bf16")

@@ -279,7 +279,7 @@ def append_kernel(
     _window_key, _window_value, _kc, _ks, _kz, _vc, _vs, _vz,
     heads, blocks,
     window_key, window_value, kc, ks, kz, vc, vs, vz,
-    out_window_length, out_length, key_scratch, value_scratch,
+    key_scratch, value_scratch,
     WINDOW: tl.constexpr, FIRST: tl.constexpr, H: tl.constexpr,
     KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
     VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VCLIP: tl.constexpr,
@@ -295,11 +295,7 @@ def append_kernel(
     start = tl.load(length + batch)
     channel = tl.arange(0, H)
     rows = head.to(tl.int64) * (WINDOW * H)
-    after = filled + accepts
-    full = (accepts != 0) & (after == WINDOW)
-    if (head % heads == 0) & (part == 0):
-        tl.store(out_window_length + batch, tl.where(full, FIRST, after))
-        tl.store(out_length + batch, tl.where(full, start + COUNT, start))
+    full = (accepts != 0) & (filled + 1 == WINDOW)
     if accepts != 0:
         if part == 0:
             x = tl.load(new_key + head * H + channel)

@@ -155,14 +155,13 @@ def packed_append(
     changed = [window_key, window_value, *_arrays(keys, values)]
     counters = [x.astype(jnp.int32) for x in (accept, window_length, length)]
     inputs = [new_key, new_value, *counters, _factor(options, counters[0]), *changed]
-    counter = jax.ShapeDtypeStruct((b,), jnp.int32)
     scratch = _scratch(b, heads, window - first, h)
-    window_key, window_value, *packed, window_length, length, _, _ = triton_call.call(
+    window_key, window_value, *packed, _, _ = triton_call.call(
         *inputs,
         -heads,
         -keys.codes.shape[2],
         kernel=kernels.append_kernel,
-        out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed), counter, counter, scratch, scratch],
+        out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed), scratch, scratch],
         grid=(b * heads, 2),
         num_warps=4,
         input_output_aliases={len(inputs) - len(changed) + i: i for i in range(len(changed))},
@@ -171,6 +170,10 @@ def packed_append(
         **constants(keys, values, options),
     )
     keys, values = _restored(packed, (keys, values))
+    # Not the kernel's work: XLA counts for all layers in one launch, and needs no copy of what a kernel returned.
+    full = accept & (window_length + 1 == window)
+    window_length = jnp.where(full, first, window_length + accept)
+    length = jnp.where(full, length + (window - first), length)
     return Appended(window_key, window_value, window_length, keys, values, length)
 
 
