@@ -15,7 +15,7 @@ from models import CONFIG, METHODS, MODEL, tokens
 from tiny import lab
 
 from minikv_jax import ConfigError, decode_step, nbytes, prefill, presets
-from minikv_jax.evals import engine, known, records, run, shared, store, summary, task, texts
+from minikv_jax.evals import engine, known, picture, records, run, shared, store, summary, task, texts
 from minikv_jax.evals.kl import TASK as KL
 from minikv_jax.evals.tasks import METRICS, TASKS, by_names
 from minikv_jax.report import cache_report
@@ -27,20 +27,22 @@ LAB = lab(lengths=(150,))
 
 
 def test_one_reading_serves_all_and_goes_on_as_decode_step():
-    prompt, more = tokens(2, 40), tokens(2, 6)
-    lengths, counts = jnp.array([40, 31]), np.array([6, 4])
-    chosen = {name: METHODS[name].replace(generated_capacity=20) for name in ("minikv", "h2o")}
+    prompt, more = tokens(2, 40), tokens(2, 20)  # 20 tokens fill a window of 16
+    lengths, counts = jnp.array([40, 31]), np.array([20, 4])
+    chosen = {name: METHODS[name].replace(generated_capacity=20) for name in ("minikv", "snapkv")}
     read = engine.read_prompt(MODEL, prompt, lengths, chosen)
-    for name, config in chosen.items():
-        logits, cache = prefill(MODEL, prompt, lengths, config)
-        np.testing.assert_allclose(read.logits, logits, atol=1e-4)
-        hidden, after = engine.read_on(MODEL, read.caches[name], more, jnp.asarray(counts))
-        assert after.lengths.tolist() == [46, 35] and after.room.tolist() == [14, 16]
-        step = jax.jit(decode_step)
-        for i in range(more.shape[1]):
-            expected, cache = step(MODEL, cache, more[:, i])
-            for row in np.flatnonzero(i < counts):
-                np.testing.assert_allclose(MODEL.logits(hidden)[row, i], expected[row], atol=1e-3)
+    logits, cache = prefill(MODEL, prompt, lengths, chosen["minikv"])
+    np.testing.assert_allclose(read.logits, logits, atol=1e-4)
+    weight = engine.weight_of(MODEL, read.caches["minikv"])
+    # 2 bits of codes; scale and minimum of 16 bits for each group of 8.
+    assert weight.bits_of_tiers == 3 * weight.bits_of_codes > 0 and weight.bytes == nbytes(cache)
+    hidden, after = engine.read_on(MODEL, read.caches["minikv"], more, jnp.asarray(counts))
+    assert after.lengths.tolist() == [60, 35] and after.room.tolist() == [0, 16]
+    step, found = jax.jit(decode_step), np.asarray(MODEL.logits(hidden))
+    for i in range(more.shape[1]):
+        expected, cache = step(MODEL, cache, more[:, i])
+        for row in np.flatnonzero(i < counts):
+            np.testing.assert_allclose(found[row, i], expected[row], atol=1e-3)
 
 
 def test_a_pyramid_weighs_what_prefill_makes():
@@ -54,37 +56,31 @@ def test_a_pyramid_weighs_what_prefill_makes():
     assert weight.bits_per_element == total.bits_per_element > weight.bits_of_tiers == weight.bits_of_codes
 
 
-def test_metadata_is_told_apart():
-    config = METHODS["minikv"].replace(generated_capacity=16)
-    cache = engine.read_prompt(MODEL, tokens(1, 64), jnp.array([64]), {"x": config}).caches["x"]
-    weight = engine.weight_of(MODEL, cache)
-    # 2 bits of codes; scale and minimum of 16 bits for each group of 8.
-    assert weight.bits_of_tiers == 3 * weight.bits_of_codes > 0
-
-
 def test_known_answers_are_what_greedy_decoding_writes():
-    lab_ = lab()
-    prompt, question = tokens(1, 40).tolist()[0], tokens(1, 5).tolist()[0]
-    config = METHODS["snapkv"]
-    case = task.Case("c", "g", tuple(prompt))
-    cache = known.read_cases(lab_, [case], {"x": config}, 9)[1]["x"]
-    hidden, cache = engine.read_on(MODEL, cache, jnp.array([[*question, 0, 0, 0, 0]]), jnp.array([5]))
-    first = engine.best(MODEL, hidden, jnp.array([4]))
-    written, _ = engine.write_on(MODEL, cache, first, 4)
-    right = written[0].tolist()
-    wrong = [*right[:2], (right[2] + 1) % CONFIG.vocab_size, right[3]]
+    prompts, questions = tokens(2, 150).tolist(), tokens(2, 6).tolist()
+    cases = [task.Case(str(i), "g", tuple(prompt)) for i, prompt in enumerate(prompts)]
+    cache = known.read_cases(LAB, cases, {}, 10)[1]["full"]
+    padded = jnp.array([[*question, 0, 0, 0, 0] for question in questions])
+    hidden, cache = engine.read_on(MODEL, cache, padded, jnp.array([6, 6]))
+    written, _ = engine.write_on(MODEL, cache, engine.best(MODEL, hidden, jnp.array([5, 5])), 4)
 
-    def outcome(answer):
-        follow = task.Follow((*question, *answer), ((5, 9),))
-        asked = dataclasses.replace(case, follows=(follow,))
-        answers = lambda lab, case, found: {"x": [known.answers(lab, follow, found[0])[0].digits]}  # noqa: E731
-        return known.measure(lab_, [asked], {"snapkv": config}, answers)["snapkv"][0].values["x"]
+    def exact(lab, case, found):
+        return {"x": [known.answers(lab, case.follows[0], found[0])[0].digits]}
 
-    assert outcome(right) == [1.0] and outcome(wrong)[0] < 1
+    def outcome(answers):
+        follows = [task.Follow((*q, *answer), ((6, 10),)) for q, answer in zip(questions, answers)]
+        asked = [dataclasses.replace(case, follows=(follow,)) for case, follow in zip(cases, follows)]
+        return [one.values["x"][0] for one in known.measure(LAB, asked, {"full": presets.full()}, exact)["full"]]
+
+    right = written.tolist()
+    assert outcome(right) == [1.0, 1.0]
+    second_is_wrong = [right[0], [*right[1][:2], (right[1][2] + 1) % CONFIG.vocab_size, right[1][3]]]
+    assert outcome(second_is_wrong)[0] == 1.0 > outcome(second_is_wrong)[1]
 
 
 def test_writing_stops_at_an_end():
-    cache = engine.read_prompt(MODEL, tokens(2, 10), jnp.array([10, 10]), {"x": presets.full()}).caches["x"]
+    cases = [task.Case("", "g", tuple(prompt)) for prompt in tokens(2, 150).tolist()]
+    cache = known.read_cases(LAB, cases, {}, 10)[1]["full"]
     first = jnp.array([3, 5])
     free, _ = engine.write_on(MODEL, cache, first, 6)
     end = int(free[0, 2])
@@ -164,14 +160,11 @@ def test_the_full_cache_is_no_distance_from_itself():
 @pytest.mark.parametrize("title", ["running", "layers", "spread", "persistence"])
 def test_looking_inside(title):
     asked = {"full": presets.full(), "snapkv": METHODS["snapkv"]}
-    measured = TASKS[title].measure(LAB, TASKS[title].cases(LAB), asked)
+    ten = LAB if title == "layers" else lab(lengths=(150,), new_tokens=10)  # tokens after the prompt, in either case
+    measured = TASKS[title].measure(ten, TASKS[title].cases(ten), asked)
     values = {name: column[0].values for name, column in measured.items()}
     if title == "running":
-        assert (
-            values["full"]["run_kl"] == 0
-            and values["full"]["run_top1"] == 1
-            and values["full"]["run_same"] == LAB.settings.new_tokens - 1
-        )
+        assert values["full"]["run_kl"] == 0 and values["full"]["run_top1"] == 1 and values["full"]["run_same"] == 9
         assert len(values["snapkv"]["run_kl_path"]) == 8 and values["snapkv"]["run_kl"] > 0
     elif title == "layers":
         assert values["full"]["attention_error"] == [0] and 0 < values["snapkv"]["attention_error"][0] < 1
@@ -203,8 +196,8 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
 
 
 def _item(method, value, case="c", metric="lines", **more):
-    weights = {"bytes": 10, "bits_per_element": 4.0, "bits_of_tiers": 3.0, "bits_of_codes": 2.0}
-    return {"task": "t", "case": case, "group": "g", "method": method, "values": {metric: value}, **weights, **more}
+    weights = {"group": "g", "bytes": 10, "bits_per_element": 4.0, "bits_of_tiers": 3.0, "bits_of_codes": 2.0}
+    return {"task": "t", "case": case, "method": method, "values": {metric: value}, **weights, **more}
 
 
 def test_what_the_full_cache_cannot_do_is_said():
@@ -230,20 +223,21 @@ def test_growth_is_of_the_mean_likelihood():
 # ---- runs ----------------------------------------------------------------------------------------------------------
 
 
-def _run(out, tasks="kl,passkey"):
+def _run(out, tasks="kl,layers"):
     return run.run(LAB, "tiny", {"snapkv": METHODS["snapkv"]}, by_names(tasks), out, "a command")
 
 
 def test_a_run_writes_everything_and_goes_on_after_a_kill(tmp_path, monkeypatch):
     rows = _run(tmp_path / "whole")
     names = {path.name for path in (tmp_path / "whole").iterdir()}
-    assert names == {"items.jsonl", "run.json", "results.json", "table.md", "quality.png", "heatmap.png"}
+    assert names == {"items.jsonl", "run.json", "results.json", "table.md", "quality.png"}
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["benchmark"] == "quality" and results["rows"] == rows
     wanted = {"model", "case", "task", "method", "bits_per_element", "bytes", "value", "low", "high"}
     assert all(wanted <= row.keys() for row in rows)
 
-    # Killed in the midst of a write, then started again.
+    # Killed in the midst of a write, then started again. Pictures were drawn once above.
+    monkeypatch.setattr(run.picture, "save_quality", lambda *_: None)
     add, calls = store.add, []
 
     def killed(out, items):
@@ -258,16 +252,33 @@ def test_a_run_writes_everything_and_goes_on_after_a_kill(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         _run(tmp_path / "cut")
     monkeypatch.setattr(store, "add", add)
-    counted = []
-    monkeypatch.setattr(run, "write", lambda out, items, *rest: counted.append(len(items)) or write(out, items, *rest))
+    assert (tmp_path / "cut" / "results.json").exists()  # what was there when it was killed
     assert _run(tmp_path / "cut") == rows
+    # Nothing is measured twice.
     again = (tmp_path / "cut" / "items.jsonl").read_bytes()
-    _run(tmp_path / "cut")
+    assert _run(tmp_path / "cut") == rows
     assert (tmp_path / "cut" / "items.jsonl").read_bytes() == again
-    assert len(set(counted)) == 1
 
 
-write = run.write
+def test_retrieval_is_mapped_over_depth_and_length(tmp_path):
+    items = [
+        _item(
+            method,
+            value,
+            f"{length}/{depth}",
+            "passkey",
+            group=f"{length}/{depth}",
+            place={"length": length, "depth": depth},
+        )
+        for method, value in (("full", 1.0), ("kivi", 0.5))
+        for length in (1024, 2048)
+        for depth in (0.0, 0.5)
+    ]
+    rows = summary.rows(items, METRICS, "m")
+    assert sum("depth" in row for row in rows) == 8  # and one row a method over all
+    assert picture.save_heatmap(rows, tmp_path / "map.svg") is not None
+    assert "passkey, kivi" in (tmp_path / "map.svg").read_text()
+    assert picture.save_heatmap([], tmp_path / "none.png") is None and not (tmp_path / "none.png").exists()
 
 
 def test_another_run_in_the_same_folder_is_refused(tmp_path):

@@ -106,9 +106,6 @@ def test_longbench_is_read_cut_and_judged(tmp_path):
     assert first.about["turns"][0].score("it was ann b") == pytest.approx(2 * 2 / (4 + 2))
     assert trec.about["turns"][0].score("place\nthing") == 1
 
-    measured = longbench.TASK.measure(chosen, [first], {"full": presets.full()})
-    assert 0 <= measured["full"][0].values["longbench"][0] <= 1
-
 
 @pytest.mark.parametrize(
     "name, text, named",
@@ -148,6 +145,7 @@ def test_scbench_asks_turn_after_turn(tmp_path):
     assert [decode(turn.answer) for turn in kv.about["turns"]] == ["b", "d"]
     assert kv.about["turns"][1].score("it is E") == 1 and vt.about["turns"][0].score("v only") == 0.5
 
+    # Both data sets are measured alike; this one has turns.
     kv = written.case(
         "kv", "g", kv.prompt, [turn.__class__(turn.question, turn.answer, 3, turn.score) for turn in kv.about["turns"]]
     )

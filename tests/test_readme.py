@@ -52,7 +52,7 @@ def test_tables_of_results(tmp_path, monkeypatch):
     monkeypatch.delitem(tables.PARTS, "sizes")  # slow, and in the README's own test already
     text = "".join(f"<!-- {name} -->\nbehind\n<!-- /{name} -->\n" for name in tables.PARTS)
     written = tables.render(text, tmp_path)
-    assert written.count("Not measured yet.") == 4 and "behind" not in written and "`minikv`" in written
+    assert written.count("Not measured yet.") == 5 and "behind" not in written and "`minikv`" in written
     with pytest.raises(MiniKVError, match="cpu"):
         tables.render(text.replace("<!-- cpu -->", ""), tmp_path)
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax import allocate
 from minikv_jax.cache import KVCache, LayerCache, Shape, read_token
 from minikv_jax.config import CacheConfig
-from minikv_jax.generate import _compress, _embed, _fitting, _logits_at, _read_layer, empty_cache
+from minikv_jax.generate import _chunk_rows, _compress, _embed, _fitting, _logits_at, _read_layer, empty_cache
 from minikv_jax.models.llama import Llama
 from minikv_jax.report import Size, cache_report
 from minikv_jax.segments import DenseSegment
@@ -40,9 +40,11 @@ class Prompt:
 
 def _read_layers(model: Llama, tokens, lengths, rows: Sequence[int | str]) -> Iterator[dict[int | str, tuple]]:
     """What each layer gives in turn, for each way to count scores: its result, and all that is compressed of it."""
-    x = _embed(model, tokens)
+    at_once = _chunk_rows(*tokens.shape)
+    x = _embed(model, tokens, at_once)
     for layer in model.layers:
-        read = {n: _read_layer(layer, x, lengths, score_rows=n, sliding_window=None) for n in rows}
+        # A layer takes the place of what it reads: each reading gets a copy.
+        read = {n: _read_layer(layer, jnp.array(x), lengths, at_once, n, sliding_window=None) for n in rows}
         x = read[rows[0]][0]
         yield read
 

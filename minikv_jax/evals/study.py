@@ -46,7 +46,8 @@ def _packed(name: str, x: float, window: int, bits: int) -> str:
 def _plus(name: str, x: float, window: int, bits: int) -> str:
     # All tokens first; below that half of what is kept is recent.
     kept = "" if x >= 1 else f"heavy={x / 2:.3f},recent={x / 2:.3f},"
-    return f"{name}:{kept}key_bits={bits},residual={window}"
+    groups = f"group_size={window}," if window < 64 else ""
+    return f"{name}:{kept}key_bits={bits},{groups}residual={window}"
 
 
 def _mikv(name: str, x: float, window: int, bits: int) -> str:
