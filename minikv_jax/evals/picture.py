@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -42,7 +43,11 @@ def save_quality(rows: Sequence[Mapping], path: Path, panels: Sequence[str] = ()
             found = [row for row in mine if row["model"] == model and row["task"] == name]
             _lines(axis, found, methods)
             logarithmic = _PANELS.get(name) == "log" and any(row["value"] > 0 for row in found)
-            axis.set(title=f"{model}: {name}", xlabel="bits per element, all held", ylabel=METRICS[name].about)
+            axis.set(
+                title=f"{model}: {name}",
+                xlabel="bits per element, all held",
+                ylabel=textwrap.fill(METRICS[name].about, 36),
+            )
             axis.set_xscale("log", base=2)
             axis.yaxis.label.set_fontsize("x-small")
             if logarithmic:

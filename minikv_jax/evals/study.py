@@ -43,11 +43,11 @@ def _packed(name: str, x: float, window: int, bits: int) -> str:
     return f"{name}:heavy={x / 2:.3f},recent={x / 2:.3f},bits={bits},residual={window}"
 
 
-def _plus(name: str, x: float, window: int, bits: int) -> str:
+def _plus(name: str, x: float, window: int, bits: tuple[int, int]) -> str:
     # All tokens first; below that half of what is kept is recent.
     kept = "" if x >= 1 else f"heavy={x / 2:.3f},recent={x / 2:.3f},"
     groups = f"group_size={window}," if window < 64 else ""
-    return f"{name}:{kept}key_bits={bits},{groups}residual={window}"
+    return f"{name}:{kept}key_bits={bits[0]},value_bits={bits[1]},{groups}residual={window}"
 
 
 def _mikv(name: str, x: float, window: int, bits: int) -> str:
@@ -68,7 +68,7 @@ def _counted(name: str, x: float, tokens: int) -> str:
 
 
 # How each method is made smaller, and the bits it may take, fewest first.
-_KNOBS: Mapping[str, tuple[Callable[..., str], tuple[int, ...]]] = {
+_KNOBS: Mapping[str, tuple[Callable[..., str], tuple]] = {
     "streaming_llm": (_counted, (16,)),
     "h2o": (_dense, (16,)),
     "snapkv": (_dense, (16,)),
@@ -77,7 +77,7 @@ _KNOBS: Mapping[str, tuple[Callable[..., str], tuple[int, ...]]] = {
     "minikv": (_packed, (2, 4, 8)),
     "minikv_pyramid": (_packed, (2, 4, 8)),
     "mikv": (_mikv, (4, 16)),
-    "minikv_plus": (_plus, (2, 3, 4, 8)),
+    "minikv_plus": (_plus, ((2, 2), (3, 2), (4, 2), (4, 4), (8, 8))),
 }
 
 
@@ -89,14 +89,14 @@ def at_share(name: str, share: float, model: ModelConfig, prompt: int, generated
     write, widths = _KNOBS[name]
     window = next((w for w in _WINDOWS if w / (prompt + generated) <= share / 4), _WINDOWS[-1])
 
-    def line(x: float, bits: int) -> str:
+    def line(x: float, bits) -> str:
         return write(name, x, prompt) if write is _counted else write(name, x, window, bits)
 
     # Layers are alike but for a pyramid, whose budgets fall in a straight line: a few layers say what all weigh.
     model = dataclasses.replace(model, num_layers=min(model.num_layers, 5 if "pyramid" in name else 1))
 
     @functools.cache
-    def weighs(x: float, bits: int) -> float:
+    def weighs(x: float, bits) -> float:
         (config,) = presets.parse(line(x, bits)).values()
         return planned_report(model, config, prompt, generated).total.bits_per_element / 16
 
@@ -112,7 +112,8 @@ def at_share(name: str, share: float, model: ModelConfig, prompt: int, generated
                 low, high = (middle, high) if weighs(middle, bits) <= share else (low, middle)
         except ConfigError:
             continue
-        return line(low, bits) if abs(weighs(low, bits) - share) < 0.15 * share else None
+        # Room comes in whole blocks: a short prompt's cache may have to stay somewhat below.
+        return line(low, bits) if weighs(low, bits) >= 0.75 * share else None
     return None
 
 
