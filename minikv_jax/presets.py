@@ -1,10 +1,12 @@
 """The methods, one row each. A row is a value: change a knob with the arguments, anything else with `.replace`."""
 
 import inspect
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Iterable
 
 from minikv_jax.config import Allocation, Amount, CacheConfig, Codec, Rank
-from minikv_jax.errors import ConfigError
+from minikv_jax.errors import ConfigError, MiniKVError
 
 
 def full() -> CacheConfig:
@@ -272,3 +274,47 @@ def by_name(name: str, **knobs) -> CacheConfig:
     if unknown:
         raise ConfigError(f"{name} has no knob {', '.join(unknown)}: it has {', '.join(known) or 'none'}.")
     return METHODS[name](**knobs)
+
+
+def with_settings(name: str, settings: Iterable[str]) -> CacheConfig:
+    """The preset called `name` with `knob=value` settings, values written as in JSON.
+
+    Raises:
+        ConfigError: as `by_name`; a setting without a value, or a value of the wrong type.
+    """
+    settings, knobs = list(settings), {}
+    for setting in settings:
+        knob, _, value = setting.partition("=")
+        if not value:
+            raise ConfigError(f"{name}: {setting!r} is no setting: write it as knob=value, for example bits=4.")
+        try:
+            knobs[knob] = json.loads(value)
+        except json.JSONDecodeError:
+            knobs[knob] = value
+    try:
+        return by_name(name, **knobs)
+    except MiniKVError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: a value in {' '.join(settings)} has the wrong type ({error}).") from None
+
+
+def parse(methods: str) -> dict[str, CacheConfig]:
+    """Methods in one line, by what was written: `full,minikv:heavy=0.1,recent=0.1,kivi`.
+
+    Settings follow a colon; those after a comma belong to the method before them.
+
+    Raises:
+        ConfigError: as `with_settings`; nothing, or a setting without a method.
+    """
+    found: list[list[str]] = []
+    for part in re.split(r",(?![^\[]*\])", methods):
+        name, colon, setting = part.strip().partition(":")
+        if colon or "=" not in name:
+            found.append([name, *([setting] if colon else [])])
+        elif found:
+            found[-1].append(name)
+        else:
+            raise ConfigError(f"{methods!r} begins with a setting: write method:knob=value, for example minikv:bits=4.")
+    named = {name + (":" + ",".join(settings) if settings else ""): (name, settings) for name, *settings in found}
+    return {label: with_settings(*method) for label, method in named.items()}

@@ -14,7 +14,16 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax import quantize
 from minikv_jax.config import Codec, GroupSize
 from minikv_jax.quantize import Codes
-from pallas_kernels import Part, Partial, dense_decode_attention, packed_decode_attention
+from pallas_kernels import (
+    Part,
+    Partial,
+    Run,
+    dense_decode_attention,
+    packed_append,
+    packed_decode_attention,
+    packed_write,
+)
+from pallas_kernels.packed_append.api import Options as AppendOptions
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 
 
@@ -240,6 +249,41 @@ def put_codes(segment: PackedSegment, start, keys: Codes, values: Codes, accept:
     written = (write_codes(x, new, start, accept) for x, new in ((segment.keys, keys), (segment.values, values)))
     keys, values = written
     return dataclasses.replace(segment, keys=keys, values=values)
+
+
+def append_to_window(
+    segment: PackedSegment, window: DenseSegment, key, value, accept: Bool[Array, "B"], first: int
+) -> tuple[PackedSegment, DenseSegment]:
+    """A window with one more token, and, from row `first` on, what is full with it in the segment, by one kernel.
+
+    Raises:
+        NotImplementedError: there is no kernel for this codec or this device.
+    """
+    new = packed_append(
+        key, value, accept, window.key, window.value, window.length, segment.keys, segment.values, segment.length,
+        first=first, options=_kernel_options(segment),
+    )  # fmt: skip
+    return (
+        dataclasses.replace(segment, keys=new.keys, values=new.values, length=new.length),
+        DenseSegment(new.window_key, new.window_value, new.window_length),
+    )
+
+
+def write_runs(segment: PackedSegment, key: Run, value: Run) -> PackedSegment:
+    """Encodes a run of dense keys and one of values into the segment by one kernel; its length stays.
+
+    Raises:
+        NotImplementedError: there is no kernel for this codec or this device.
+    """
+    keys, values = packed_write(key, value, segment.keys, segment.values, options=_kernel_options(segment))
+    return dataclasses.replace(segment, keys=keys, values=values)
+
+
+def _kernel_options(segment: PackedSegment) -> AppendOptions:
+    codec = segment.codec
+    if codec.integer_zero:
+        raise NotImplementedError("whole zero points have no kernel")
+    return AppendOptions(codec.key_clip, codec.value_clip, segment.balance)
 
 
 def take(segment: Segment, slot: Int[Array, "B K"]) -> tuple[Float[Array, "B K 1 H"], Float[Array, "B K 1 H"]]:

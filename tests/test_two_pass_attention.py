@@ -205,14 +205,10 @@ q, k, v = draw(0, 1, 136, 141, 2, 1, 64, jnp.bfloat16)
 rows, columns, offset = 131, 133, 9
 q = q.at[:, rows:].set(jnp.nan)
 k, v = k.at[:, columns:].set(jnp.nan), v.at[:, columns:].set(jnp.nan)
-blocks = (
-    m.ForwardBlocks(2, 64, 64, 2, **case.get("forward", {{}})),
-    m.ScoreBlocks(2, 64, 64, 2, **case["blocks"]),
-)
+blocks = m.ForwardBlocks(2, 64, 64, 2), m.ScoreBlocks(2, 64, 64, 2, **case["blocks"])
 got = m.two_pass_attention(
     q, k, v, ints(rows), ints(columns), ints(offset), scale=0.125, is_causal=case["causal"], sliding_window=None,
-    score_rows=case["score_rows"], blocks=blocks, processors=case.get("processors", 1),
-    interpret=plgpu.InterpretGPUParams(detect_races=True),
+    score_rows=case["score_rows"], blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True),
 )
 want = reference(q, k, v, [rows], [columns], [offset], 0.125, case["causal"], None, case["score_rows"])
 compare(got, want, 2e-2)
@@ -225,13 +221,8 @@ print("DONE")
     "case",
     [
         dict(causal=True, score_rows="all", blocks={}),
-        dict(
-            causal=True,
-            score_rows=20,
-            forward=dict(lane_totals=True, persistent=True),
-            blocks=dict(whole_group=True, early_lse=True, turns=True, persistent=True),
-        ),
-        dict(causal=False, score_rows="all", blocks=dict(persistent=True), processors=2),
+        dict(causal=True, score_rows=20, blocks=dict(whole_group=True)),
+        dict(causal=False, score_rows="all", blocks={}),
     ],
 )
 def test_kernels_in_the_interpreter_have_no_races(case):

@@ -24,15 +24,6 @@ def device_kind() -> str:
     return getattr(device, "device_kind", platform) if platform in ("gpu", "cuda") else platform
 
 
-def processors() -> int:
-    """Multiprocessors of what the program is traced for; an H100's 132 where that is not a GPU."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract.num_cores or 132
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    return getattr(device, "core_count", None) or 132
-
-
 def decline_what_no_kernel_takes(query, key, value, scale: float) -> None:
     """Raises NotImplementedError for the arguments that only XLA runs."""
     if query.dtype not in (jnp.bfloat16, jnp.float16) or not query.dtype == key.dtype == value.dtype:

@@ -21,9 +21,10 @@ own registers: no atomics, one owner per key, and the same bits on every run.
 
 Schedule. One block of threads fills one of 132 processors, and tiles differ: 2 to 64 steps in pass 2 at S = 8192. The
 heavy ones (last rows in pass 1, first keys in pass 2) of all heads start before any lighter one, and the light ones
-fill the end. Head after head instead, the last head's heavy tiles would start when nothing is left to run beside them:
-with 32 heads, and two steps' time for a block's start and end, list scheduling takes 308 steps where 256 are a
-processor's share of the work; by weight it takes 274, and 260 where the heads of a group go together.
+fill the end. Head after head instead, the last head's heavy tiles start when nothing is left to run beside them.
+Measured on an H100 at S = 8192, against cuDNN's flash alone: 1.45 head after head, 1.37 by weight (heads 32/8 of 128;
+pass 2 627 and 551 us), 1.40 and 1.32 (heads 32/32), 1.61 and 1.48 (heads 32/8 of 64). At S = 32768, 16 times the tiles,
+the gain is within the 10 to 20 % that a throttling card's figures spread.
 
 Limit. Causal flash is 2 * T * S * H multiply-adds per query head over the lower triangle (two products), pass 2 one
 more: 1.5 times flash alone is the arithmetic of exact column sums. At H = 128 a 128 x 128 tile of pass 2 keeps the
@@ -31,9 +32,8 @@ tensor cores of an SM busy for 1024 cycles (4096 FLOP per cycle) and its special
 exponentials per cycle), so pass 2 lives on overlapping the two: four consumers of 64 keys, each free to run ahead, do
 that better than two of 128. At H = 64 the exponentials alone are the limit. In pass 1 a consumer starts Q K^T of a step
 together with P V of the step before and computes its softmax meanwhile; the consumers take turns on the tensor cores.
-Of a large matrix product's rate (790 TFLOP/s, measured) both passes reach 0.77 to 0.79 at S = 32768. Starts and ends of
-blocks and the end of the schedule take 2 % of the rest, the masked halves of diagonal tiles 0.5 %; what remains is
-products and exponentials waiting for each other. At S = 8192 the schedule takes 7 % and the diagonal 1.5 %.
+Of a large matrix product's rate (790 TFLOP/s, measured) pass 1 reaches 0.69 at S = 8192 and 0.75 to 0.79 at S = 32768,
+pass 2 0.65 and 0.76, cuDNN's flash 0.65 and 0.77: what is missing is products and exponentials waiting for each other.
 
 Edges. TMA fills what lies outside an array with zeros and drops stores there, in whole groups of 8 rows; T and S that
 are no multiple of 8 are padded by the wrapper. Padding may hold NaN: logits outside are replaced, never multiplied.
@@ -65,8 +65,6 @@ class ForwardBlocks:
     rows: int = 64
     keys: int = 128
     stages: int = 2
-    lane_totals: bool = False  # sums of probabilities stay within a lane until the end
-    persistent: bool = False  # one block of threads a processor takes tiles in turn, loading ahead over their ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +81,6 @@ class ScoreBlocks:
     rows: int = 128
     stages: int = 2
     whole_group: bool = False
-    early_lse: bool = False  # log-sum-exps are read while the product runs
-    turns: bool = False  # consumers start their products in turn
-    persistent: bool = False  # as in `ForwardBlocks`
 
 
 # By head size, measured on an H100. What was tried and lost, each against its neighbour of the same run, H = 128.
@@ -93,10 +88,15 @@ class ScoreBlocks:
 # registers 431, two products in flight per consumer 566 at best; sums over lanes in every step cost 4 %; one eighth of
 # the exponentials as a polynomial costs 5 % at S = 8192, a quarter 13 %. Pass 1: 64 keys per step 561 against 650,
 # query rows held in registers 577 against 618, three stages 548 against 608 at S = 8192.
+# Later, at S = 8192. Pass 2 with two stages takes 545 us: log-sum-exps read during the product 588, products in turns
+# 564, 64 rows and four stages 759, 132 blocks of threads that take tiles in turn 535 (S = 32768: 7861 against 7355).
+# Three stages 536 (heads 32/32: 561 against 574, S = 32768: 7470 against 7635); at H = 64 five stages 433 against 434
+# with four (5631 against 5823). Pass 1, 1003 us: sums of probabilities by lane 1035, 132 blocks of threads 1033 (15293
+# against 14913).
 _BLOCKS = {
-    64: (ForwardBlocks(3, 64, 128), ScoreBlocks(stages=4)),
-    96: (ForwardBlocks(), ScoreBlocks()),
-    128: (ForwardBlocks(), ScoreBlocks()),
+    64: (ForwardBlocks(3, 64, 128), ScoreBlocks(stages=5)),
+    96: (ForwardBlocks(), ScoreBlocks(stages=3)),
+    128: (ForwardBlocks(), ScoreBlocks(stages=3)),
     256: (ForwardBlocks(2, 64, 64), ScoreBlocks(2, 64, 128)),
 }
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
@@ -151,32 +151,8 @@ def _index(shape: tuple[int, int], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
-def _share(work: int, launched: int, mine):
-    """Which of `work` tiles, heavy ones first, are a block's: the number of the i-th, and how many. Every other round
-    runs backwards over the blocks of threads, which evens out what they get."""
-
-    def rank(i):
-        return i * launched + jnp.where(lax.rem(_int(i), _int(2)) == 0, mine, launched - 1 - mine)
-
-    rounds = work // launched
-    return rank, rounds if work % launched == 0 else rounds + jnp.where(rank(rounds) < work, 1, 0)
-
-
-def _in_turn(rounds, tile):
-    """Runs `tile(i, done)` for each round; `done`, the steps of the tiles before, is what it returns."""
-    if isinstance(rounds, int) and rounds == 1:
-        return tile(0, _int(0))
-    return lax.fori_loop(0, rounds, tile, _int(0))
-
-
-def _unravel(rank, batch: int, heads: int):
-    """Number of a tile -> (place among a head's tiles, sequence, head); tiles of all heads follow by weight."""
-    rest = lax.rem(rank, _int(batch * heads))
-    return lax.div(rank, _int(batch * heads)), lax.div(rest, _int(heads)), lax.rem(rest, _int(heads))
-
-
 def _forward(
-    query, key, value, extent, *, scale: float, is_causal: bool, blocks: ForwardBlocks, processors: int, interpret=None
+    query, key, value, extent, *, scale: float, is_causal: bool, blocks: ForwardBlocks, interpret=None
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N P"]]:
     """Pass 1. extent [B * 4]: query length, key length, offset, first counted row of each sequence.
 
@@ -190,52 +166,24 @@ def _forward(
     tiles = -(-t // tile)
     tall = (rows, keys)
     turns = wgs > 1
-    work = tiles * batch * heads
-    launched = min(processors, work) if blocks.persistent else work
-    # Rows of the next tile arrive during this one, where there is room for both.
-    row_buffers = 2 if launched < work and size <= 128 else 1
     factor = scale * common.LOG2E
 
     def kernel(q_ref, k_ref, v_ref, extent_ref, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, p_smem, *barriers):
         q_bar, k_bar, v_bar, k_free, v_free, turn = barriers
-        wg = lax.axis_index("wg")
-        rank, rounds = _share(work, launched, lax.axis_index("blocks"))
-
-        def place(i):
-            index, b, h = _unravel(rank(i), batch, heads)
-            first_row = (tiles - 1 - index) * tile
-            query_length, key_length, offset = (extent_ref[b * 4 + i] for i in range(3))
-            end = key_length
-            if is_causal:
-                end = jnp.minimum(end, offset + jnp.minimum(first_row + tile, query_length))
-            end = jnp.where(first_row < query_length, end, 0)
-            steps = jnp.maximum(_blocks_of(end, keys), 1)  # a tile of padding takes one step whose result is dropped
-            return b, h, first_row, query_length, key_length, offset, steps
+        b, h, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
+        first_row = (tiles - 1 - lax.axis_index("tiles")) * tile
+        query_length, key_length, offset = (extent_ref[b * 4 + i] for i in range(3))
+        end = key_length
+        if is_causal:
+            end = jnp.minimum(end, offset + jnp.minimum(first_row + tile, query_length))
+        end = jnp.where(first_row < query_length, end, 0)
+        steps = jnp.maximum(_blocks_of(end, keys), 1)  # a tile of padding takes one step whose result is dropped
 
         def consume():
             plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
-            if turns:
-                pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
-            if row_buffers > 1:
-                load_rows(0)
-            _in_turn(rounds, consume_tile)
-            if turns:
-                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
-
-        def load_rows(i):
-            b, h, first_row, *_ = place(i)
-            at = _slot(i, row_buffers) * wgs + wg
-            plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(first_row + wg * rows, rows), h], q_smem.at[at], q_bar.at[at])
-
-        def consume_tile(i, done):
-            b, h, first_row, query_length, key_length, offset, steps = place(i)
             base = first_row + wg * rows
-            buffer = _slot(i, row_buffers) * wgs + wg
-            if row_buffers == 1:
-                load_rows(i)
-            else:
-                pl.when(i + 1 < rounds)(lambda: load_rows(i + 1))
-            plgpu.barrier_wait(q_bar.at[buffer])
+            plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(base, rows), h], q_smem.at[wg], q_bar.at[wg])
+            plgpu.barrier_wait(q_bar.at[wg])
             unmasked = _whole_blocks_of(key_length, keys)
             if is_causal:
                 unmasked = jnp.minimum(unmasked, _whole_blocks_of(offset + base + 1, keys))
@@ -251,21 +199,17 @@ def _forward(
                 shift = jnp.where(new == -jnp.inf, 0.0, new) if masked else new
                 shrink = jnp.exp2(maximum - shift)
                 p = jnp.exp2(s * factor - lax.broadcast_in_dim(shift, tall, [0]))
-                if blocks.lane_totals:
-                    total = total * lax.broadcast_in_dim(shrink, total.shape, [0]) + _lane_sums(p)
-                else:
-                    total = total * shrink + p.sum(axis=1)
-                return p, new, total, shrink
+                return p, new, total * shrink + p.sum(axis=1), shrink
 
             def logits(s_acc, step):
-                slot = _slot(done + step, stages)
+                slot = _slot(step, stages)
                 plgpu.barrier_wait(k_bar.at[slot])
                 if turns:
                     plgpu.barrier_wait(turn.at[wg])
-                plgpu.wgmma(s_acc, q_smem.at[buffer], k_smem.at[slot].transpose((1, 0)))
+                plgpu.wgmma(s_acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
 
             def weigh(o_acc, p, step):
-                slot = _slot(done + step, stages)
+                slot = _slot(step, stages)
                 plgpu.barrier_wait(v_bar.at[slot])
                 if p_smem is None:
                     plgpu.wgmma(o_acc, p, v_smem.at[slot])
@@ -285,12 +229,12 @@ def _forward(
                 weigh(o_acc, p, step - 1)
                 pass_turn()
                 s = _loaded(s_acc, 1)
-                plgpu.barrier_arrive(k_free.at[_slot(done + step, stages)])
+                plgpu.barrier_arrive(k_free.at[_slot(step, stages)])
                 p, maximum, total, shrink = softmax(s, maximum, total, step, masked)
                 out = _loaded(o_acc, 0)
                 if interpret:
                     out = out + earlier
-                plgpu.barrier_arrive(v_free.at[_slot(done + step - 1, stages)])
+                plgpu.barrier_arrive(v_free.at[_slot(step - 1, stages)])
                 out = out * lax.broadcast_in_dim(shrink, out.shape, [0])
                 return out, (maximum, total, p.astype(query.dtype))
 
@@ -298,17 +242,17 @@ def _forward(
                 logits(s_acc, 0)
                 pass_turn()
                 s = _loaded(s_acc, 0)
-                plgpu.barrier_arrive(k_free.at[_slot(done, stages)])
+                plgpu.barrier_arrive(k_free.at[0])
                 p, maximum, total, _ = softmax(s, _row_constant(rows, -jnp.inf), zero, 0, True)
                 return maximum, total, p.astype(query.dtype)
 
             def finish(o_acc, p):
                 weigh(o_acc, p, steps - 1)
                 out = _loaded(o_acc, 0)
-                plgpu.barrier_arrive(v_free.at[_slot(done + steps - 1, stages)])
+                plgpu.barrier_arrive(v_free.at[_slot(steps - 1, stages)])
                 return out
 
-            zero = _zeros((rows, 8)) if blocks.lane_totals else _row_constant(rows, 0.0)
+            zero = _row_constant(rows, 0.0)
             middle = jnp.clip(unmasked, 1, steps)
             tall_acc, out_acc = (plgpu.WGMMAAccumulatorRef(x, jnp.float32) for x in (tall, (rows, size)))
 
@@ -340,47 +284,43 @@ def _forward(
                 out, (maximum, total, p) = lax.fori_loop(middle, steps, functools.partial(body, masked=True), carry)
                 return out + pl.run_scoped(lambda o_acc: finish(o_acc, p), out_acc), maximum, total
 
+            if turns:
+                pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
             out, maximum, total = walk_interpreted() if interpret else pl.run_scoped(walk, tall_acc, out_acc)
-            if blocks.lane_totals:
-                total = total.sum(axis=1)
+            if turns:
+                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
             row = plgpu.broadcasted_iota(jnp.int32, (rows, size), 0, layout=plgpu.Layout.WGMMA) + base
             filled = jnp.where(total > 0, total, 1.0)
             out = out * lax.broadcast_in_dim(1.0 / filled, out.shape, [0])
-            q_smem.at[buffer][...] = jnp.where(row < query_length, out, 0.0).astype(query.dtype)
+            q_smem.at[wg][...] = jnp.where(row < query_length, out, 0.0).astype(query.dtype)
             row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=_ROW_LAYOUT) + base
             seen = (row < query_length) & (total > 0)
             lse_smem.at[wg][...] = jnp.where(seen, maximum + jnp.log2(filled), jnp.inf)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem.at[buffer], out_ref.at[b, pl.ds(base, rows), h])
+            plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, pl.ds(base, rows), h])
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, pl.ds(base, rows)])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            return done + steps
+            plgpu.wait_smem_to_gmem(0)
 
         def produce():
             plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
-            done = _in_turn(rounds, produce_tile)
-
-            @pl.loop(jnp.maximum(done - stages, 0), done)
-            def _(step):
-                plgpu.barrier_wait(k_free.at[_slot(step, stages)])
-                plgpu.barrier_wait(v_free.at[_slot(step, stages)])
-
-        def produce_tile(i, done):
-            b, h, *_, steps = place(i)
             kv_head = lax.div(h, _int(group))
 
             def load(step, wait):
-                slot = _slot(done + step, stages)
+                slot = _slot(step, stages)
                 for ref, smem, bar, free in ((k_ref, k_smem, k_bar, k_free), (v_ref, v_smem, v_bar, v_free)):
                     if wait:
                         plgpu.barrier_wait(free.at[slot])
                     at = b, pl.ds(step * keys, keys), kv_head
                     plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], bar.at[slot])
 
-            empty = jnp.clip(stages - done, 0, steps)
-            pl.loop(0, empty)(lambda step: load(step, wait=False))
-            pl.loop(empty, steps)(lambda step: load(step, wait=True))
-            return done + steps
+            filled = jnp.minimum(steps, stages)
+            pl.loop(0, filled)(lambda step: load(step, wait=False))
+            pl.loop(filled, steps)(lambda step: load(step, wait=True))
+
+            @pl.loop(steps - filled, steps)
+            def _(step):
+                plgpu.barrier_wait(k_free.at[_slot(step, stages)])
+                plgpu.barrier_wait(v_free.at[_slot(step, stages)])
 
         pl.when(wg < wgs)(consume)
         pl.when(wg == wgs)(produce)
@@ -393,20 +333,20 @@ def _forward(
             jax.ShapeDtypeStruct((batch, heads, tiles * tile), jnp.float32),
         ),
         scratch_types=[
-            swizzled((row_buffers * wgs, rows, size)),
+            swizzled((wgs, rows, size)),
             swizzled((stages, keys, size)),
             swizzled((stages, keys, size)),
             plgpu.SMEM((wgs, rows), jnp.float32),
             plgpu.SMEM((wgs, rows, keys), query.dtype, transforms=_swizzled(keys)) if interpret else None,
-            plgpu.Barrier(num_barriers=row_buffers * wgs),
+            plgpu.Barrier(num_barriers=wgs),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
             plgpu.Barrier(num_barriers=wgs),
         ],
-        grid=(launched,),
-        grid_names=("blocks",),
+        grid=(tiles, batch, heads),  # the last varies fastest
+        grid_names=("tiles", "batch", "heads"),
         num_threads=wgs + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
@@ -415,7 +355,7 @@ def _forward(
 
 
 def _column_sums(
-    query, key, lse, extent, *, scale: float, is_causal: bool, blocks: ScoreBlocks, processors: int, interpret=None
+    query, key, lse, extent, *, scale: float, is_causal: bool, blocks: ScoreBlocks, interpret=None
 ) -> Float[Array, "B K S"]:
     """Pass 2. lse [B, N, P] base 2 from `_forward`; extent [B * 4] as there."""
     batch, _, heads, size = query.shape
@@ -425,34 +365,20 @@ def _column_sums(
     together = group if blocks.whole_group else 1
     tile = wgs * keys
     tiles = -(-s // tile)
-    work = tiles * batch * (heads // together)
-    launched = min(processors, work) if blocks.persistent else work
     tall = (keys, rows)
     factor = scale * common.LOG2E
 
     def kernel(q_ref, k_ref, lse_ref, extent_ref, out_ref, k_smem, q_smem, lse_smem, out_smem, *barriers):
-        k_bar, q_bar, free, turn = barriers
-        wg = lax.axis_index("wg")
-        rank, rounds = _share(work, launched, lax.axis_index("blocks"))
-
-        def place(i):
-            index, b, h = _unravel(rank(i), batch, heads // together)
-            query_length, key_length, offset, counted = (extent_ref[b * 4 + i] for i in range(4))
-            first_row = jnp.maximum(counted, index * tile - offset) if is_causal else counted
-            first_row = lax.div(first_row, _int(8)) * 8  # TMA starts at whole groups of 8 rows
-            steps = jnp.where(index * tile < key_length, _blocks_of(query_length - first_row, rows), 0)
-            return b, h, index * tile, query_length, key_length, offset, counted, first_row, steps
+        k_bar, q_bar, free = barriers
+        b, h, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
+        tile_base = lax.axis_index("tiles") * tile
+        query_length, key_length, offset, counted = (extent_ref[b * 4 + i] for i in range(4))
+        first_row = jnp.maximum(counted, tile_base - offset) if is_causal else counted
+        first_row = lax.div(first_row, _int(8)) * 8  # TMA starts at whole groups of 8 rows
+        steps = jnp.where(tile_base < key_length, _blocks_of(query_length - first_row, rows), 0)
 
         def consume():
             plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
-            if blocks.turns:
-                pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
-            _in_turn(rounds, consume_tile)
-            if blocks.turns:
-                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
-
-        def consume_tile(i, done):
-            b, h, tile_base, query_length, key_length, offset, counted, first_row, steps = place(i)
             base = tile_base + wg * keys
             kv_head = h if blocks.whole_group else lax.div(h, _int(group))
             plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(base, keys), kv_head], k_smem.at[wg], k_bar.at[wg])
@@ -467,14 +393,11 @@ def _column_sums(
             last = jnp.clip(_whole_blocks_of(query_length - first_row, rows), diagonal, steps)
 
             def head(g, sums):
-                start = done + g * steps
+                start = g * steps
 
                 def skip(step, _):
                     slot = _slot(start + step, stages)
                     plgpu.barrier_wait(q_bar.at[slot])
-                    if blocks.turns:
-                        plgpu.barrier_wait(turn.at[wg])
-                        plgpu.barrier_arrive(turn.at[lax.rem(wg + 1, _int(wgs))])
                     plgpu.barrier_arrive(free.at[slot])
 
                 def body(step, sums, masked):
@@ -482,18 +405,11 @@ def _column_sums(
                     plgpu.barrier_wait(q_bar.at[slot])
 
                     def product(accumulator):
-                        if blocks.turns:
-                            plgpu.barrier_wait(turn.at[wg])
                         plgpu.wgmma(accumulator, k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
-                        if blocks.turns:
-                            plgpu.barrier_arrive(turn.at[lax.rem(wg + 1, _int(wgs))])
-                        if not blocks.early_lse:
-                            logits = _loaded(accumulator, 0)
-                            return logits, plgpu.load(lse_smem.at[slot], layout=_COLUMN_LAYOUT)
-                        lse = plgpu.load(lse_smem.at[slot], layout=_COLUMN_LAYOUT)
-                        return _loaded(accumulator, 0), lse
+                        return _loaded(accumulator, 0)
 
-                    logits, lse = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(tall, jnp.float32))
+                    logits = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(tall, jnp.float32))
+                    lse = plgpu.load(lse_smem.at[slot], layout=_COLUMN_LAYOUT)
                     if interpret:  # its model of TMA wants a fence after a lane's read, beside the barrier
                         plgpu.commit_smem()
                     plgpu.barrier_arrive(free.at[slot])
@@ -518,35 +434,29 @@ def _column_sums(
             out_smem.at[wg][...] = jnp.where(column < key_length, sums, 0.0)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, h, pl.ds(base, keys)])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            return done + steps * together
+            plgpu.wait_smem_to_gmem(0)
 
         def produce():
             plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
-            done = _in_turn(rounds, produce_tile)
-
-            @pl.loop(jnp.maximum(done - stages, 0), done)
-            def _(step):
-                plgpu.barrier_wait(free.at[_slot(step, stages)])
-
-        def produce_tile(i, done):
-            b, h, *_, first_row, steps = place(i)
             total = steps * together
 
-            def load(step, wait):
-                slot = _slot(done + step, stages)
+            def load(i, wait):
+                slot = _slot(i, stages)
                 if wait:
                     plgpu.barrier_wait(free.at[slot])
-                g = lax.div(step, jnp.maximum(steps, 1)) if together > 1 else 0
-                row = first_row + (step - g * steps) * rows
+                g = lax.div(i, jnp.maximum(steps, 1)) if together > 1 else 0
+                row = first_row + (i - g * steps) * rows
                 q_head = h * together + g
                 plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, rows), q_head], q_smem.at[slot], q_bar.at[slot])
                 plgpu.copy_gmem_to_smem(lse_ref.at[b, q_head, pl.ds(row, rows)], lse_smem.at[slot], q_bar.at[slot])
 
-            empty = jnp.clip(stages - done, 0, total)
-            pl.loop(0, empty)(lambda step: load(step, wait=False))
-            pl.loop(empty, total)(lambda step: load(step, wait=True))
-            return done + total
+            filled = jnp.minimum(total, stages)
+            pl.loop(0, filled)(lambda i: load(i, wait=False))
+            pl.loop(filled, total)(lambda i: load(i, wait=True))
+
+            @pl.loop(total - filled, total)
+            def _(i):
+                plgpu.barrier_wait(free.at[_slot(i, stages)])
 
         pl.when(wg < wgs)(consume)
         pl.when(wg == wgs)(produce)
@@ -563,10 +473,9 @@ def _column_sums(
             plgpu.Barrier(num_barriers=wgs),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
-            plgpu.Barrier(num_barriers=wgs),
         ],
-        grid=(launched,),
-        grid_names=("blocks",),
+        grid=(tiles, batch, heads // together),
+        grid_names=("tiles", "batch", "heads"),
         num_threads=wgs + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
@@ -596,28 +505,22 @@ def two_pass_attention(
     sliding_window: int | None,
     score_rows: int | str,
     blocks: tuple[ForwardBlocks, ScoreBlocks] | None = None,
-    processors: int | None = None,
     interpret=None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S"], Float[Array, "B T N"]]:
-    """`api.two_pass_attention` on Hopper. None for lengths means full, for the offset 0, for blocks the table's, for
-    processors the device's."""
+    """`api.two_pass_attention` on Hopper. None for lengths means full, for the offset 0, for blocks the table's."""
     _decline_what_it_cannot_run(query, key, value, scale, sliding_window, interpret)
     if blocks is None:
         blocks = _BLOCKS[query.shape[3]]
-        if query.shape[0] > 1 and not (query_lengths is None and key_value_lengths is None):
-            # Which sequence's tiles are heavy is not known beforehand: the hardware hands them out.
-            blocks = tuple(dataclasses.replace(x, persistent=False) for x in blocks)
     return _two_passes(
         query, key, value, query_lengths, key_value_lengths, query_offset, float(scale), is_causal, score_rows, blocks,
-        processors or common.processors(), interpret,
+        interpret,
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10, 11))
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
 def _two_passes(
-    query, key, value, query_lengths, key_value_lengths, query_offset, scale, is_causal, score_rows, blocks, processors,
-    interpret,
-):  # fmt: skip
+    query, key, value, query_lengths, key_value_lengths, query_offset, scale, is_causal, score_rows, blocks, interpret
+):
     b, t, _, _ = query.shape
     s, kv_heads = key.shape[1:3]
 
@@ -626,7 +529,7 @@ def _two_passes(
         value = jnp.where((jnp.arange(s) < key_value_lengths[:, None])[:, :, None, None], value, 0)
     query, key, value = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in (query, key, value))
 
-    run = functools.partial(dict, scale=scale, is_causal=is_causal, processors=processors, interpret=interpret)
+    run = functools.partial(dict, scale=scale, is_causal=is_causal, interpret=interpret)
     output, lse2 = _forward(query, key, value, extent, **run(blocks=blocks[0]))
     if score_rows == 0:
         scores = jnp.zeros((b, kv_heads, s), jnp.float32)
