@@ -185,7 +185,8 @@ class Codec:
             factors = getattr(self, name)
             _require(all(0 < f <= 1 for f in factors), f"{name}={factors}: factors lie above 0 and at most at 1.")
         _require(
-            not self.key_feedback or over_tokens, "key_feedback goes from channel to channel: give key_axis='tokens'."
+            not self.key_feedback or (over_tokens and not self.integer_zero),
+            "key_feedback goes from channel to channel: give key_axis='tokens', and no integer_zero.",
         )
         clipped = bool(self.key_clip or self.value_clip)
         plain = not (self.balance or clipped or self.integer_zero)

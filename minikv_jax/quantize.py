@@ -106,44 +106,56 @@ def _outwards(whole: Callable, x: Float[Array, "..."], dtype: str) -> Float[Arra
     return (whole(x / last_bit) * last_bit).astype(dtype)
 
 
-# Channels whose errors are added up together: enough for a matrix product, few enough to be one fused piece of work.
+# Channels whose scales are chosen together, when what earlier channels add to them is known: enough for a matrix
+# product, few enough to be one fused piece of work.
 _TOGETHER = 8
 
 
-def round_with_feedback(
-    x: Float[Array, "B K S H"], codes: Codes, moment: Float[Array, "B K H H"], bits: int, group_size: int
+def encode_with_feedback(
+    x: Float[Array, "B K S H"],
+    moment: Float[Array, "B K H H"],
+    bits: int,
+    group_size: int,
+    metadata_dtype: str = "float16",
+    clip: tuple[float, ...] = (),
 ) -> Codes:
-    """Codes of x (`encode`, groups over tokens) chosen anew: errors made up for in later channels, as queries allow.
+    """`encode` with groups over tokens, its errors made up for in later channels, as queries allow.
 
     What counts of a key's error e is that of its logits, e M e^T summed over queries, with M = sum query^T query. Write
     M = U D U^T with U unit upper triangular, and it is the sum over channels of D_cc (e U)_c^2: a channel's own error,
     and what the errors of channels before it add up to. That is known when its turn comes, so it is added to what is
-    rounded (GPTQ, arXiv 2210.17323; in this form QuIP, arXiv 2307.13304, section 3). Scales and minima stay.
+    rounded (GPTQ, arXiv 2210.17323; in this form QuIP, arXiv 2307.13304, section 3).
+
+    Args:
+        x, bits, group_size, metadata_dtype, clip: as `encode`.
+        moment: M of the queries that will meet x; its size does not matter.
     """
     h = x.shape[-1]
-    levels = (1 << bits) - 1
     width = next(width for width in range(min(_TOGETHER, h), 0, -1) if h % width == 0)
     coupling = _coupling(moment)
-    scale, zero = (jnp.repeat(y.astype(jnp.float32), group_size, axis=2) for y in (codes.scale, codes.zero))
 
     def step(error, run):
-        x, scale, zero, coupling, start = run
-        target = x + jnp.einsum("bksh,bkhw->bksw", error, coupling)
+        x, coupling, start = run
+        added = jnp.einsum("bksh,bkhw->bksw", error, coupling)
         own = jax.lax.dynamic_slice_in_dim(coupling, start, width, axis=2)
+        # Where the run's numbers would end up if rounding them cost nothing more: what their scales must span.
+        ahead = jnp.einsum("bksw,bkwv->bksv", added, jnp.linalg.inv(own + jnp.eye(width)))
+        grids = encode(x + ahead, bits, group_size, "tokens", metadata_dtype, clip)
+        scale, zero = (jnp.repeat(y.astype(jnp.float32), group_size, axis=2) for y in grids[1:])
         rounded, errors = [], []
         for i in range(width):
-            wanted = target[..., i] + sum(e * own[:, :, j, i, None] for j, e in enumerate(errors))
+            wanted = x[..., i] + added[..., i] + sum(e * own[:, :, j, i, None] for j, e in enumerate(errors))
             size = scale[..., i]
             code = jnp.where(size > 0, (wanted - zero[..., i]) / jnp.where(size > 0, size, 1), 0)
-            rounded.append(jnp.round(jnp.clip(code, 0, levels)))
+            rounded.append(jnp.round(jnp.clip(code, 0, (1 << bits) - 1)))
             errors.append(x[..., i] - (rounded[-1] * size + zero[..., i]))
         error = jax.lax.dynamic_update_slice_in_dim(error, jnp.stack(errors, axis=-1), start, axis=3)
-        return error, jnp.stack(rounded, axis=-1).astype(jnp.uint8)
+        return error, grids._replace(codes=jnp.stack(rounded, axis=-1).astype(jnp.uint8))
 
     x = x.astype(jnp.float32)
-    runs = [jnp.moveaxis(y.reshape(*y.shape[:-1], h // width, width), -2, 0) for y in (x, scale, zero, coupling)]
-    _, rounded = jax.lax.scan(step, jnp.zeros_like(x), (*runs, jnp.arange(0, h, width)))
-    return codes._replace(codes=jnp.moveaxis(rounded, 0, -2).reshape(x.shape))
+    runs = [jnp.moveaxis(y.reshape(*y.shape[:-1], h // width, width), -2, 0) for y in (x, coupling)]
+    _, codes = jax.lax.scan(step, jnp.zeros_like(x), (*runs, jnp.arange(0, h, width)))
+    return Codes(*(jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], h) for y in codes))
 
 
 def _coupling(moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:

@@ -134,12 +134,11 @@ def encode_keys(
     bits, group, axis, _ = _layouts(codec, key.shape[-1])[0]
     if balance is not None:
         key = key.astype(jnp.float32) * balance[:, :, None]
-    codes = quantize.encode(key, bits, group, axis, codec.metadata_dtype, codec.key_clip, codec.integer_zero)
     if not codec.key_feedback or moment is None:
-        return codes
+        return quantize.encode(key, bits, group, axis, codec.metadata_dtype, codec.key_clip, codec.integer_zero)
     if balance is not None:
         moment = moment / (balance[..., None] * balance[..., None, :])
-    return quantize.round_with_feedback(key, codes, moment, bits, group)
+    return quantize.encode_with_feedback(key, moment, bits, group, codec.metadata_dtype, codec.key_clip)
 
 
 def encode_values(codec: Codec, value: Float[Array, "B K S H"]) -> Codes:

@@ -573,19 +573,20 @@ class MiniKVPlus(MiniKV):
         key, value = np.float32(key @ turn), np.float32(value @ turn)
         for start in range(0, len(key), self.group):
             group = key[start : start + self.group]
-            grids = [searched_grid(column, self.code_bits, self.factors, 4) for column in group.T]
             if moment is not None and self.feedback:
-                key[start : start + self.group] = gptq(group, grids, moment, self.code_bits)
+                key[start : start + self.group] = gptq(group, self._grid, moment, self.code_bits)
             else:
-                back = [on_grid(column, self.code_bits, *grid) for column, grid in zip(group.T, grids, strict=True)]
+                back = [on_grid(column, self.code_bits, *self._grid(column)) for column in group.T]
                 key[start : start + self.group] = np.stack(back, axis=1)
         for token in value:
             for start in range(0, len(token), self.group):
                 part = token[start : start + self.group]
-                grid = searched_grid(part, self.code_bits, self.factors, 4)
-                token[start : start + self.group] = on_grid(part, self.code_bits, *grid)
+                token[start : start + self.group] = on_grid(part, self.code_bits, *self._grid(part))
         for token, k, v in zip(tokens, key @ turn, value @ turn, strict=True):
             token.key, token.value = (self._stored(x, self.code_bits, self.group) for x in (k, v))
+
+    def _grid(self, numbers: np.ndarray) -> tuple[float, float]:
+        return searched_grid(numbers, self.code_bits, self.factors, 4)
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,6 @@
 """Section 0.1 (min/max quantiser), 0.2 (packing) and the integer-zero quantiser of section 4.4."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -110,17 +111,22 @@ def hadamard(size: int) -> np.ndarray:
     return np.array([[(-1) ** (i & j).bit_count() for j in range(size)] for i in range(size)]) / np.sqrt(size)
 
 
-def gptq(x: np.ndarray, grids: list[tuple[float, float]], hessian: np.ndarray, bits: int) -> np.ndarray:
-    """`x [T, H]` with column c rounded to grids[c], the classical way (GPTQ, Algorithm 1): column after column, the
-    columns to the right are moved to where they make up best for the error. Damped by a hundredth of the mean.
+def gptq(
+    x: np.ndarray, grid_of: Callable[[np.ndarray], tuple[float, float]], hessian: np.ndarray, bits: int
+) -> np.ndarray:
+    """`x [T, H]` with every column rounded to its grid, the classical way (GPTQ, Algorithm 1): column after column, the
+    columns to the right are moved to where they make up best for the error. Every eight columns the next eight grids
+    are chosen, from those columns as they have been moved. The Hessian is damped by a hundredth of its mean.
     """
     size = x.shape[1]
     hessian = hessian + 0.01 * np.trace(hessian) / size * np.eye(size)
     x, out = np.array(x, np.float64), np.zeros(x.shape)
     for c in range(size):
+        if c % 8 == 0:
+            grids = [grid_of(column) for column in x[:, c : c + 8].T]
         # The columns that are left see the inverse of their own part of the Hessian.
         inverse = np.linalg.inv(hessian[c:, c:])
-        out[:, c] = on_grid(x[:, c], bits, *grids[c])
+        out[:, c] = on_grid(x[:, c], bits, *grids[c % 8])
         x[:, c:] -= np.outer((x[:, c] - out[:, c]) / inverse[0, 0], inverse[0])
     return out
 
