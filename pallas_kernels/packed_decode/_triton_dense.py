@@ -52,9 +52,10 @@ def dense_kernel(
     else:
         held = tl.load(longest + batch)
         visible = tl.where(real, held, 0)
-    share = (held + TOKENS * splits - 1) // (TOKENS * splits) * TOKENS
-    first = split * share
-    last = tl.minimum(first + share, held)
+    tiles = (held + TOKENS - 1) // TOKENS
+    first = (split * (tiles // splits) + tl.minimum(split, tiles % splits)) * TOKENS
+    last = first + (tiles // splits + tl.where(split < tiles % splits, 1, 0)) * TOKENS
+    last = tl.minimum(last, held)
     start = head.to(tl.int64) * capacity * H
     queries = tl.load(q + position[:, None] * H + channel[None, :], mask=real[:, None], other=0.0)
     queries = queries.to(k.dtype.element_ty)

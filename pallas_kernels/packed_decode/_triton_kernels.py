@@ -836,9 +836,9 @@ def decode_kernel(
 
     length = tl.load(lengths + (head if PER_HEAD else head // heads))
     blocks = (length + 127) // 128
-    share = (blocks + splits - 1) // splits
-    first = split * share
-    last = tl.minimum(first + share, blocks)
+    # Shares differ by a block at most: rounded up alike, a block too many would be one in each.
+    first = split * (blocks // splits) + tl.minimum(split, blocks % splits)
+    last = first + blocks // splits + tl.where(split < blocks % splits, 1, 0)
 
     nil = tl.zeros([32], tl.float32)
     low = tl.full([32], -float("inf"), tl.float32)
