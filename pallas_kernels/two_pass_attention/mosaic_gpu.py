@@ -299,7 +299,7 @@ def _forward(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, pl.ds(base, rows), h])
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, pl.ds(base, rows)])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
             plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
@@ -434,7 +434,7 @@ def _column_sums(
             out_smem.at[wg][...] = jnp.where(column < key_length, sums, 0.0)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, h, pl.ds(base, keys)])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
             plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
