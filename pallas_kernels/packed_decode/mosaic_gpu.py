@@ -210,9 +210,15 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
         plgpu.copy_gmem_to_smem(q_ref.at[program], q_smem, q_bar)
         plgpu.copy_gmem_to_smem(factor_ref.at[program], factor_smem, q_bar)
         plgpu.barrier_wait(q_bar)
+        def first_token(row):
+            """Of plane 0 and the low bytes, within the unit."""
+            return lax.div(row, _int(16)) * BLOCK + lax.rem(row, _int(16)) * 2
+
         row = plgpu.broadcasted_iota(jnp.int32, _TALL, 0, layout=plgpu.Layout.WGMMA)
         column = plgpu.broadcasted_iota(jnp.int32, _TALL, 1, layout=plgpu.Layout.WGMMA)
         own = lax.div(row, _int(16)) == lax.div(column, _int(_SLOTS))
+        token = first_token(row)
+        row_token = first_token(plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=_ROW_LAYOUT))
 
         def times(accumulator, a, b, i=0):
             """accumulator += a b, with a in registers; the interpreter cannot multiply those."""
@@ -223,20 +229,20 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
             plgpu.commit_smem()
             return plgpu.wgmma(accumulator, smem.at[i], b)
 
-        def fold(slot, unit, masked):
+        def fold(slot, left):
             """Right operands of key products: per span of tokens, scaled queries of both parities and zero points."""
+            q = [[plgpu.load(q_smem.at[mask, parity], layout=plgpu.Layout.WGMMA, optimized=False)
+                  for parity in range(2)] for mask in range(2)]  # fmt: skip
 
             def halves(smem, span, block):
                 word = plgpu.load(smem.at[slot, block * spans + span], layout=_ROW_LAYOUT)
-                if masked:  # it may hold NaN
-                    start = (unit * _UNIT + block) * BLOCK + span * keys.group_size
-                    word = word & jnp.where(start < length, jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
+                # Beyond the length it may hold NaN.
+                held = block * BLOCK + span * keys.group_size < left
+                word = word & jnp.where(held, jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
                 numbers = (_number(word, high, keys.scale.dtype).astype(jnp.float16) for high in (False, True))
                 return tuple(_wide(x, (_WORDS, 8), 0) for x in numbers)
 
-            q = [[plgpu.load(q_smem.at[mask, parity], layout=plgpu.Layout.WGMMA, optimized=False)
-                  for parity in range(2)] for mask in range(2)]  # fmt: skip
-            for span in range(spans):
+            def one_span(span, _):
                 scaled, zeros = ([], []), []
                 for half in range(2):
                     scale, zero = (
@@ -249,7 +255,9 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
                 for i, pieces in enumerate((*scaled, zeros)):
                     right.at[3 * span + i][...] = lax.concatenate(pieces, 1)
 
-        def logits(slot, unit, masked):
+            lax.fori_loop(0, spans, one_span, None)
+
+        def logits(slot, unit, left):
             """Sums of the 4 planes of both parities, in units of 4^plane 2^-24."""
             sums = {}
             for parity in range(2):
@@ -269,23 +277,18 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
                         return accumulator[...]
 
                     x = pl.run_scoped(product, plgpu.ACC(_TALL, jnp.float32))
-                    if masked:
-                        token = unit * (_UNIT * BLOCK) + (32 * plane + parity)
-                        token = token + lax.div(row, _int(16)) * BLOCK + lax.rem(row, _int(16)) * 2
-                        x = jnp.where(token < length, x, -jnp.inf)
-                    sums[plane, parity] = x
+                    sums[plane, parity] = jnp.where(token < left - (32 * plane + parity), x, -jnp.inf)
             return sums
 
-        def metadata(smem, slot, unit, plane, parity, group, masked):
-            """Value scales or zero points of a tile's tokens, float32 [64]."""
-            word = plgpu.load(smem.at[slot, plane * groups + group].reshape(64), layout=_ROW_LAYOUT)
+        def metadata(smem, slot, left, plane, parity, group):
+            """Value scales or zero points of a tile's tokens, float32 [64]. Beyond the length they may be NaN."""
+            of_blocks = smem.at[slot, plane * groups + group]
+            if interpret:  # it cannot reshape a reference
+                word = of_blocks[...].reshape(64)
+            else:
+                word = plgpu.load(of_blocks.reshape(64), layout=_ROW_LAYOUT)
             x = _number(word, parity == 1, values.scale.dtype).astype(jnp.float32)
-            if masked:  # it may hold NaN
-                i = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=_ROW_LAYOUT)
-                token = unit * (_UNIT * BLOCK) + (32 * plane + parity)
-                token = token + lax.div(i, _int(16)) * BLOCK + lax.rem(i, _int(16)) * 2
-                x = jnp.where(token < length, x, 0.0)
-            return x
+            return jnp.where(row_token < left - (32 * plane + parity), x, 0.0)
 
         def weigh(outputs, slot):
             """Adds probability . value to the outputs of both halves of the head."""
@@ -303,21 +306,25 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
                 if not interpret:  # it cannot store to an accumulator
                     for accumulator, x in zip(accumulators, outputs):
                         accumulator[...] = x
-                for block in range(_UNIT):
+
+                def one_block(block, _):
                     products(accumulators, block)
-                    plgpu.wgmma_wait(0)  # frees the registers of this block's codes
+                    plgpu.wgmma_wait(0)  # frees the registers of the block's codes
+
+                lax.fori_loop(0, _UNIT, one_block, None)
                 return tuple(x[...] for x in accumulators)
 
             got = pl.run_scoped(run, *(plgpu.ACC(_TALL, jnp.float32) for _ in outputs))
             return tuple(x + y for x, y in zip(outputs, got)) if interpret else got
 
-        def step(unit, state, masked):
+        def step(unit, state):
             outputs, total, zeros, maximum = state
+            left = length - unit * (_UNIT * BLOCK)
             slot = _slot(unit - first, stages)
             plgpu.barrier_wait(k_bar.at[slot])
-            fold(slot, unit, masked)
+            fold(slot, left)
             plgpu.commit_smem()
-            sums = logits(slot, unit, masked)
+            sums = logits(slot, unit, left)
             base = plgpu.load(factor_smem, layout=_COLUMN_LAYOUT)
             by_plane = [_wide(base * 0.25**plane, _TALL, 1) for plane in range(_PLANES)]
             tops = [jnp.maximum(sums[i, 0], sums[i, 1]) * by_plane[i] for i in range(_PLANES)]
@@ -334,7 +341,7 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
                 total = total + p
                 for group in range(groups):
                     scale, zero = (
-                        metadata(smem, slot, unit, plane, parity, group, masked) for smem in (vs_smem, vz_smem)
+                        metadata(smem, slot, left, plane, parity, group) for smem in (vs_smem, vz_smem)
                     )
                     zeros[group] = zeros[group] + p * _wide(zero, _TALL, 0)
                     weight = p * _wide(scale * 0.25**plane, _TALL, 0)
@@ -350,9 +357,7 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
 
         lowest = plgpu.layout_cast(jnp.full((_COLUMNS,), -jnp.inf, jnp.float32), _COLUMN_LAYOUT)
         state = (nil(), nil()), nil(), tuple(nil() for _ in range(groups)), lowest
-        whole = jnp.clip(lax.div(length, _int(_UNIT * BLOCK)), first, last)
-        state = lax.fori_loop(first, whole, functools.partial(step, masked=False), state)
-        outputs, total, zeros, maximum = lax.fori_loop(whole, last, functools.partial(step, masked=True), state)
+        outputs, total, zeros, maximum = lax.fori_loop(first, last, step, state)
         zeros = [x.sum(axis=0) for x in zeros]
         for half in range(2):
             zero = _wide(zeros[half * groups // 2], _TALL, 1)
