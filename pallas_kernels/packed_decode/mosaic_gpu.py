@@ -44,6 +44,8 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
@@ -129,8 +131,27 @@ def _codes(words: jax.Array, plane: int) -> jax.Array:
     return lax.bitcast_convert_type(words & jnp.uint16(3 << (2 * plane)), jnp.float16)
 
 
-def _high_bytes(words: jax.Array) -> jax.Array:
-    return lax.shift_right_logical(words, jnp.uint16(8))
+def _high_bytes(words: jax.Array, interpret) -> jax.Array:
+    """Words whose low bytes are the given words' high bytes; what is above them differs.
+
+    A shift of two 16-bit numbers takes five instructions, of the 32-bit register that holds them one.
+    """
+    if interpret:
+        return lax.shift_right_logical(words, jnp.uint16(8))
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct(words.shape, words.dtype, layout=plgpu.Layout.WGMMA),
+    )
+    def shifted(_, array):
+        registers = array.registers.copy()
+        pair, word = registers.flat[0].type, ir.IntegerType.get_signless(32)
+        for i, register in enumerate(array.registers.flat):
+            x = arith.shrui(llvm.bitcast(word, register), arith.constant(word, 8))
+            registers.flat[i] = llvm.bitcast(pair, x)
+        return type(array)(_registers=registers, _layout=array.layout, _is_signed=array.is_signed)
+
+    return shifted(words)
 
 
 def _tiled(columns: int):
@@ -168,7 +189,7 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
     def kernel(*refs):
         inputs, (out_ref, stats_ref), scratch = refs[:9], refs[9:11], refs[11:]
         q_ref, factor_ref, kc_ref, ks_ref, kz_ref, vc_ref, vs_ref, vz_ref, lengths_ref = inputs
-        (q_smem, factor_smem, kc_smem, ks_smem, kz_smem, vc_smem, vs_smem, vz_smem, right, out_smem, stats_smem,
+        (q_smem, factor_smem, kc_smem, ks_smem, kz_smem, vc_smem, vs_smem, vz_smem, right, stats_smem,
          a_smem, b_smem, q_bar, k_bar, v_bar) = scratch  # fmt: skip
         program, split = lax.axis_index("programs"), lax.axis_index("splits")
         head = lax.div(program, _int(tiles))
@@ -202,6 +223,7 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
         @pl.when(first < last)
         def _():
             for i in range(stages):
+
                 @pl.when(first + i < last)
                 def _(i=i):
                     fetch_keys(first + i)
@@ -210,6 +232,7 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
         plgpu.copy_gmem_to_smem(q_ref.at[program], q_smem, q_bar)
         plgpu.copy_gmem_to_smem(factor_ref.at[program], factor_smem, q_bar)
         plgpu.barrier_wait(q_bar)
+
         def first_token(row):
             """Of plane 0 and the low bytes, within the unit."""
             return lax.div(row, _int(16)) * BLOCK + lax.rem(row, _int(16)) * 2
@@ -262,7 +285,7 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
             sums = {}
             for parity in range(2):
                 low = plgpu.load(kc_smem.at[slot, parity], layout=plgpu.Layout.WGMMA)
-                high = _high_bytes(low)
+                high = _high_bytes(low, interpret)
                 if parity == 1:
                     plgpu.commit_smem()
                     pl.when(unit + stages < last)(lambda: fetch_keys(unit + stages))
@@ -296,7 +319,7 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
             def products(accumulators, block):
                 for half in range(2):
                     words = plgpu.load(vc_smem.at[slot, block, pl.ds(64 * half, 64)], layout=plgpu.Layout.WGMMA)
-                    for parity, w in enumerate((words, _high_bytes(words))):
+                    for parity, w in enumerate((words, _high_bytes(words, interpret))):
                         for plane in range(_PLANES):
                             tile = (2 * plane + parity) * groups + half * groups // 2
                             p = right.at[tile, pl.ds(16 * block, 16)]
@@ -340,9 +363,7 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
                 p = jnp.exp2(x * by_plane[plane] - reference)
                 total = total + p
                 for group in range(groups):
-                    scale, zero = (
-                        metadata(smem, slot, left, plane, parity, group) for smem in (vs_smem, vz_smem)
-                    )
+                    scale, zero = (metadata(smem, slot, left, plane, parity, group) for smem in (vs_smem, vz_smem))
                     zeros[group] = zeros[group] + p * _wide(zero, _TALL, 0)
                     weight = p * _wide(scale * 0.25**plane, _TALL, 0)
                     right.at[(2 * plane + parity) * groups + group][...] = weight.astype(jnp.float16)
@@ -361,11 +382,10 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
         zeros = [x.sum(axis=0) for x in zeros]
         for half in range(2):
             zero = _wide(zeros[half * groups // 2], _TALL, 1)
-            out_smem.at[half][...] = outputs[half] * 2.0**24 + zero
+            out_ref.at[program, split, half][...] = outputs[half] * 2.0**24 + zero
         stats_smem.at[0][...] = maximum
         stats_smem.at[1][...] = total.sum(axis=0)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem, out_ref.at[program, split])
         plgpu.copy_smem_to_gmem(stats_smem, stats_ref.at[program, split])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -387,7 +407,6 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
             words((stages, _PLANES * groups, _UNIT, 16)),
             words((stages, _PLANES * groups, _UNIT, 16)),
             halves((max(3 * spans, 2 * _PLANES * groups), *_TALL), transforms=_tiled(16)),
-            plgpu.SMEM((2, *_TALL), jnp.float32),
             plgpu.SMEM((2, _COLUMNS), jnp.float32),
             halves((3, 64, _WORDS), transforms=_tiled(64)) if interpret else None,
             halves((16, 64, 16), transforms=_tiled(16)) if interpret else None,
