@@ -303,15 +303,13 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
                     sums[plane, parity] = jnp.where(token < left - (32 * plane + parity), x, -jnp.inf)
             return sums
 
-        def metadata(smem, slot, left, plane, parity, group):
-            """Value scales or zero points of a tile's tokens, float32 [64]. Beyond the length they may be NaN."""
+        def metadata(smem, slot, left, plane, group):
+            """Value scales or zero points of a plane's two tiles, float32 [64]. Beyond the length they may be NaN."""
             of_blocks = smem.at[slot, plane * groups + group]
-            if interpret:  # it cannot reshape a reference
-                word = of_blocks[...].reshape(64)
-            else:
-                word = plgpu.load(of_blocks.reshape(64), layout=_ROW_LAYOUT)
-            x = _number(word, parity == 1, values.scale.dtype).astype(jnp.float32)
-            return jnp.where(row_token < left - (32 * plane + parity), x, 0.0)
+            # The interpreter cannot reshape a reference.
+            word = of_blocks[...].reshape(64) if interpret else plgpu.load(of_blocks.reshape(64), layout=_ROW_LAYOUT)
+            numbers = (_number(word, parity == 1, values.scale.dtype).astype(jnp.float32) for parity in range(2))
+            return [jnp.where(row_token < left - (32 * plane + parity), x, 0.0) for parity, x in enumerate(numbers)]
 
         def weigh(outputs, slot):
             """Adds probability . value to the outputs of both halves of the head."""
@@ -359,14 +357,15 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
             total = total * fade
             zeros = [x * fade for x in zeros]
             plgpu.barrier_wait(v_bar.at[slot])
-            for (plane, parity), x in sums.items():
-                p = jnp.exp2(x * by_plane[plane] - reference)
-                total = total + p
+            for plane in range(_PLANES):
+                p = [jnp.exp2(sums[plane, parity] * by_plane[plane] - reference) for parity in range(2)]
+                total = total + p[0] + p[1]
                 for group in range(groups):
-                    scale, zero = (metadata(smem, slot, left, plane, parity, group) for smem in (vs_smem, vz_smem))
-                    zeros[group] = zeros[group] + p * _wide(zero, _TALL, 0)
-                    weight = p * _wide(scale * 0.25**plane, _TALL, 0)
-                    right.at[(2 * plane + parity) * groups + group][...] = weight.astype(jnp.float16)
+                    scale, zero = (metadata(smem, slot, left, plane, group) for smem in (vs_smem, vz_smem))
+                    for parity in range(2):
+                        zeros[group] = zeros[group] + p[parity] * _wide(zero[parity], _TALL, 0)
+                        weight = p[parity] * _wide(scale[parity] * 0.25**plane, _TALL, 0)
+                        right.at[(2 * plane + parity) * groups + group][...] = weight.astype(jnp.float16)
             plgpu.commit_smem()
             outputs = weigh(tuple(x * fade for x in outputs), slot)
             plgpu.commit_smem()
