@@ -48,9 +48,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import mosaic
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 from pallas_kernels.partial import Partial
-from pallas_kernels.two_pass_attention.common import device_kind
 
 _UNIT = 4  # blocks
 _SLOTS = 4  # query rows of a program
@@ -58,19 +58,23 @@ _COLUMNS = _UNIT * _SLOTS
 _PLANES = 4
 _HEAD = 128
 _WORDS = _HEAD // 2
-_ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
-_COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 _TALL = (64, _COLUMNS)
 _PROCESSORS = 132
-_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """`stages` units of keys, and of values, are loaded or on their way; `programs` a processor share the sequences."""
+    """How a program runs.
+
+    Attributes:
+        stages: units of keys, and of values, that are loaded or on their way.
+        programs: how many a processor gets, by which sequences are split.
+        in_flight: tiles of logits that are multiplied at a time.
+    """
 
     stages: int = 1
     programs: int = 4
+    in_flight: int = 2
 
 
 def decline(query: Float[Array, "B T N H"], keys: PackedTensor, values: PackedTensor, scale: float) -> str | None:
@@ -93,18 +97,6 @@ def decline(query: Float[Array, "B T N H"], keys: PackedTensor, values: PackedTe
     if not scale > 0:
         return f"scale {scale} is not positive"
     return None
-
-
-def _int(x) -> jax.Array:
-    return jnp.asarray(x, jnp.int32)
-
-
-def _blocks_of(x, size: int) -> jax.Array:
-    return lax.div(_int(x) + (size - 1), _int(size))
-
-
-def _slot(step, stages: int) -> jax.Array:
-    return lax.rem(_int(step), _int(stages))
 
 
 def _wide(x, shape: tuple[int, int], axis: int) -> jax.Array:
@@ -154,12 +146,6 @@ def _high_bytes(words: jax.Array, interpret) -> jax.Array:
     return shifted(words)
 
 
-def _tiled(columns: int):
-    """Shared memory of 16-bit numbers, `columns` in a row, as TMA writes and `wgmma` reads it."""
-    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
-    return tiling, plgpu.SwizzleTransform(2 * columns)  # pyright: ignore[reportAbstractUsage]
-
-
 def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *, splits: int, blocks: Blocks,
             interpret=None):  # fmt: skip
     """The shares of every sequence.
@@ -192,15 +178,15 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
         (q_smem, factor_smem, kc_smem, ks_smem, kz_smem, vc_smem, vs_smem, vz_smem, right, stats_smem,
          a_smem, b_smem, q_bar, k_bar, v_bar) = scratch  # fmt: skip
         program, split = lax.axis_index("programs"), lax.axis_index("splits")
-        head = lax.div(program, _int(tiles))
+        head = lax.div(program, mosaic.integer(tiles))
         length = lengths_ref[head]
-        units = _blocks_of(length, _UNIT * BLOCK)
-        share = _blocks_of(units, splits)
+        units = mosaic.blocks_of(length, _UNIT * BLOCK)
+        share = mosaic.blocks_of(units, splits)
         first = jnp.minimum(split * share, units)
         last = jnp.minimum(first + share, units)
 
         def fetch_keys(unit):
-            slot, block = _slot(unit - first, stages), head * capacity + unit * _UNIT
+            slot, block = mosaic.slot_of(unit - first, stages), head * capacity + unit * _UNIT
             for parity in range(2):
                 at = pl.ds(block * 16, _UNIT * 16), pl.ds(parity * _WORDS, _WORDS)
                 plgpu.copy_gmem_to_smem(kc_ref.at[at], kc_smem.at[slot, parity], k_bar.at[slot])
@@ -209,7 +195,7 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
                 plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], k_bar.at[slot])
 
         def fetch_values(unit):
-            slot, block = _slot(unit - first, stages), head * capacity + unit * _UNIT
+            slot, block = mosaic.slot_of(unit - first, stages), head * capacity + unit * _UNIT
             for i in range(_UNIT):
                 at = pl.ds((block + i) * _HEAD, _HEAD)
                 plgpu.copy_gmem_to_smem(vc_ref.at[at], vc_smem.at[slot, i], v_bar.at[slot])
@@ -233,15 +219,18 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
         plgpu.copy_gmem_to_smem(factor_ref.at[program], factor_smem, q_bar)
         plgpu.barrier_wait(q_bar)
 
+        def nil():
+            return plgpu.layout_cast(jnp.zeros(_TALL, jnp.float32), plgpu.Layout.WGMMA)
+
         def first_token(row):
             """Of plane 0 and the low bytes, within the unit."""
-            return lax.div(row, _int(16)) * BLOCK + lax.rem(row, _int(16)) * 2
+            return lax.div(row, mosaic.integer(16)) * BLOCK + lax.rem(row, mosaic.integer(16)) * 2
 
         row = plgpu.broadcasted_iota(jnp.int32, _TALL, 0, layout=plgpu.Layout.WGMMA)
         column = plgpu.broadcasted_iota(jnp.int32, _TALL, 1, layout=plgpu.Layout.WGMMA)
-        own = lax.div(row, _int(16)) == lax.div(column, _int(_SLOTS))
+        own = lax.div(row, mosaic.integer(16)) == lax.div(column, mosaic.integer(_SLOTS))
         token = first_token(row)
-        row_token = first_token(plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=_ROW_LAYOUT))
+        row_token = first_token(plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=mosaic.ROW_LAYOUT))
 
         def times(accumulator, a, b, i=0):
             """accumulator += a b, with a in registers; the interpreter cannot multiply those."""
@@ -258,7 +247,7 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
                   for parity in range(2)] for mask in range(2)]  # fmt: skip
 
             def halves(smem, span, block):
-                word = plgpu.load(smem.at[slot, block * spans + span], layout=_ROW_LAYOUT)
+                word = plgpu.load(smem.at[slot, block * spans + span], layout=mosaic.ROW_LAYOUT)
                 # Beyond the length it may hold NaN.
                 held = block * BLOCK + span * keys.group_size < left
                 word = word & jnp.where(held, jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
@@ -282,32 +271,61 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
 
         def logits(slot, unit, left):
             """Sums of the 4 planes of both parities, in units of 4^plane 2^-24."""
-            sums = {}
-            for parity in range(2):
-                low = plgpu.load(kc_smem.at[slot, parity], layout=plgpu.Layout.WGMMA)
-                high = _high_bytes(low, interpret)
-                if parity == 1:
-                    plgpu.commit_smem()
-                    pl.when(unit + stages < last)(lambda: fetch_keys(unit + stages))
-                for plane in range(_PLANES):
-                    first_right = 3 * (plane * 32 // keys.group_size)
-                    one = jnp.full((64, _WORDS), 4.0**plane * 2.0**-24, jnp.float16)
-                    one = plgpu.layout_cast(one, plgpu.Layout.WGMMA)
 
-                    def product(accumulator, low=low, high=high, one=one, plane=plane, first_right=first_right):
-                        for i, a in enumerate((_codes(low, plane), _codes(high, plane), one)):
-                            times(accumulator, a, right.at[first_right + i], i)
-                        return accumulator[...]
+            def start(accumulator, low, high, plane):
+                one = jnp.full((64, _WORDS), 4.0**plane * 2.0**-24, jnp.float16)
+                one = plgpu.layout_cast(one, plgpu.Layout.WGMMA)
+                for i, a in enumerate((_codes(low, plane), _codes(high, plane), one)):
+                    times(accumulator, a, right.at[3 * (plane * 32 // keys.group_size) + i], i)
 
-                    x = pl.run_scoped(product, plgpu.ACC(_TALL, jnp.float32))
-                    sums[plane, parity] = jnp.where(token < left - (32 * plane + parity), x, -jnp.inf)
-            return sums
+            def alone(*args):
+                def run(accumulator):
+                    start(accumulator, *args)
+                    return accumulator[...]
+
+                return pl.run_scoped(run, plgpu.ACC(_TALL, jnp.float32))
+
+            def run(*accumulators):
+                """Starts every tile; the products of `in_flight` tiles run at a time, three to a tile."""
+                sums, running = {}, []
+
+                def finish_oldest():
+                    tile, accumulator = running.pop(0)
+                    sums[tile] = mosaic.loaded(accumulator, 3 * len(running))
+
+                for parity in range(2):
+                    low = plgpu.load(kc_smem.at[slot, parity], layout=plgpu.Layout.WGMMA)
+                    high = _high_bytes(low, interpret)
+                    if parity == 1:
+                        plgpu.commit_smem()
+                        pl.when(unit + stages < last)(lambda: fetch_keys(unit + stages))
+                    for plane in range(_PLANES):
+                        if interpret:  # it cannot store to an accumulator
+                            sums[plane, parity] = alone(low, high, plane)
+                            continue
+                        if len(running) == len(accumulators):
+                            finish_oldest()
+                        accumulator = accumulators[(parity * _PLANES + plane) % len(accumulators)]
+                        accumulator[...] = nil()
+                        start(accumulator, low, high, plane)
+                        running.append(((plane, parity), accumulator))
+                while running:
+                    finish_oldest()
+                tiles = [(plane, parity) for plane in range(_PLANES) for parity in range(2)]
+                return [
+                    jnp.where(token < left - (32 * plane + parity), sums[plane, parity], -jnp.inf)
+                    for plane, parity in tiles
+                ]
+
+            sums = pl.run_scoped(run, *(plgpu.ACC(_TALL, jnp.float32) for _ in range(blocks.in_flight)))
+            return [sums[2 * plane : 2 * plane + 2] for plane in range(_PLANES)]
 
         def metadata(smem, slot, left, plane, group):
             """Value scales or zero points of a plane's two tiles, float32 [64]. Beyond the length they may be NaN."""
             of_blocks = smem.at[slot, plane * groups + group]
-            # The interpreter cannot reshape a reference.
-            word = of_blocks[...].reshape(64) if interpret else plgpu.load(of_blocks.reshape(64), layout=_ROW_LAYOUT)
+            if not interpret:  # it cannot reshape a reference
+                of_blocks = of_blocks.reshape(64)
+            word = plgpu.load(of_blocks, layout=None if interpret else mosaic.ROW_LAYOUT).reshape(64)
             numbers = (_number(word, parity == 1, values.scale.dtype).astype(jnp.float32) for parity in range(2))
             return [jnp.where(row_token < left - (32 * plane + parity), x, 0.0) for parity, x in enumerate(numbers)]
 
@@ -341,14 +359,14 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
         def step(unit, state):
             outputs, total, zeros, maximum = state
             left = length - unit * (_UNIT * BLOCK)
-            slot = _slot(unit - first, stages)
+            slot = mosaic.slot_of(unit - first, stages)
             plgpu.barrier_wait(k_bar.at[slot])
             fold(slot, left)
             plgpu.commit_smem()
             sums = logits(slot, unit, left)
-            base = plgpu.load(factor_smem, layout=_COLUMN_LAYOUT)
+            base = plgpu.load(factor_smem, layout=mosaic.COLUMN_LAYOUT)
             by_plane = [_wide(base * 0.25**plane, _TALL, 1) for plane in range(_PLANES)]
-            tops = [jnp.maximum(sums[i, 0], sums[i, 1]) * by_plane[i] for i in range(_PLANES)]
+            tops = [jnp.maximum(*sums[i]) * by_plane[i] for i in range(_PLANES)]
             top = jnp.maximum(jnp.maximum(tops[0], tops[1]), jnp.maximum(tops[2], tops[3]))
             new = jnp.maximum(maximum, jnp.where(own, top, -jnp.inf).max(axis=0))
             shift = jnp.where(new == -jnp.inf, 0.0, new)
@@ -358,7 +376,7 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
             zeros = [x * fade for x in zeros]
             plgpu.barrier_wait(v_bar.at[slot])
             for plane in range(_PLANES):
-                p = [jnp.exp2(sums[plane, parity] * by_plane[plane] - reference) for parity in range(2)]
+                p = [jnp.exp2(x * by_plane[plane] - reference) for x in sums[plane]]
                 total = total + p[0] + p[1]
                 for group in range(groups):
                     scale, zero = (metadata(smem, slot, left, plane, group) for smem in (vs_smem, vz_smem))
@@ -372,10 +390,7 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
             pl.when(unit + stages < last)(lambda: fetch_values(unit + stages))
             return outputs, total, tuple(zeros), new
 
-        def nil():
-            return plgpu.layout_cast(jnp.zeros(_TALL, jnp.float32), plgpu.Layout.WGMMA)
-
-        lowest = plgpu.layout_cast(jnp.full((_COLUMNS,), -jnp.inf, jnp.float32), _COLUMN_LAYOUT)
+        lowest = plgpu.layout_cast(jnp.full((_COLUMNS,), -jnp.inf, jnp.float32), mosaic.COLUMN_LAYOUT)
         state = (nil(), nil()), nil(), tuple(nil() for _ in range(groups)), lowest
         outputs, total, zeros, maximum = lax.fori_loop(first, last, step, state)
         zeros = [x.sum(axis=0) for x in zeros]
@@ -399,16 +414,16 @@ def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *,
         scratch_types=[
             halves((2, 2, _WORDS, 8)),
             plgpu.SMEM((_COLUMNS,), jnp.float32),
-            plgpu.SMEM((stages, 2, 64, _WORDS), jnp.uint16, transforms=_tiled(64)),
+            plgpu.SMEM((stages, 2, 64, _WORDS), jnp.uint16, transforms=mosaic.swizzled(64)),
             words((stages, _UNIT * spans, _WORDS)),
             words((stages, _UNIT * spans, _WORDS)),
-            plgpu.SMEM((stages, _UNIT, _HEAD, 16), jnp.uint16, transforms=_tiled(16)),
+            plgpu.SMEM((stages, _UNIT, _HEAD, 16), jnp.uint16, transforms=mosaic.swizzled(16)),
             words((stages, _PLANES * groups, _UNIT, 16)),
             words((stages, _PLANES * groups, _UNIT, 16)),
-            halves((max(3 * spans, 2 * _PLANES * groups), *_TALL), transforms=_tiled(16)),
+            halves((max(3 * spans, 2 * _PLANES * groups), *_TALL), transforms=mosaic.swizzled(16)),
             plgpu.SMEM((2, _COLUMNS), jnp.float32),
-            halves((3, 64, _WORDS), transforms=_tiled(64)) if interpret else None,
-            halves((16, 64, 16), transforms=_tiled(16)) if interpret else None,
+            halves((3, 64, _WORDS), transforms=mosaic.swizzled(64)) if interpret else None,
+            halves((16, 64, 16), transforms=mosaic.swizzled(16)) if interpret else None,
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             plgpu.Barrier(num_arrivals=_UNIT + 2 * _PLANES * groups, num_barriers=stages),
@@ -484,8 +499,8 @@ def packed_decode_attention(
     interpret=None,
 ) -> Partial:
     """`api.packed_decode_attention` on Hopper. None for splits means what suits the device."""
-    if not interpret and not any(name in device_kind() for name in _HOPPER):
-        raise NotImplementedError(f"needs a Hopper GPU, this is {device_kind()!r}")
+    if not interpret:
+        mosaic.decline_all_but_hopper()
     reason = "returns no logits" if return_logits else decline(query, keys, values, scale)
     if reason is not None:
         raise NotImplementedError(reason)
