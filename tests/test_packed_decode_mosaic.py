@@ -147,3 +147,26 @@ def test_gpu_takes_adversarial_scales(scales):
     got = packed_decode_attention(query, keys, values, jnp.asarray([200]), implementation="mosaic_gpu")
     want = attention(query, dequantised(keys), dequantised(values), np.full((1, 2), 200), 128**-0.5)
     assert error(got, want) < 2e-3
+
+
+@gpu
+@pytest.mark.parametrize("options", [{"in_flight": 1}, {"in_flight": 3}, {"stages": 2}])
+def test_gpu_schedules_give_the_same_bits(options):
+    from pallas_kernels.packed_decode import mosaic_gpu
+
+    keys, values = segment(np.random.default_rng(3), 2, 2, 17, 128, FORMATS[QUICK])
+    query = jax.random.normal(jax.random.key(0), (2, 1, 8, 128), jnp.bfloat16)
+    lengths = jnp.asarray([[2176, 1900], [5, 0]])
+    attend = partial(
+        mosaic_gpu.packed_decode_attention, query, keys, values, lengths, scale=0.1, return_logits=False, splits=2
+    )
+    for a, b in zip(attend(), attend(blocks=mosaic_gpu.Blocks(**options))):
+        np.testing.assert_array_equal(a, b)
+
+
+@gpu
+def test_gpu_program_has_no_copy_of_the_codes():
+    query, keys, values, lengths = arguments(FORMATS[QUICK], blocks=512)
+    call = jax.jit(partial(packed_decode_attention, implementation="mosaic_gpu"))
+    memory = call.lower(query, keys, values, lengths).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < keys.codes.nbytes // 2 + 132 * 4 * 8 * 1024

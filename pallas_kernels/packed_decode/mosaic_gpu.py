@@ -26,11 +26,13 @@ own block count; the others become probability 0. The tensor core would multiply
 least so many. Each column keeps a maximum and a sum of its own, and the columns of a query row are joined with the
 shares of the sequence, in XLA.
 
-One code costs half an AND, and 1/16 of a shift for the high bytes. Per unit the right operands cost 4 planes of 64 x 16
-products and a thread's 64 logits an exponential each, about 1700 instructions a warp in all, of the 3500 cycles
-in which a processor's share of memory bandwidth brings the 42 KiB of a unit (H100, groups of 32 tokens); the tensor
-core is asked for 160 products of 64 x 16 x 16, at least 2560 cycles. Two or three warpgroups a processor must hide each
-other's waits: copies of the next unit's keys start when this one's are read, likewise values.
+The limit (H100, groups of 32 tokens, one group of values a token). A unit is 42 KiB, and a processor's share of the
+copy bandwidth (2.76 TB/s) brings it in 3600 cycles. Counted, not measured: a code costs half an AND, and 1/16 of a
+shift for the high bytes; with 4 x 64 x 16 scaled queries and as many zero points, a thread's 64 exponentials, sums and
+stores of probabilities a unit takes about 1700 instructions a warp. The tensor core multiplies 160 tiles of 64 x 16 x
+16, 1280 cycles at its full rate. Memory is the limit as long as waits overlap: a program has one buffer for keys and
+one for values, which it refills as soon as a unit's are read, two programs or three share a processor, and two tiles
+of logits are multiplied at a time.
 
 More than four query rows of a head take further programs, which unpack the same codes again.
 """
