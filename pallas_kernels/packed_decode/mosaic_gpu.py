@@ -22,9 +22,9 @@ bytes are 16 rows of one tile:
 
 A scale belongs to a block and a channel, but the right operand is one for all 64 rows. So its 16 columns are 4 blocks x
 4 query rows, each block's columns scaled by its own scales, and of a tile of logits only the four columns of a row's
-own block count; the others become probability 0. The tensor core would multiply 16 columns anyway, `wgmma` wants at
-least so many. Each column keeps a maximum and a sum of its own, and the columns of a query row are joined with the
-shares of the sequence, in XLA.
+own block count; the others become probability 0. Sixteen is the least that Mosaic lays out for `wgmma` anyway. Each
+column keeps a maximum and a sum of its own, and the columns of a query row are joined with the shares of the sequence,
+in XLA.
 
 The limit (H100, groups of 32 tokens, one group of values a token). A unit is 42 KiB, and a processor's share of the
 copy bandwidth (2.76 TB/s) brings it in 3600 cycles. Counted, not measured: a code costs half an AND, and 1/16 of a
