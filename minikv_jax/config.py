@@ -139,9 +139,11 @@ class Codec:
         metadata_dtype: of scales and minima.
         balance: divide key channels by how loud they are next to the queries', and multiply the queries (MiKV
             equations 2-4).
-        rotate_keys: store keys, and ask with queries, after a Hadamard rotation, which spreads outlier channels.
-        rotate_values: likewise for values; the output is rotated back.
-        clip: shrink factors of a group's range to try; the one with the smallest squared error is kept.
+        key_clip: shrink factors of a group's range to try; the one with the smallest squared error is kept.
+        value_clip: likewise for values.
+        key_feedback: rounding errors of a prompt's key channels are made up for in the channels after them, as far as
+            the prompt's queries can tell (GPTQ, arXiv 2210.17323, with queries in the place of a layer's inputs). Costs
+            nothing once the prompt is encoded; keys of new tokens are rounded alone.
         integer_zero: the minimum is a whole number of scales (Q-Hitter's quantiser).
     """
 
@@ -152,9 +154,9 @@ class Codec:
     key_axis: GroupAxis = "tokens"
     metadata_dtype: str = "float16"
     balance: bool = False
-    rotate_keys: bool = False
-    rotate_values: bool = False
-    clip: tuple[float, ...] = ()
+    key_clip: tuple[float, ...] = ()
+    value_clip: tuple[float, ...] = ()
+    key_feedback: bool = False
     integer_zero: bool = False
 
     def __post_init__(self):
@@ -179,9 +181,16 @@ class Codec:
             self.metadata_dtype in ("float16", "bfloat16", "float8_e4m3fn"),
             f"metadata_dtype={self.metadata_dtype!r}: choose float16, bfloat16 or float8_e4m3fn.",
         )
-        _require(all(0 < f <= 1 for f in self.clip), f"clip={self.clip}: factors lie above 0 and at most at 1.")
-        plain = not (self.balance or self.rotate_keys or self.rotate_values or self.clip or self.integer_zero)
-        _require(plain or not self.dense, "balance, rotation, clip and integer_zero need fewer than 16 bits.")
+        for name in ("key_clip", "value_clip"):
+            factors = getattr(self, name)
+            _require(all(0 < f <= 1 for f in factors), f"{name}={factors}: factors lie above 0 and at most at 1.")
+        _require(
+            not self.key_feedback or (over_tokens and not self.integer_zero),
+            "key_feedback goes from channel to channel: give key_axis='tokens', and no integer_zero.",
+        )
+        clipped = bool(self.key_clip or self.value_clip)
+        plain = not (self.balance or clipped or self.integer_zero)
+        _require(plain or not self.dense, "balance, clip and integer_zero need fewer than 16 bits.")
 
     @property
     def dense(self) -> bool:
@@ -206,6 +215,10 @@ class CacheConfig:
         window: newest tokens kept dense until they are encoded; None: new tokens go straight into the first tier.
         window_style: "block" encodes a full window at once, before the step's attention (MiniKV); "kivi" encodes a
             full window of keys after it, and values one by one as they grow older than the window.
+        exact_sinks: the allocation's sinks are not encoded, nor do they stretch any group's range: they stay dense, in
+            front of the window.
+        rotate_keys: hold keys, and ask with queries, after a Hadamard rotation, which spreads outlier channels.
+        rotate_values: likewise for values; the output is rotated back.
         evict: "never": chosen tokens stay and new ones are added. "after": each step adds its attention to the scores
             and then gives up the first tier's lowest token (H2O, MiKV). "before": makes room before the step, for
             ranks by position (StreamingLLM). What is given up goes to the retained tier, or away.
@@ -221,6 +234,9 @@ class CacheConfig:
     retained: Codec | None = None
     window: int | None = None
     window_style: Literal["block", "kivi"] = "block"
+    exact_sinks: bool = False
+    rotate_keys: bool = False
+    rotate_values: bool = False
     evict: Literal["never", "before", "after"] = "never"
     dtype: str | None = None
     prompt_capacity: int | None = None
@@ -241,9 +257,19 @@ class CacheConfig:
             self.retained is None or (not self.retained.dense and self.retained.token_group == 1),
             "A retained tier takes tokens one at a time: give it fewer than 16 bits and key_axis='channels'.",
         )
+        codecs = [codec for codec in (self.codec, self.retained) if codec is not None and not codec.dense]
+        _require(
+            not self.rotate_keys or not any(codec.balance for codec in codecs),
+            "balance and rotate_keys both even out channels, and the rotation would undo the balance: choose one.",
+        )
+        _require(codecs or not (self.rotate_keys or self.rotate_values), "Rotation needs a tier of fewer than 16 bits.")
         self._check_window()
 
     def _check_window(self) -> None:
+        _require(
+            not self.exact_sinks or (self.window is not None and self.window_style == "block"),
+            "exact_sinks keeps sinks in the window of an encoded tier: give it a window, of the block style.",
+        )
         group = self.codec.token_group
         if self.codec.dense or self.evict != "never":
             _require(self.window is None, f"window={self.window}: only tokens that are encoded together need one.")
@@ -265,6 +291,17 @@ class CacheConfig:
     def selects(self) -> bool:
         """Whether some tokens of a prompt may stay outside the first tier."""
         return not self.allocation.keeps_everything
+
+    @property
+    def first_encoded(self) -> int:
+        """Row of a full window from which on it is encoded: exact sinks stay in front of it."""
+        return self.allocation.sinks if self.exact_sinks else 0
+
+    @property
+    def small_metadata(self) -> bool:
+        """Whether some tier has 8-bit metadata, whose little range needs `Units`."""
+        codecs = (codec for codec in (self.codec, self.retained) if codec is not None and not codec.dense)
+        return any(codec.metadata_dtype == "float8_e4m3fn" for codec in codecs)
 
     @property
     def score_rows(self) -> int | str:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import allocate
-from minikv_jax.cache import KVCache, LayerCache, Shape, compress, loudest_query, read_token, read_tokens
+from minikv_jax.cache import KVCache, LayerCache, QueryStatistics, Shape, compress, read_token, read_tokens
 from minikv_jax.config import Allocation, CacheConfig, Rank
 from minikv_jax.errors import ConfigError, PromptError
 from minikv_jax.models.llama import Llama, LlamaLayer
@@ -29,9 +29,32 @@ def _model(params: Params) -> Llama:
     return params if isinstance(params, Llama) else nnx.merge(*params)
 
 
-@functools.partial(jax.jit, static_argnames=("score_rows", "sliding_window"))
-def _read_layer(layer: LlamaLayer, x, lengths, score_rows, sliding_window):
-    """One layer over the whole prompt. Jitted on its own: called outside `jit`, it compiles once for all layers."""
+# Rows of all sequences together that a layer works on at once: what bounds queries and MLP activations. Enough for the
+# products to run at full rate.
+_ROWS = 8192
+# Numbers of a layer's keys that are compressed at once.
+_COMPRESSED = 1 << 26
+
+
+def _chunk_rows(batch: int, tokens: int) -> int:
+    """Rows of each sequence that a layer works on at once: all, or an even share, a multiple of 128."""
+    most = max(_ROWS // batch // 128, 1) * 128
+    if tokens <= most:
+        return tokens
+    chunks = -(-tokens // most)
+    return -(-tokens // chunks // 128) * 128
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "score_rows", "sliding_window"), donate_argnames="x")
+def _read_layer(layer: LlamaLayer, x, lengths, rows, score_rows, sliding_window):
+    """One layer over the whole prompt. Jitted on its own: called outside `jit`, it compiles once for all layers.
+
+    x has a whole number of chunks of `rows`. One chunk is one piece of work; of more, first every chunk's keys and
+    values are made, then each chunk's result takes its rows' place in x. Nothing but keys, values, x and scores is ever
+    as long as the prompt.
+    """
+    if rows < x.shape[1]:
+        return _read_layer_in_chunks(layer, x, lengths, rows, score_rows, sliding_window)
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     query, key, value = layer.before_attention(x, positions)
     attention, scores, _ = two_pass_attention(
@@ -44,11 +67,110 @@ def _read_layer(layer: LlamaLayer, x, lengths, score_rows, sliding_window):
         sliding_window=sliding_window,
     )
     counted = positions < lengths[:, None]
-    loudest = loudest_query(query, key.shape[2], counted)
-    return layer.after_attention(x, attention), key, value, scores, loudest
+    queries = QueryStatistics.of(query, key.shape[2], counted)
+    return layer.after_attention(x, attention), key, value, scores, queries
 
 
-_compress = jax.jit(compress, static_argnames=("config", "shape"))
+def _read_layer_in_chunks(layer: LlamaLayer, x, lengths, rows, score_rows, sliding_window):
+    b, tokens, _ = x.shape
+    config = layer.config
+    starts = jnp.arange(0, tokens, rows)
+
+    def chunk_of(x, start):
+        positions = jnp.broadcast_to(start + jnp.arange(rows), (b, rows))
+        return jax.lax.dynamic_slice_in_dim(x, start, rows, axis=1), positions
+
+    def put(whole, part, start):
+        return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, axis=1)
+
+    def remember(keys_and_values, start):
+        part, positions = chunk_of(x, start)
+        _, *new = layer.before_attention(part, positions)
+        # Zeros instead of padding: the attention then needs no lengths of keys, and makes no cleaned copy.
+        present = (positions < lengths[:, None])[..., None, None]
+        return [put(whole, jnp.where(present, y, 0), start) for whole, y in zip(keys_and_values, new)], None
+
+    empty = jnp.zeros((b, tokens, config.num_kv_heads, config.head_dim), x.dtype)
+    (key, value), _ = jax.lax.scan(remember, [empty, empty], starts)
+
+    def attend(query, start, counts, score_rows):
+        return two_pass_attention(
+            query,
+            key,
+            value,
+            query_lengths=counts,
+            query_offset=jnp.broadcast_to(start, (b,)).astype(jnp.int32),
+            score_rows=score_rows,
+            sliding_window=sliding_window,
+        )
+
+    scores = jnp.zeros((b, config.num_kv_heads, tokens), jnp.float32)
+    if score_rows not in ("all", 0):
+        # The last rows of each sequence may lie in different chunks: they are asked on their own.
+        first = jnp.maximum(lengths - score_rows, 0)
+        positions = first[:, None] + jnp.arange(score_rows)
+        last = jnp.take_along_axis(x, positions[..., None], axis=1, mode="clip")
+        query, _, _ = layer.before_attention(last, positions)
+        _, scores, _ = attend(query, first, jnp.minimum(lengths, score_rows), "all")
+
+    def work(state, start):
+        x, scores, queries = state
+        part, positions = chunk_of(x, start)
+        query, _, _ = layer.before_attention(part, positions)
+        counts = jnp.clip(lengths - start, 0, rows)
+        attention, received, _ = attend(query, start, counts, "all" if score_rows == "all" else 0)
+        more = QueryStatistics.of(query, config.num_kv_heads, positions < lengths[:, None])
+        x = put(x, layer.after_attention(part, attention), start)
+        return (x, scores + received, queries.join(more)), None
+
+    shape = b, config.num_kv_heads, config.head_dim
+    queries = QueryStatistics(jnp.zeros(shape), jnp.zeros((*shape, config.head_dim)))
+    (x, scores, queries), _ = jax.lax.scan(work, (x, scores, queries), starts)
+    return x, key, value, scores, queries
+
+
+@functools.partial(jax.jit, static_argnames=("config", "shape", "at_once"))
+def _compress(key, value, scores, queries, lengths, budget, config, shape, at_once=_COMPRESSED) -> LayerCache:
+    """`compress`, for long prompts sequence by sequence and some heads at a time: it sorts and casts what it is given.
+
+    `at_once` bounds the numbers of the keys in one piece of work.
+    """
+    arrays = key, value, scores, queries
+    b, tokens, heads, head_size = key.shape
+
+    def some_heads(arrays, lengths, budget):
+        together = max(at_once // (arrays[0].shape[0] * tokens * head_size), 1)
+        # Q-Hitter's mix looks at all heads of a layer.
+        if together >= heads or config.rank.attention_weight < 1:
+            return compress(*arrays, lengths, budget, config=config, shape=shape)
+        together = next(n for n in range(together, 0, -1) if heads % n == 0)
+
+        def one(first):
+            def some(x, axis):
+                return jax.lax.dynamic_slice_in_dim(x, first, together, axis)
+
+            key, value = (some(x, 2) for x in arrays[:2])
+            scores, queries = jax.tree.map(lambda x: some(x, 1), arrays[2:])
+            return compress(key, value, scores, queries, lengths, budget, config=config, shape=shape)
+
+        # What has heads has them second; the rest is the same for all of them.
+        parts = jax.lax.map(one, jnp.arange(0, heads, together))
+        return jax.tree.map(lambda x: _joined_heads(x) if x.ndim > 2 else x[0], parts)
+
+    if b == 1 or key.size <= at_once:
+        return some_heads(arrays, lengths, budget)
+
+    def one_sequence(arguments):
+        return some_heads(*jax.tree.map(lambda x: x[None], arguments))
+
+    caches = jax.lax.map(one_sequence, (arrays, lengths, budget))
+    return jax.tree.map(lambda x: x[:, 0], caches)
+
+
+def _joined_heads(x):
+    """[parts, B, K, ...] -> [B, parts K, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 @functools.partial(jax.jit, static_argnames=("like",))
@@ -58,15 +180,35 @@ def _shrink(layer: LayerCache, like) -> LayerCache:
     return jax.tree.unflatten(structure, [x[tuple(slice(n) for n in shape)] for x, shape in zip(leaves, like)])
 
 
-@jax.jit
-def _embed(model: Llama, tokens):
-    return model.embed(tokens)
+@functools.partial(jax.jit, static_argnames="rows")
+def _embed(model: Llama, tokens, rows):
+    """Embeddings, padded to whole chunks of `rows`."""
+    return model.embed(jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % rows))))
 
 
 @jax.jit
 def _logits_at(model: Llama, x, index):
     last = jnp.take_along_axis(x, index[:, None, None], axis=1, mode="clip")
     return model.logits(last)[:, 0]
+
+
+def bucket(tokens: Int[Array, "B T"], limit: int | None = None) -> Int[Array, "B padded"]:
+    """Tokens padded on the right, so that prompts of nearly the same length share one compiled program.
+
+    Lengths are rounded up to an eighth of their power of two, so at most an eighth is padding; what a method keeps
+    depends on the true lengths alone. With JAX's persistent cache (`JAX_COMPILATION_CACHE_DIR`) later processes find
+    the programs of earlier ones.
+
+    Args:
+        tokens: [B, T] token ids.
+        limit: pad to no more than this, as what the model's positions leave beside `generated_capacity`.
+    """
+    longest = tokens.shape[1]
+    step = max((1 << max(longest - 1, 1).bit_length() - 1) // 8, 16)
+    padded = -(-longest // step) * step
+    if limit is not None:
+        padded = max(min(padded, limit), longest)
+    return jnp.pad(tokens, ((0, 0), (0, padded - longest)))
 
 
 def forward(params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
@@ -82,10 +224,11 @@ def forward(params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] 
     """
     model = _model(params)
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else jnp.asarray(lengths)
-    x = _embed(model, tokens)
+    rows = _chunk_rows(*tokens.shape)
+    x = _embed(model, tokens, rows)
     for layer in model.layers:
-        x, *_ = _read_layer(layer, x, lengths, score_rows=0, sliding_window=model.config.sliding_window)
-    return jax.jit(type(model).logits)(model, x)
+        x, *_ = _read_layer(layer, x, lengths, rows, score_rows=0, sliding_window=model.config.sliding_window)
+    return jax.jit(type(model).logits)(model, x[:, : tokens.shape[1]])
 
 
 def prefill(
@@ -122,10 +265,11 @@ def prefill(
     shapes = [Shape.of(cache_config, i, layers) for i in range(layers)]
     largest = Shape(*map(max, zip(*shapes)))
 
-    x = _embed(model, tokens)
+    rows = _chunk_rows(*tokens.shape)
+    x = _embed(model, tokens, rows)
     caches = []
     for i, layer in enumerate(model.layers):
-        x, *attended = _read_layer(layer, x, lengths, score_rows=cache_config.score_rows, sliding_window=None)
+        x, *attended = _read_layer(layer, x, lengths, rows, score_rows=cache_config.score_rows, sliding_window=None)
         budget = allocate.budgets(cache_config, i, layers, lengths, tokens.shape[1])
         # Every layer is compressed at the largest layer's capacity and then cut: one program for a whole pyramid.
         cache = _compress(*attended, lengths, budget, config=cache_config, shape=largest)
@@ -134,6 +278,7 @@ def prefill(
             like = jax.eval_shape(compress_to, *attended, lengths, budget)
             cache = _shrink(cache, tuple(leaf.shape for leaf in jax.tree.leaves(like)))
         caches.append(cache)
+        del attended  # before the next layer makes its own keys and values
         if progress is not None:
             jax.block_until_ready(cache)
             progress(i + 1, layers)
@@ -176,14 +321,22 @@ def _fitting(model: Llama, tokens, lengths, config: CacheConfig) -> CacheConfig:
 
 
 def _check_codecs(config: CacheConfig, head_size: int) -> None:
+    if (config.rotate_keys or config.rotate_values) and head_size & (head_size - 1):
+        raise ConfigError(f"A Hadamard rotation needs a head size that is a power of two, not {head_size}.")
     for codec in (config.codec, config.retained):
         if codec is None or codec.dense:
             continue
         groups = [codec.value_group] + ([codec.key_group] if codec.key_axis == "channels" else [])
         if any(head_size % group_size(group, head_size) for group in groups):
             raise ConfigError(f"Groups of {groups} channels must divide the model's head size of {head_size}.")
-        if (codec.rotate_keys or codec.rotate_values) and head_size & (head_size - 1):
-            raise ConfigError(f"A Hadamard rotation needs a head size that is a power of two, not {head_size}.")
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _decode_layer(layer: LlamaLayer, cache: LayerCache, x, lengths, accept, config: CacheConfig):
+    """One layer over one new token. Jitted on its own, it is traced and lowered once for all layers of one shape."""
+    query, key, value = layer.before_attention(x, lengths[:, None])
+    cache, attention = read_token(cache, query, key, value, lengths, accept, config)
+    return cache, layer.after_attention(x, attention)
 
 
 def decode_step(params: Params, cache: KVCache, tokens: Int[Array, "B"]) -> tuple[Float[Array, "B V"], KVCache]:
@@ -205,11 +358,8 @@ def decode_step(params: Params, cache: KVCache, tokens: Int[Array, "B"]) -> tupl
     x = model.embed(tokens[:, None])
     layers = []
     for layer, layer_cache in zip(model.layers, cache.layers):
-        with jax.named_scope("decode_layer"):
-            query, key, value = layer.before_attention(x, cache.lengths[:, None])
-            layer_cache, attention = read_token(layer_cache, query, key, value, cache.lengths, accept, cache.config)
-            x = layer.after_attention(x, attention)
-            layers.append(layer_cache)
+        layer_cache, x = _decode_layer(layer, layer_cache, x, cache.lengths, accept, cache.config)
+        layers.append(layer_cache)
     logits = jnp.where(accept[:, None], model.logits(x)[:, 0], jnp.nan)
     step = accept.astype(jnp.int32)
     return logits, KVCache(tuple(layers), cache.lengths + step, cache.room - step, cache.config)
@@ -262,11 +412,11 @@ def extend(
 
 @jax.jit
 def _extend_chunk(params, cache: KVCache, tokens, counts, counted):
-    """Logits after a chunk, the cache with it, and each layer's loudest queries."""
+    """Logits after a chunk, the cache with it, and statistics of each layer's queries."""
     model = _model(params)
     x = model.embed(tokens)
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-    layers, loudest = [], []
+    layers, queries = [], []
     for layer, layer_cache in zip(model.layers, cache.layers):
         query, key, value = layer.before_attention(x, positions)
         layer_cache, attention = read_tokens(
@@ -274,9 +424,10 @@ def _extend_chunk(params, cache: KVCache, tokens, counts, counted):
         )
         x = layer.after_attention(x, attention)
         layers.append(layer_cache)
-        loudest.append(loudest_query(query, key.shape[2], jnp.arange(tokens.shape[1]) < counts[:, None]))
+        read = jnp.arange(tokens.shape[1]) < counts[:, None]
+        queries.append(QueryStatistics.of(query, key.shape[2], read))
     logits = _logits_at(model, x, counts - 1)
-    return logits, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config), loudest
+    return logits, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config), queries
 
 
 def prefill_in_chunks(
@@ -309,21 +460,21 @@ def prefill_in_chunks(
     held = [dataclasses.replace(x, ledger=dataclasses.replace(x.ledger, size=lengths)) for x in cache.layers]
     cache = dataclasses.replace(cache, layers=tuple(held))
     scored = longest if cache_config.score_rows == "all" else cache_config.score_rows
-    logits, loudest = None, [jnp.zeros(())] * layers
+    logits, queries = None, []
     for start in range(0, longest, chunk):
         part = tokens[:, start : start + chunk]
         place = start + jnp.arange(part.shape[1])
         counts = jnp.clip(lengths - start, 0, part.shape[1])
         counted = (place < lengths[:, None]) & (place >= (lengths - scored)[:, None])
-        new, cache, louder = _extend_chunk(params, cache, part, counts, counted)
+        new, cache, more = _extend_chunk(params, cache, part, counts, counted)
         logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
-        loudest = [jnp.maximum(a, b) for a, b in zip(loudest, louder)]
+        queries = [a.join(b) for a, b in zip(queries, more)] if queries else more
     compressed = []
     for i, layer in enumerate(cache.layers):
         key, value = (x[:, :, :longest].swapaxes(1, 2) for x in (layer.segment.key, layer.segment.value))
         budget = allocate.budgets(cache_config, i, layers, lengths, longest)
         scores, shape = layer.ledger.scores[:, :, :longest], Shape.of(cache_config, i, layers)
-        compressed.append(_compress(key, value, scores, loudest[i], lengths, budget, config=cache_config, shape=shape))
+        compressed.append(_compress(key, value, scores, queries[i], lengths, budget, config=cache_config, shape=shape))
     room = jnp.full(lengths.shape, cache_config.generated_capacity, jnp.int32)
     return logits, KVCache(tuple(compressed), jnp.array(lengths), room, cache_config)
 
@@ -408,27 +559,45 @@ def stream(
         yield token, cache
 
 
+# Steps between two looks at whether every sequence has ended. A loop whose condition depends on data makes the host
+# wait for the device each time round; a scan of known length does not.
+_STEPS = 16
+
+
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_token_ids"), donate_argnames="cache")
 def _decode_loop(params, cache, token, key, sampling, max_new_tokens, eos_token_ids):
     """Decodes until every sequence has ended or `max_new_tokens` are there: one dispatch for all of it."""
     ends = jnp.asarray(eos_token_ids or (-1,))
 
-    def more(state):
-        i, _, _, ended, _ = state
-        return (i < max_new_tokens) & ~ended.all()
-
-    def step(state):
-        i, tokens, cache, ended, token = state
-        logits, cache = decode_step(params, cache, token)
+    def step(state, i):
+        cache, ended, token = state
+        # Where all have ended, or past the last token, no sequence has room and the step changes nothing.
+        room = jnp.where(ended.all() | (i >= max_new_tokens), 0, cache.room)
+        logits, stepped = decode_step(params, dataclasses.replace(cache, room=room), token)
+        cache = dataclasses.replace(stepped, room=cache.room - (stepped.lengths - cache.lengths))
         token = jnp.where(ended, token, sample(logits, jax.random.fold_in(key, i), sampling))
-        return i + 1, tokens.at[:, i].set(token), cache, ended | jnp.isin(token, ends), token
+        return (cache, ended | jnp.isin(token, ends), token), token
 
-    tokens = jnp.zeros((token.shape[0], max_new_tokens), jnp.int32).at[:, 0].set(token)
-    count, tokens, cache, _, token = jax.lax.while_loop(
-        more, step, (jnp.int32(1), tokens, cache, jnp.isin(token, ends), token)
-    )
-    written = jnp.arange(max_new_tokens) < count
-    return jnp.where(written, tokens, token[:, None]), cache
+    state = cache, jnp.isin(token, ends), token
+    if not eos_token_ids:
+        (cache, _, _), tokens = jax.lax.scan(step, state, jnp.arange(1, max_new_tokens))
+        return jnp.concatenate([token[None], tokens]).T, cache
+
+    chunks = -(-(max_new_tokens - 1) // _STEPS)
+    tokens = jnp.zeros((1 + chunks * _STEPS, token.shape[0]), jnp.int32).at[0].set(token)
+
+    def more(carry):
+        done, _, (_, ended, _) = carry
+        return (done < max_new_tokens) & ~ended.all()
+
+    def chunk(carry):
+        done, tokens, state = carry
+        state, new = jax.lax.scan(step, state, done + jnp.arange(_STEPS))
+        return done + _STEPS, jax.lax.dynamic_update_slice_in_dim(tokens, new, done, 0), state
+
+    done, tokens, (cache, _, token) = jax.lax.while_loop(more, chunk, (jnp.int32(1), tokens, state))
+    written = jnp.arange(max_new_tokens)[:, None] < done
+    return jnp.where(written, tokens[:max_new_tokens], token).T, cache
 
 
 def generate(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax import quantize, segments
 from minikv_jax.config import CacheConfig
 from minikv_jax.segments import DenseSegment, PackedSegment
+from pallas_kernels import Run
 from pallas_kernels.packed_decode.layout import BLOCK
 
 
@@ -38,11 +39,12 @@ def compress(
     capacity: int,
     dtype: jnp.dtype,
     balance: Float[Array, "B K H"] | None,
+    moment: Float[Array, "B K H H"],
 ) -> tuple[PackedSegment, KiviWindow]:
     """The prompt: all whole multiples of R of its keys are packed, and all but the last R of its values."""
     size = config.window
     packed_keys = lengths // size * size
-    segment = segments.build(config.codec, key, value, jnp.maximum(lengths - size, 0), capacity, dtype, balance)
+    segment = segments.build(config.codec, key, value, jnp.maximum(lengths - size, 0), capacity, dtype, balance, moment)
     # Ring row r holds the newest token t with t % (R + 1) == r.
     last = lengths[:, None] - 1
     newest = last - (last - jnp.arange(size + 1)) % (size + 1)
@@ -94,18 +96,29 @@ def settle(
     segment: PackedSegment, window: KiviWindow, position: Int[Array, "B"], accept: Bool[Array, "B"]
 ) -> tuple[PackedSegment, KiviWindow]:
     """Encodes a full window of keys, and the one value that is now older than the window."""
-    size, heads = window.key.shape[2], window.key.shape[1]
+    size, ring = window.key.shape[2], window.value.shape[2]
     full = accept & (position + 1 - window.packed_keys == size)
-
-    def flush(keys):
-        codes = segments.encode_keys(segment.codec, window.key, segment.balance)
-        return segments.write_codes(keys, codes, _per_head(window.packed_keys, heads), full)
-
-    keys = jax.lax.cond(full.any(), flush, lambda keys: keys, segment.keys)
     old = accept & (position + 1 - segment.length > size)
-    codes = segments.encode_values(segment.codec, _rows(window.value, (segment.length % (size + 1))[:, None]))
-    values = segments.write_codes(segment.values, codes, _per_head(segment.length, heads), old)
+    key = Run(window.key, jnp.zeros_like(position), window.packed_keys, full, size)
+    value = Run(window.value, segment.length % ring, segment.length, old, 1)
+    try:
+        segment = segments.write_runs(segment, key, value)
+    except NotImplementedError:  # not on this device, or not this codec
+        segment = _write(segment, key, value)
     return (
-        dataclasses.replace(segment, keys=keys, values=values, length=segment.length + old),
+        dataclasses.replace(segment, length=segment.length + old),
         dataclasses.replace(window, packed_keys=window.packed_keys + jnp.where(full, size, 0)),
     )
+
+
+def _write(segment: PackedSegment, key: Run, value: Run) -> PackedSegment:
+    heads = key.rows.shape[1]
+
+    def flush(keys):
+        codes = segments.encode_keys(segment.codec, key.rows, segment.balance)
+        return segments.write_codes(keys, codes, _per_head(key.start, heads), key.when)
+
+    keys = jax.lax.cond(key.when.any(), flush, lambda keys: keys, segment.keys)
+    codes = segments.encode_values(segment.codec, _rows(value.rows, value.first[:, None]))
+    values = segments.write_codes(segment.values, codes, _per_head(value.start, heads), value.when)
+    return dataclasses.replace(segment, keys=keys, values=values)

@@ -1,7 +1,10 @@
 """Group-wise affine codes: value = code * scale + minimum, with one scale and one minimum for a group of numbers."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
@@ -36,6 +39,10 @@ def encode(
     are computed in float32 against scale and minimum as they are stored, so their rounding costs nothing twice. A
     group without range (or one whose scale rounds to zero) has scale 0, codes 0 and gives back its minimum.
 
+    Of metadata shorter than float16 the nearest numbers may miss the group: a float8 minimum of 370 is 384. They are
+    also tried rounded outwards, the minimum down and then the scale up, which reaches every number of the group, and
+    the better of the two is kept.
+
     Args:
         x: numbers; S is a multiple of a group over tokens, H of one over channels.
         bits, group_size, group_axis, metadata_dtype: as `Codec`.
@@ -51,17 +58,18 @@ def encode(
     grouped = x.astype(jnp.float32).reshape(shape)
     low, high = grouped.min(axis=axis, keepdims=True), grouped.max(axis=axis, keepdims=True)
     levels = (1 << bits) - 1
-    limit = float(jnp.finfo(metadata_dtype).max)
 
-    def within(low, high):
+    def within(low, high, down=_nearest, up=_nearest):
         if integer_zero:
-            scale = jnp.minimum(jnp.maximum(high - low, 1e-5) / levels, limit).astype(metadata_dtype)
+            scale = up(jnp.maximum(high - low, 1e-5) / levels, metadata_dtype)
             step = scale.astype(jnp.float32)
             whole = jnp.clip(-jnp.round(low / jnp.where(step > 0, step, 1)), 0, levels)
             codes = jnp.where(step > 0, jnp.round(grouped / jnp.where(step > 0, step, 1)) + whole, 0)
             return jnp.clip(codes, 0, levels), scale, (-whole * step).astype(metadata_dtype)
-        zero = jnp.clip(low, -limit, limit).astype(metadata_dtype)
-        scale = jnp.minimum((high - low) / levels, limit).astype(metadata_dtype)
+        zero = down(low, metadata_dtype)
+        # The papers' code has the unrounded minimum here, which differs for float16 by less than its last bit.
+        lowest = low if metadata_dtype == "float16" else zero.astype(jnp.float32)
+        scale = up(jnp.maximum(high - lowest, 0) / levels, metadata_dtype)
         step = scale.astype(jnp.float32)
         codes = jnp.where(step > 0, (grouped - zero.astype(jnp.float32)) / jnp.where(step > 0, step, 1), 0)
         return jnp.round(jnp.clip(codes, 0, levels)), scale, zero
@@ -70,14 +78,95 @@ def encode(
         restored = codes * scale.astype(jnp.float32) + zero.astype(jnp.float32)
         return jnp.square(restored - grouped).sum(axis=axis, keepdims=True)
 
+    middle, half = (low + high) / 2, (high - low) / 2
+    others = [within(middle - half * factor, middle + half * factor) for factor in clip]
+    if metadata_dtype != "float16" and not integer_zero:
+        others.append(
+            within(low, high, functools.partial(_outwards, jnp.floor), functools.partial(_outwards, jnp.ceil))
+        )
     best = within(low, high)
-    for factor in clip:
-        middle, half = (low + high) / 2, (high - low) / 2 * factor
-        other = within(middle - half, middle + half)
+    for other in others:
         better = error(*other) < error(*best)
         best = tuple(jnp.where(better, new, old) for new, old in zip(other, best))
     codes, scale, zero = best
     return Codes(codes.astype(jnp.uint8).reshape(x.shape), scale.squeeze(axis), zero.squeeze(axis))
+
+
+def _nearest(x: Float[Array, "..."], dtype: str) -> Float[Array, "..."]:
+    limit = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -limit, limit).astype(dtype)
+
+
+def _outwards(whole: Callable, x: Float[Array, "..."], dtype: str) -> Float[Array, "..."]:
+    """x as a short float, never above it (`whole` is floor) or below it (ceil), but within the dtype's range."""
+    info = jnp.finfo(dtype)
+    x = jnp.clip(x, -float(info.max), float(info.max))
+    exponent = jnp.maximum(jnp.frexp(x)[1] - 1, max(info.minexp, -100))
+    last_bit = jnp.ldexp(jnp.float32(1), exponent - info.nmant)
+    return (whole(x / last_bit) * last_bit).astype(dtype)
+
+
+# Channels whose scales are chosen together, when what earlier channels add to them is known: enough for a matrix
+# product, few enough to be one fused piece of work.
+_TOGETHER = 8
+
+
+def encode_with_feedback(
+    x: Float[Array, "B K S H"],
+    moment: Float[Array, "B K H H"],
+    bits: int,
+    group_size: int,
+    metadata_dtype: str = "float16",
+    clip: tuple[float, ...] = (),
+) -> Codes:
+    """`encode` with groups over tokens, its errors made up for in later channels, as queries allow.
+
+    What counts of a key's error e is that of its logits, e M e^T summed over queries, with M = sum query^T query. Write
+    M = U D U^T with U unit upper triangular, and it is the sum over channels of D_cc (e U)_c^2: a channel's own error,
+    and what the errors of channels before it add up to. That is known when its turn comes, so it is added to what is
+    rounded (GPTQ, arXiv 2210.17323; in this form QuIP, arXiv 2307.13304, section 3).
+
+    Args:
+        x, bits, group_size, metadata_dtype, clip: as `encode`.
+        moment: M of the queries that will meet x; its size does not matter.
+    """
+    h = x.shape[-1]
+    width = next(width for width in range(min(_TOGETHER, h), 0, -1) if h % width == 0)
+    coupling = _coupling(moment)
+
+    def step(error, run):
+        x, coupling, start = run
+        added = jnp.einsum("bksh,bkhw->bksw", error, coupling)
+        own = jax.lax.dynamic_slice_in_dim(coupling, start, width, axis=2)
+        # Where the run's numbers would end up if rounding them cost nothing more: what their scales must span.
+        ahead = jnp.einsum("bksw,bkwv->bksv", added, jnp.linalg.inv(own + jnp.eye(width)))
+        grids = encode(x + ahead, bits, group_size, "tokens", metadata_dtype, clip)
+        scale, zero = (jnp.repeat(y.astype(jnp.float32), group_size, axis=2) for y in grids[1:])
+        rounded, errors = [], []
+        for i in range(width):
+            wanted = x[..., i] + added[..., i] + sum(e * own[:, :, j, i, None] for j, e in enumerate(errors))
+            size = scale[..., i]
+            code = jnp.where(size > 0, (wanted - zero[..., i]) / jnp.where(size > 0, size, 1), 0)
+            rounded.append(jnp.round(jnp.clip(code, 0, (1 << bits) - 1)))
+            errors.append(x[..., i] - (rounded[-1] * size + zero[..., i]))
+        error = jax.lax.dynamic_update_slice_in_dim(error, jnp.stack(errors, axis=-1), start, axis=3)
+        return error, grids._replace(codes=jnp.stack(rounded, axis=-1).astype(jnp.uint8))
+
+    x = x.astype(jnp.float32)
+    runs = [jnp.moveaxis(y.reshape(*y.shape[:-1], h // width, width), -2, 0) for y in (x, coupling)]
+    _, codes = jax.lax.scan(step, jnp.zeros_like(x), (*runs, jnp.arange(0, h, width)))
+    return Codes(*(jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], h) for y in codes))
+
+
+def _coupling(moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:
+    """U - 1 of moment = U D U^T: how errors of channels (rows) add up in later ones (columns)."""
+    h = moment.shape[-1]
+    mean = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None] / h
+    # One part in a hundred of the mean keeps the factors finite where queries leave a direction empty.
+    moment = jnp.where(mean > 0, moment / jnp.where(mean > 0, mean, 1), 0) + 0.01 * jnp.eye(h)
+    # With channels counted from the last, Cholesky's lower factor is the upper one.
+    factor = jnp.linalg.cholesky(moment[..., ::-1, ::-1])[..., ::-1, ::-1]
+    return jnp.triu(factor / jnp.diagonal(factor, axis1=-2, axis2=-1)[..., None, :], 1)
 
 
 def decode(codes: Codes, group_size: int, group_axis: GroupAxis) -> Float[Array, "B K S H"]:

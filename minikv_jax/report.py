@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minikv_jax import allocate
-from minikv_jax.cache import KVCache, LayerCache, Shape, compress, nbytes
+from minikv_jax.cache import KVCache, LayerCache, QueryStatistics, Shape, compress, nbytes
 from minikv_jax.config import CacheConfig
 from minikv_jax.kivi import KiviWindow
 from minikv_jax.models.config import ModelConfig
@@ -75,18 +75,24 @@ def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generat
         return jax.ShapeDtypeStruct(shape, dtype)
 
     key = array(1, prompt, heads, head_size)
-    scores, loudest = array(1, heads, prompt, dtype=jnp.float32), array(1, heads, head_size, dtype=jnp.float32)
+    scores = array(1, heads, prompt, dtype=jnp.float32)
+    channels = (1, heads, head_size)
+    queries = QueryStatistics(array(*channels, dtype=jnp.float32), array(*channels, head_size, dtype=jnp.float32))
     lengths = array(1, dtype=jnp.int32)
+
+    @functools.cache
+    def layer_of(shape: Shape):
+        make = functools.partial(compress, config=config, shape=shape)
+        return jax.eval_shape(make, key, key, scores, queries, lengths, allocate.Budget(lengths, lengths))
+
     sizes = []
     for i in range(layers):
-        make = functools.partial(compress, config=config, shape=Shape.of(config, i, layers))
-        layer = jax.eval_shape(make, key, key, scores, loudest, lengths, allocate.Budget(lengths, lengths))
         total = int(allocate.budget(config, i, layers, prompt).total)
         kept = min(total, prompt + generated if config.evict != "never" else prompt)
         if config.retained is not None:
             kept = prompt
         kept += generated if config.evict == "never" or config.retained is not None else 0
-        sizes.append(_size(layer, kept, prompt + generated))
+        sizes.append(_size(layer_of(Shape.of(config, i, layers)), kept, prompt + generated))
     return _report(sizes, sum(size.bytes_held for size in sizes))
 
 

@@ -8,12 +8,22 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import quantize
 from minikv_jax.config import Codec, GroupSize
 from minikv_jax.quantize import Codes
-from pallas_kernels import Part, Partial, dense_decode_attention, packed_decode_attention
+from pallas_kernels import (
+    Part,
+    Partial,
+    Run,
+    dense_decode_attention,
+    packed_append,
+    packed_decode_attention,
+    packed_write,
+)
+from pallas_kernels.packed_append.api import Options as AppendOptions
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 
 
@@ -61,13 +71,17 @@ def build(
     capacity: int,
     dtype: jnp.dtype,
     balance: Float[Array, "B K H"] | None,
+    moment: Float[Array, "B K H H"] | None = None,
 ) -> Segment:
-    """A segment of the first rows, with room for `capacity` tokens (packed: rounded up to whole blocks)."""
+    """A segment of the first rows, with room for `capacity` tokens (packed: rounded up to whole blocks).
+
+    `balance` is MiKV's, `moment` that of the queries (`encode_keys`).
+    """
     if codec.dense:
         return DenseSegment(fit(key, capacity).astype(dtype), fit(value, capacity).astype(dtype), length)
     capacity = max(-(-capacity // BLOCK), 1) * BLOCK
     balance = balance if codec.balance else None
-    codes = encode(codec, fit(key, capacity), fit(value, capacity), balance)
+    codes = encode_keys(codec, fit(key, capacity), balance, moment), encode_values(codec, fit(value, capacity))
     keys, values = (quantize.to_packed(x, *shape) for x, shape in zip(codes, _layouts(codec, key.shape[-1])))
     return PackedSegment(keys, values, length, balance, codec)
 
@@ -110,46 +124,50 @@ def _layouts(codec: Codec, head_size: int):
     )
 
 
-def encode_keys(codec: Codec, key: Float[Array, "B K S H"], balance: Float[Array, "B K H"] | None) -> Codes:
+def encode_keys(
+    codec: Codec,
+    key: Float[Array, "B K S H"],
+    balance: Float[Array, "B K H"] | None,
+    moment: Float[Array, "B K H H"] | None = None,
+) -> Codes:
+    """Codes of keys; by feedback if the codec wants it and the `moment` of the queries (`QueryStatistics`) is there."""
+    bits, group, axis, _ = _layouts(codec, key.shape[-1])[0]
     if balance is not None:
         key = key.astype(jnp.float32) * balance[:, :, None]
-    head_size = key.shape[-1]
-    key = _rotate(key, head_size) if codec.rotate_keys else key
-    return quantize.encode(key, *_layouts(codec, head_size)[0][:3], *_options(codec))
+    if not codec.key_feedback or moment is None:
+        return quantize.encode(key, bits, group, axis, codec.metadata_dtype, codec.key_clip, codec.integer_zero)
+    if balance is not None:
+        moment = moment / (balance[..., None] * balance[..., None, :])
+    return quantize.encode_with_feedback(key, moment, bits, group, codec.metadata_dtype, codec.key_clip)
 
 
 def encode_values(codec: Codec, value: Float[Array, "B K S H"]) -> Codes:
-    head_size = value.shape[-1]
-    value = _rotate(value, head_size) if codec.rotate_values else value
-    return quantize.encode(value, *_layouts(codec, head_size)[1][:3], *_options(codec))
+    bits, group, axis, _ = _layouts(codec, value.shape[-1])[1]
+    return quantize.encode(value, bits, group, axis, codec.metadata_dtype, codec.value_clip, codec.integer_zero)
 
 
-def encode(codec: Codec, key, value, balance: Float[Array, "B K H"] | None) -> tuple[Codes, Codes]:
-    return encode_keys(codec, key, balance), encode_values(codec, value)
-
-
-def _options(codec: Codec):
-    return codec.metadata_dtype, codec.clip, codec.integer_zero
+def encode(segment: PackedSegment, key: Float[Array, "B K S H"], value: Float[Array, "B K S H"]) -> tuple[Codes, Codes]:
+    """New tokens as the segment stores them."""
+    return encode_keys(segment.codec, key, segment.balance), encode_values(segment.codec, value)
 
 
 def decode(
     codec: Codec, keys: Codes, values: Codes, balance: Float[Array, "B K H"] | None
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Keys and values as attention effectively sees them, float32."""
-    head_size = keys.codes.shape[-1]
     key, value = (
         quantize.decode(codes, group, axis)
-        for codes, (_, group, axis, _) in zip((keys, values), _layouts(codec, head_size))
+        for codes, (_, group, axis, _) in zip((keys, values), _layouts(codec, keys.codes.shape[-1]))
     )
-    if codec.rotate_keys:
-        key = _rotate(key, head_size)
-    if balance is not None:
-        key = key / balance[:, :, None]
-    return key, _rotate(value, head_size) if codec.rotate_values else value
+    return key if balance is None else key / balance[:, :, None], value
 
 
-def _rotate(x: Float[Array, "... H"], head_size: int) -> Float[Array, "... H"]:
-    return x.astype(jnp.float32) @ quantize.hadamard(head_size)
+def rotate(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+    """The Hadamard rotation of channels, its own inverse; float32."""
+    h = x.shape[-1]
+    # Signs alone are exact in every dtype.
+    signs = jnp.asarray(np.sign(quantize.hadamard(h)), x.dtype)
+    return jnp.matmul(x, signs, precision="highest", preferred_element_type=jnp.float32) * h**-0.5
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------
@@ -162,12 +180,10 @@ def part(query: Float[Array, "B T N H"], segment: Segment, rows: Int[Array, "B T
     """
     if isinstance(segment, DenseSegment):
         return Part(query, segment.key, segment.value, segment.length if rows is None else rows)
-    codec, dtype = segment.codec, query.dtype
+    dtype = query.dtype
     if segment.balance is not None:
         heads = segment.balance.shape[1]
         query = query / jnp.repeat(segment.balance, query.shape[2] // heads, axis=1)[:, None]
-    if codec.rotate_keys:
-        query = _rotate(query, query.shape[-1])
     return Part(query.astype(dtype), segment.keys, segment.values, segment.length)
 
 
@@ -176,12 +192,7 @@ def attention(
 ) -> Partial | tuple[Partial, Float[Array, "B T N S"]]:
     """Partial attention of the queries over the tokens the segment holds, and their logits where asked for."""
     attend = dense_decode_attention if isinstance(segment, DenseSegment) else packed_decode_attention
-    result = attend(*part(query, segment), return_logits=return_logits)
-    if isinstance(segment, DenseSegment) or not segment.codec.rotate_values:
-        return result
-    partial, *logits = result if return_logits else (result,)
-    partial = partial._replace(output=_rotate(partial.output, query.shape[-1]))
-    return (partial, *logits) if return_logits else partial
+    return attend(*part(query, segment), return_logits=return_logits)
 
 
 def received(
@@ -212,8 +223,7 @@ def append(segment: Segment, key: Float[Array, "B K 1 H"], value: Float[Array, "
 def put(segment: Segment, slot: Int[Array, "B K"], key, value, accept: Bool[Array, "B"]) -> Segment:
     """Writes one token per head into its slot, for the sequences that accept it."""
     if isinstance(segment, PackedSegment):
-        keys, values = encode(segment.codec, key, value, segment.balance)
-        return put_codes(segment, slot, keys, values, accept)
+        return put_codes(segment, slot, *encode(segment, key, value), accept)
 
     rows = (put_row(x, slot, new, accept) for x, new in ((segment.key, key), (segment.value, value)))
     key, value = rows
@@ -239,6 +249,41 @@ def put_codes(segment: PackedSegment, start, keys: Codes, values: Codes, accept:
     written = (write_codes(x, new, start, accept) for x, new in ((segment.keys, keys), (segment.values, values)))
     keys, values = written
     return dataclasses.replace(segment, keys=keys, values=values)
+
+
+def append_to_window(
+    segment: PackedSegment, window: DenseSegment, key, value, accept: Bool[Array, "B"], first: int
+) -> tuple[PackedSegment, DenseSegment]:
+    """A window with one more token, and, from row `first` on, what is full with it in the segment, by one kernel.
+
+    Raises:
+        NotImplementedError: there is no kernel for this codec or this device.
+    """
+    new = packed_append(
+        key, value, accept, window.key, window.value, window.length, segment.keys, segment.values, segment.length,
+        first=first, options=_kernel_options(segment),
+    )  # fmt: skip
+    return (
+        dataclasses.replace(segment, keys=new.keys, values=new.values, length=new.length),
+        DenseSegment(new.window_key, new.window_value, new.window_length),
+    )
+
+
+def write_runs(segment: PackedSegment, key: Run, value: Run) -> PackedSegment:
+    """Encodes a run of dense keys and one of values into the segment by one kernel; its length stays.
+
+    Raises:
+        NotImplementedError: there is no kernel for this codec or this device.
+    """
+    keys, values = packed_write(key, value, segment.keys, segment.values, options=_kernel_options(segment))
+    return dataclasses.replace(segment, keys=keys, values=values)
+
+
+def _kernel_options(segment: PackedSegment) -> AppendOptions:
+    codec = segment.codec
+    if codec.integer_zero:
+        raise NotImplementedError("whole zero points have no kernel")
+    return AppendOptions(codec.key_clip, codec.value_clip, segment.balance)
 
 
 def take(segment: Segment, slot: Int[Array, "B K"]) -> tuple[Float[Array, "B K 1 H"], Float[Array, "B K 1 H"]]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minikv_jax import allocate
-from minikv_jax.cache import LayerCache, Shape, compress, loudest_query, read_token
+from minikv_jax.cache import LayerCache, QueryStatistics, Shape, compress, read_token
 from minikv_jax.config import CacheConfig
 from pallas_kernels import two_pass_attention
 
@@ -31,8 +31,8 @@ def run(config: CacheConfig, query, key, value, lengths, stream, layer: int = 0,
         query, key, value, query_lengths=lengths, key_value_lengths=lengths, score_rows=config.score_rows
     )
     budget = allocate.budgets(config, layer, layers, lengths, key.shape[1])
-    loudest = loudest_query(query, key.shape[2], jnp.arange(key.shape[1]) < lengths[:, None])
-    prompt = compress(key, value, scores, loudest, lengths, budget, config, Shape.of(config, layer, layers))
+    queries = QueryStatistics.of(query, key.shape[2], jnp.arange(key.shape[1]) < lengths[:, None])
+    prompt = compress(key, value, scores, queries, lengths, budget, config, Shape.of(config, layer, layers))
     accept = jnp.ones(lengths.shape, bool)
 
     def step(state, token):

@@ -1,5 +1,11 @@
 """The whole model: prefill, decode_step and generate under jit, over ragged batches, across flushes."""
 
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,10 +14,23 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CONFIG, METHODS, tokens
+from models import CONFIG, METHODS, nearly_equal, tokens
 
-from minikv_jax import ConfigError, PromptError, Sampling, decode_step, forward, generate, nbytes, prefill, presets
-from minikv_jax.generate import sample, stream
+from minikv_jax import (
+    ConfigError,
+    PromptError,
+    Sampling,
+    allocate,
+    bucket,
+    decode_step,
+    forward,
+    generate,
+    nbytes,
+    prefill,
+    presets,
+)
+from minikv_jax.cache import QueryStatistics, Shape
+from minikv_jax.generate import _compress, sample, stream
 from minikv_jax.models.llama import Llama
 
 MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
@@ -157,13 +176,18 @@ def test_generate_is_decode_step_after_decode_step():
     assert cache.lengths.tolist() == [24 + 29, 9 + 29]
 
 
-def test_generation_ends_with_the_end_token():
-    text, lengths, config = tokens(1, 24), jnp.array([24]), METHODS["full"]
-    free, _ = generate(MODEL, text, lengths, config, 12)
-    end = int(free[0, 4])
-    first = free[0].tolist().index(end)
-    ended, _ = generate(MODEL, text, lengths, config, 12, eos_token_ids=[end])
-    assert ended[0].tolist() == free[0, :first].tolist() + [end] * (12 - first)
+@pytest.mark.parametrize("count", [12, 30])
+def test_generation_ends_with_the_end_token(count):
+    text, lengths, config = tokens(2, 24), jnp.array([24, 9]), METHODS["minikv"]
+    free, _ = generate(MODEL, text, lengths, config, count)
+    ends = [int(free[0, 4]), int(free[1, 6])]
+    first = [next(i for i, token in enumerate(row.tolist()) if token in ends) for row in free]
+    ended, cache = generate(MODEL, text, lengths, config, count, eos_token_ids=ends)
+    for b in range(2):
+        assert ended[b].tolist() == free[b, : first[b]].tolist() + [int(free[b, first[b]])] * (count - first[b])
+    # Nothing is read after the step in which the last sequence ends, wherever it lies in a run of steps.
+    assert cache.lengths.tolist() == [24 + max(first), 9 + max(first)]
+    assert cache.room.tolist() == [config.generated_capacity - max(first)] * 2
 
 
 def test_sampling_stays_within_top_p_and_follows_the_temperature():
@@ -241,3 +265,69 @@ def test_every_kind_of_model_runs_every_kind_of_cache(architecture, method):
     expected = np.asarray(forward(model, text))[:, 39:]
     tolerance = 2e-5 if (method, dtype) == ("full", jnp.float32) else 0.15
     assert np.abs(logits - expected).max() < tolerance
+
+
+@pytest.mark.parametrize("method", ["minikv", "snapkv", pytest.param("mikv", marks=pytest.mark.slow)])
+def test_a_prompt_read_in_chunks_of_rows_is_the_prompt(method, monkeypatch):
+    text, lengths, later, config = tokens(3, 300), jnp.array([300, 40, 131]), tokens(3, 4), METHODS[method]
+    whole, _ = follow(config, text, lengths, later)
+    monkeypatch.setattr(sys.modules["minikv_jax.generate"], "_ROWS", 3 * 128)
+    in_chunks, _ = follow(config, text, lengths, later)
+    assert nearly_equal(whole, in_chunks)
+    np.testing.assert_allclose(whole[:, 0], in_chunks[:, 0], atol=2e-5)
+
+
+def test_logits_everywhere_are_the_same_in_chunks_of_rows(monkeypatch):
+    model, text = Llama(CONFIG.replace(sliding_window=50), rngs=nnx.Rngs(params=0)), tokens(1, 300)
+    whole = forward(model, text, jnp.array([290]))[:, :290]
+    monkeypatch.setattr(sys.modules["minikv_jax.generate"], "_ROWS", 128)
+    np.testing.assert_allclose(whole, forward(model, text, jnp.array([290]))[:, :290], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "method", ["minikv", *(pytest.param(x, marks=pytest.mark.slow) for x in ("h2o", "mikv", "kivi", "minikv_plus"))]
+)
+def test_a_layer_compressed_in_pieces_is_the_layer(method):
+    config = METHODS[method].replace(prompt_capacity=40)
+    rng, shape = np.random.default_rng(), Shape.of(config, 0, 1)
+    key, value = (jnp.asarray(rng.standard_normal((2, 40, 4, 16)), jnp.float32) for _ in range(2))
+    scores, lengths = jnp.asarray(rng.random((2, 4, 40)), jnp.float32), jnp.array([40, 23])
+    queries = QueryStatistics.of(key, 4, jnp.ones((2, 40), bool))
+    arguments = key, value, scores, queries, lengths, allocate.budgets(config, 0, 1, lengths, 40)
+    whole = _compress(*arguments, config=config, shape=shape)
+    chex.assert_trees_all_close(whole, _compress(*arguments, config=config, shape=shape, at_once=40 * 16 * 2))
+
+
+@given(length=st.integers(1, 100_000))
+def test_buckets_are_few_and_close(length):
+    size = jax.eval_shape(bucket, jax.ShapeDtypeStruct((2, length), jnp.int32)).shape[1]
+    assert length <= size <= max(length * 9 / 8, length + 15)
+    assert jax.eval_shape(bucket, jax.ShapeDtypeStruct((2, size), jnp.int32)).shape[1] == size
+    limited = jax.eval_shape(functools.partial(bucket, limit=length + 1), jax.ShapeDtypeStruct((2, length), jnp.int32))
+    assert length <= limited.shape[1] <= length + 1
+
+
+def test_prompts_of_one_bucket_share_a_program():
+    config = METHODS["minikv"].replace(prompt_capacity=None)
+    traced = jax.jit(chex.assert_max_traces(prefill, n=1))
+    for length in (49, 55, 64):
+        text = tokens(1, length)
+        logits, _ = traced(MODEL, bucket(text), jnp.array([length]), config)
+        np.testing.assert_allclose(logits, prefill(MODEL, text, jnp.array([length]), config)[0], atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
+    program = """
+import jax, jax.numpy as jnp
+from models import METHODS, MODEL, tokens
+from minikv_jax import generate
+generate(MODEL, tokens(1, 40), jnp.array([40]), METHODS["minikv"], 4)[0].block_until_ready()
+"""
+    settings = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, *sys.path)))}  # fmt: skip
+    programs = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", program], env=os.environ | settings, check=True)
+        programs.append({path.name for path in tmp_path.iterdir() if path.name.endswith("-cache")})
+    assert programs[0] == programs[1] and len(programs[0]) > 5

@@ -32,7 +32,7 @@ def simulate(query, keys, values, lengths, splits) -> Partial:
     grid = (-(-rows // 8), splits, b * heads)
     scalars = dict(zip(range(8, 14), sizes))
     result = triton_warp.run(
-        kernels, "decode_kernel", grid, arrays, scalars, constants(keys, values) | {"LOGITS": True}
+        kernels, "decode_kernel", grid, arrays, scalars, constants(keys, values) | {"LOGITS": True, "PER_HEAD": True}
     )
     part, stats = (x.reshape(b * heads, splits, rows, -1) for x in result[-3:-1])
     check_logits(result[-1].reshape(b * heads, rows, -1), query, keys, lengths)
@@ -111,7 +111,7 @@ def test_lanes_read_nothing_beyond_the_length(name, length):
 )
 def test_compiles_for(capability, name):
     keys, values = segment(np.random.default_rng(0), 1, 1, 1, 128, FORMATS[name])
-    constant = constants(keys, values) | {"LOGITS": False}
+    constant = constants(keys, values) | {"LOGITS": False, "PER_HEAD": False}
     types = dict.fromkeys(("kc", "ks", "kz", "vc", "vs", "vz"), "*u8")
     types = {"q": "*bf16", **types, "lengths": "*i32", "softmax_scale": "fp32"}
     types |= dict.fromkeys(("capacity", "heads", "group", "rows", "splits"), "i32") | dict.fromkeys(

@@ -39,7 +39,7 @@ def test_commands_and_files_named_in_the_readme_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for name in re.findall(r"(?:tests|examples)/[\w/.]+\.(?:py|txt)", README):
         assert (ROOT / name).exists(), name
-    for command, *options in re.findall(r"minikv (generate|compare|methods)((?: --[a-z-]+ [^ `\n]+)*)", README):
+    for command, *options in re.findall(r"minikv (generate|compare|methods|eval)((?: --[a-z-]+ [^ `\n]+)*)", README):
         known = {flag for option in cli.app.commands[command].params for flag in option.opts}
         assert set(re.findall(r"--[a-z-]+", options[0])) <= known
 
@@ -52,7 +52,7 @@ def test_tables_of_results(tmp_path, monkeypatch):
     monkeypatch.delitem(tables.PARTS, "sizes")  # slow, and in the README's own test already
     text = "".join(f"<!-- {name} -->\nbehind\n<!-- /{name} -->\n" for name in tables.PARTS)
     written = tables.render(text, tmp_path)
-    assert written.count("Not measured yet.") == 3 and "behind" not in written and "`minikv`" in written
+    assert written.count("Not measured yet.") == 5 and "behind" not in written and "`minikv`" in written
     with pytest.raises(MiniKVError, match="cpu"):
         tables.render(text.replace("<!-- cpu -->", ""), tmp_path)
 

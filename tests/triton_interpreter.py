@@ -1,9 +1,11 @@
-"""Runs the whole Triton two-pass attention on the CPU: `jax_triton.triton_call` becomes Triton's own interpreter.
+"""Runs Triton kernels on the CPU as they are called: `jax_triton.triton_call` becomes Triton's own interpreter.
 
 To be imported first, in a process of its own: the interpreter is chosen when `triton` is imported, and it rewrites the
-language for good. It multiplies float16 and float32 alone, so bfloat16 is left to a GPU.
+language for good. It multiplies float16 and float32 alone,
+and cuts float32 to bfloat16 instead of rounding: both are left to a GPU.
 """
 
+import importlib.machinery
 import os
 import sys
 import types
@@ -20,8 +22,11 @@ class Tensor:
     """What the interpreter asks of a torch tensor, over memory of numpy."""
 
     def __init__(self, array):
+        self.like = array.dtype
+        array = array.view(np.uint16) if self.like == jnp.bfloat16 else array
         self.array = np.array(array, order="C")
-        self.dtype = {"float16": "fp16", "float32": "fp32", "int32": "i32"}[self.array.dtype.name]
+        names = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int32": "i32", "uint8": "u8"}
+        self.dtype = names[np.dtype(self.like).name]
 
     def data_ptr(self):
         return self.array.ctypes.data
@@ -41,15 +46,20 @@ def _index_of_one_element(tensor, scope, patch=interpreter._patch_lang_tensor):
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
-def triton_call(*arguments, kernel, out_type, grid, num_warps, num_stages, compute_capability, **constants):
+def triton_call(*arguments, kernel, out_type, grid, input_output_aliases=None, **constants):
     def missing(shape):  # what the kernel leaves out is seen in the result
-        return Tensor(np.full(shape.shape, np.nan, shape.dtype))
+        return Tensor(np.full(shape.shape, 77 if jnp.issubdtype(shape.dtype, jnp.integer) else np.nan, shape.dtype))
 
-    outputs = jax.tree.map(missing, out_type)
+    for launch in ("num_warps", "num_stages", "compute_capability"):
+        constants.pop(launch, None)
     inputs = [Tensor(x) if isinstance(x, jax.Array) else x.item() if hasattr(x, "item") else x for x in arguments]
-    kernel[grid](*inputs, *jax.tree.leaves(outputs), **constants)
-    return jax.tree.map(lambda x: jnp.asarray(x.array), outputs)
+    outputs, structure = jax.tree.flatten(jax.tree.map(missing, out_type))
+    for source, target in (input_output_aliases or {}).items():
+        outputs[target] = inputs[source]
+    kernel[grid](*inputs, *outputs, **constants)
+    return jax.tree.unflatten(structure, [jnp.asarray(x.array.view(x.like)) for x in outputs])
 
 
 interpreter._patch_lang_tensor = _index_of_one_element
-sys.modules["jax_triton"] = types.SimpleNamespace(triton_call=triton_call)
+spec = importlib.machinery.ModuleSpec("jax_triton", None)
+sys.modules["jax_triton"] = types.SimpleNamespace(triton_call=triton_call, __spec__=spec)

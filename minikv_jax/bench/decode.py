@@ -5,6 +5,7 @@ profiler. `chained_us`, where present, is a call's share of a chain of 32 inside
 where a call is shorter than its launch takes the host, that figure is the host's and not the kernel's.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from minikv_jax.bench.timing import copy_bandwidth, device_seconds, kernel_seconds, write_results
-from pallas_kernels.packed_decode.api import packed_decode_attention
+from pallas_kernels.packed_decode.api import Part, decode_attention, packed_decode_attention
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 
 _CACHE_BYTES = 128 << 20  # more than twice the second-level cache: inputs rotate over so much
@@ -128,6 +129,26 @@ def packed_seconds(case: Case, form: Format, implementation: str, chained: bool)
     return row
 
 
+def _dense(query, key, value, lengths):
+    return decode_attention([Part(query, key, value, lengths)], implementation="triton")[0]
+
+
+def dense_seconds(case: Case, chained: bool) -> dict:
+    """Our own attention over the whole cache in bfloat16, head-major as caches hold it."""
+
+    @jax.jit
+    def make(key):
+        shape = (2, case.batch, case.kv_heads, case.length, _HEAD)
+        return tuple(jax.random.normal(key, shape, jnp.bfloat16))
+
+    query, lengths = _query(case), jnp.full((case.batch,), case.length, jnp.int32)
+    inputs = [(query, *kv, lengths) for kv in _rotation(make)]
+    row = {"us": kernel_seconds(jax.jit(_dense), inputs) * 1e6, "bytes": _bytes(inputs[0][1:3])}
+    if chained:
+        row["chained_us"] = device_seconds(_dense, *inputs[0]) * 1e6
+    return row
+
+
 def rows(bandwidth: float):
     """All rows, one at a time."""
 
@@ -135,8 +156,10 @@ def rows(bandwidth: float):
         shape = {"B": case.batch, "S": case.length, "N": case.kv_heads * case.group, "K": case.kv_heads, "H": _HEAD}
         out = {"case": case.name, "shape": shape, "implementation": method}
         if form is not None:
-            out |= {"format": form.name, "bits_per_element": 4 * row["bytes"] / (case.length * _elements(case))}
+            out |= {"format": form, "bits_per_element": 4 * row["bytes"] / (case.length * _elements(case))}
         out |= row
+        if "chained_us" in row and "chained_us" in baseline:
+            out["chained_speedup"] = baseline["chained_us"] / row["chained_us"]
         out |= {"baseline_us": baseline["us"], "speedup": baseline["us"] / row["us"]}
         out["share_of_bandwidth"] = row["bytes"] / (row["us"] * 1e-6) / bandwidth
         return {key: round(x, 4) if isinstance(x, float) else x for key, x in out.items()}
@@ -145,14 +168,15 @@ def rows(bandwidth: float):
         full = case in CASES
         baseline = baseline_seconds(case, chained=full)
         yield finish(case, "cudnn", baseline, baseline)
-        yield finish(case, "triton", packed_seconds(case, TWO_BITS, "triton", full), baseline, TWO_BITS)
+        yield finish(case, "triton", dense_seconds(case, full), baseline, "bfloat16")
+        yield finish(case, "triton", packed_seconds(case, TWO_BITS, "triton", full), baseline, TWO_BITS.name)
         if case.name in ("A", "B"):
             half = Case(f"{case.name}, half the tokens kept", case.batch, case.length // 2, case.kv_heads, case.group)
-            yield finish(half, "triton", packed_seconds(half, TWO_BITS, "triton", False), baseline, TWO_BITS)
+            yield finish(half, "triton", packed_seconds(half, TWO_BITS, "triton", False), baseline, TWO_BITS.name)
             for form in OTHER_FORMATS:
-                yield finish(case, "triton", packed_seconds(case, form, "triton", False), baseline, form)
+                yield finish(case, "triton", packed_seconds(case, form, "triton", False), baseline, form.name)
         if full:
-            yield finish(case, "xla", packed_seconds(case, TWO_BITS, "xla", False), baseline, TWO_BITS)
+            yield finish(case, "xla", packed_seconds(case, TWO_BITS, "xla", False), baseline, TWO_BITS.name)
 
 
 def _elements(case: Case) -> int:
@@ -160,13 +184,13 @@ def _elements(case: Case) -> int:
     return case.batch * case.kv_heads * _HEAD
 
 
-def run(out: Path, date: str = "2026-11-22") -> None:
+def run(out: Path) -> None:
     """Measures everything and writes `out`, after every row, so that a run cut short leaves what it has."""
     bandwidth = copy_bandwidth()
     done = []
     for row in rows(bandwidth):
         done.append(row)
         note = {"copy_bandwidth": bandwidth, "timing": "sum of kernel durations, inputs rotating beyond the cache"}
-        write_results(out, "decode", f"minikv bench decode --out {out}", date, done, **note)
+        write_results(out, "decode", f"minikv bench decode --out {out}", time.strftime("%Y-%m-%d"), done, **note)
         print(f"{row['case']:28} {row['implementation']:7} {row.get('format', 'bfloat16'):52}"
               f"{row['us']:9.1f} us {row['speedup']:6.2f}x {row['share_of_bandwidth']:6.1%}", flush=True)  # fmt: skip

@@ -21,6 +21,8 @@ from minikv_jax.report import planned_report
 
 RESULTS = Path("examples/results")
 _NOT_YET = "Not measured yet."
+# The study has many settings of each method; the README shows the published ones.
+_SHOWN = (*presets.METHODS, "h2o:heavy=0.25,recent=0.25", "snapkv:budget=0.5")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -116,6 +118,72 @@ def decode(folder: Path) -> str:
     return f"Head size {results['rows'][0]['shape']['H']}. {_source(results)}\n\n{_table(header, rows)}"
 
 
+def e2e(folder: Path) -> str:
+    """Whole models, and where the time of a step goes."""
+    path = folder / "e2e.json"
+    if not path.exists():
+        return _NOT_YET
+    results = json.loads(path.read_text(encoding="utf-8"))
+    good = [row for row in results["rows"] if "failed" not in row]
+    columns = (
+        ("new tokens/s", lambda row: f"{row['tokens_per_s']:,.0f}"),
+        ("a step", lambda row: f"{row['step_ms']:.2f} ms"),
+        ("floor / step", lambda row: f"{row['share_of_floor']:.2f}"),
+        ("times `full`", lambda row: f"{row.get('speedup_vs_full') or row['throughput_vs_full']:.2f}"),
+        ("first token", lambda row: f"{row['ttft_s']:.2f} s"),
+        ("peak", lambda row: f"{row['peak_bytes'] / 2**30:.1f} GiB"),
+        ("cache", lambda row: f"{row['cache_bytes'] / 2**30:.2f} GiB"),
+    )
+    rows = []
+    for row in good:
+        shape = row["shape"]
+        name = f"{row.get('model', '')}: {shape['B']} x {shape['S']:,}"
+        cells = []
+        for _, cell in columns:
+            try:
+                cells.append(cell(row))
+            except KeyError:  # not measured in this case
+                cells.append("-")
+        rows.append([name, f"`{row['method']}`", *cells])
+    text = (
+        "Random weights in bfloat16, the real decode loop with sampling; prompts are not counted as throughput, and "
+        "the caches decoded from are synthetic. The floor is what a step must read over the bandwidth of a copy, "
+        f"{results['copy_bandwidth'] / 1e12:.2f} TB/s. {_source(results)}\n\n"
+        + _table(["model: batch x prompt", "method", *(title for title, _ in columns)], rows)
+    )
+    for row in good:
+        if "kernels" in row and row["method"] == "minikv":
+            text += f"\n\n{_kernels(row, results['copy_bandwidth'])}"
+    return text
+
+
+def _kernels(row: dict, bandwidth: float) -> str:
+    """Where one step's device time goes, beside the floors of its two streams of bytes."""
+    total = sum(x["us"] for x in row["kernels"])
+    floors = [1e6 * row[name] / bandwidth for name in ("weights_read_bytes", "cache_bytes")]
+    title = (
+        f"Device time of one step of `{row['method']}`, {row['shape']['B']} x {row['shape']['S']:,}: {total:,.0f} µs "
+        f"in kernels. All weight products have a floor of {floors[0]:,.0f} µs, reading the cache {floors[1]:,.0f} µs."
+    )
+    rows = [[f"`{x['kernel']}`", f"{x['calls']:g}", f"{x['us']:,.0f} µs", f"{x['us'] / total:.0%}"]
+            for x in row["kernels"][:12]]  # fmt: skip
+    return f"{title}\n\n{_table(['kernel', 'calls', 'time', 'share'], rows)}"
+
+
+def quality(folder: Path) -> str:
+    """Each model's methods: quality beside bits per element."""
+    from minikv_jax.evals import summary
+    from minikv_jax.evals.tasks import METRICS
+
+    parts = []
+    for path in sorted(folder.glob("quality-*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row for row in results["rows"] if row["method"] in _SHOWN]
+        parts.append(f"{results['rows'][0]['model']}. {_source(results)}")
+        parts.append(summary.table(rows, METRICS, ("kl", "top1", "ppl", "lines", "shared")))
+    return "\n\n".join(parts) or _NOT_YET
+
+
 def _shape(row: dict) -> str:
     shape = row["shape"]
     return f"{shape['N']} query and {shape['K']} key/value heads of {shape['H']} where a case does not say otherwise. "
@@ -127,6 +195,8 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "cpu": cpu,
     "prefill": prefill,
     "decode": decode,
+    "e2e": e2e,
+    "quality": quality,
 }
 
 

@@ -44,24 +44,33 @@ def kernel_seconds(run: Callable[..., object], inputs: Sequence[tuple], repeats:
     """
     for arguments in inputs:
         jax.block_until_ready(run(*arguments))
+
+    def calls():
+        for i in range(repeats):
+            last = run(*inputs[i % len(inputs)])
+        jax.block_until_ready(last)
+
+    return sum(seconds for _, seconds in traced_kernels(calls)) / repeats
+
+
+def traced_kernels(run: Callable[[], object]) -> list[tuple[str, float]]:
+    """Name and device seconds of every kernel that `run()` launches and waits for."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for i in range(repeats):
-                last = run(*inputs[i % len(inputs)])
-            jax.block_until_ready(last)
+            run()
         (trace,) = Path(folder).rglob("*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(trace)).planes
-        durations = [
-            event.duration_ns
+        kernels = [
+            (event.name, event.duration_ns * 1e-9)
             for plane in planes
             if plane.name.startswith("/device:GPU")
             for line in plane.lines
             if line.name.startswith("Stream")
             for event in line.events
         ]
-    if not durations:
+    if not kernels:
         raise RuntimeError("The profiler saw no kernel on a CUDA device.")
-    return sum(durations) * 1e-9 / repeats
+    return kernels
 
 
 def copy_bandwidth(size: int = 1 << 30) -> float:
@@ -87,8 +96,11 @@ def environment() -> dict:
     return {"device": jax.devices()[0].device_kind, "versions": versions}
 
 
-def write_results(out: Path, benchmark: str, command: str, date: str, rows: Sequence[dict], **more) -> None:
-    """Writes one results file; see `examples/results/`."""
+def write_results(
+    out: Path, benchmark: str, command: str, date: str, rows: Sequence[dict], about: dict | None = None, **more
+) -> None:
+    """Writes one results file; see `examples/results/`. `about` is the rows' `environment()`, default this one."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"benchmark": benchmark, **environment(), "command": command, "date": date, **more, "rows": list(rows)}
+    about = environment() if about is None else about
+    content = {"benchmark": benchmark, **about, "command": command, "date": date, **more, "rows": list(rows)}
     out.write_text(json.dumps(content, indent=1) + "\n")

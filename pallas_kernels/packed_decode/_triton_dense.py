@@ -27,6 +27,7 @@ def dense_kernel(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PER_QUERY: tl.constexpr,
     LOGITS: tl.constexpr,
 ):
     """Grid (tiles of ROWS rows, splits, B K). Split i of a sequence takes the i-th of even shares of its tokens.
@@ -45,9 +46,12 @@ def dense_kernel(
     batch = head // heads
     query = batch * (rows // group) + row // group
     position = (query * heads + head % heads) * group + row % group
-    visible = tl.load(lengths + query * heads + head % heads, mask=real, other=0)
-
-    held = tl.load(longest + head)
+    if PER_QUERY:
+        visible = tl.load(lengths + query * heads + head % heads, mask=real, other=0)
+        held = tl.load(longest + head)
+    else:
+        held = tl.load(longest + batch)
+        visible = tl.where(real, held, 0)
     share = (held + TOKENS * splits - 1) // (TOKENS * splits) * TOKENS
     first = split * share
     last = tl.minimum(first + share, held)

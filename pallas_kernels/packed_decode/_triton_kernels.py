@@ -814,6 +814,7 @@ def decode_kernel(
     VKIND: tl.constexpr,
     H: tl.constexpr,
     REGISTERS: tl.constexpr,
+    PER_HEAD: tl.constexpr,
     LOGITS: tl.constexpr,
 ):
     """Grid (row tiles, splits, B K). Split i of a sequence takes the i-th of `splits` even shares of its blocks.
@@ -833,7 +834,7 @@ def decode_kernel(
     g = lane // 4
     t = lane % 4
 
-    length = tl.load(lengths + head)
+    length = tl.load(lengths + (head if PER_HEAD else head // heads))
     blocks = (length + 127) // 128
     share = (blocks + splits - 1) // splits
     first = split * share

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, first_that_accepts
@@ -172,7 +171,6 @@ def _dispatch(name: str, implementations, chosen: Implementation, part: Part, sc
 
 
 def _checked_packed(part: Part) -> Part:
-    """The part with lengths [B, K]."""
     query, keys, values, lengths = part
     b, _, n, h = query.shape
     heads = _check("keys", keys, h)
@@ -182,11 +180,10 @@ def _checked_packed(part: Part) -> Part:
         raise ValueError(f"query {query.shape} does not fit keys of batch {keys.codes.shape[0]} and {heads} heads.")
     if lengths.shape not in ((b,), (b, heads)):
         raise ValueError(f"lengths {lengths.shape} must be [B]={(b,)} or [B, K]={(b, heads)}.")
-    return part._replace(lengths=jnp.broadcast_to(lengths.reshape(b, -1), (b, heads)))
+    return part
 
 
 def _checked_dense(part: Part) -> Part:
-    """The part with lengths [B, T, K]."""
     query, key, value, lengths = part
     b, t, n, h = query.shape
     heads = key.shape[1]
@@ -194,8 +191,7 @@ def _checked_dense(part: Part) -> Part:
         raise ValueError(f"query {query.shape}, key {key.shape} and value {value.shape} do not fit together.")
     if lengths.shape not in ((b,), (b, t), (b, t, heads)):
         raise ValueError(f"lengths {lengths.shape} must be [B], [B, T] or [B, T, K] for query {query.shape}.")
-    lengths = lengths.reshape(*lengths.shape, *(1,) * (3 - lengths.ndim))
-    return part._replace(lengths=jnp.broadcast_to(lengths, (b, t, heads)))
+    return part
 
 
 def _check(name: str, packed: PackedTensor, head_size: int) -> int:

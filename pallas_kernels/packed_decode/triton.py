@@ -104,7 +104,10 @@ def decline_dense(query: Float[Array, "B T N H"], key: Float[Array, "B K S H"]) 
 
 
 def _bytes(x: Array) -> Array:
-    return jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == jnp.float8_e4m3fn else x
+    """Metadata as the kernel may be given them: Triton has no float8 on older chips, and XLA copies to make bytes."""
+    if x.dtype != jnp.float8_e4m3fn or float(getattr(jax.devices()[0], "compute_capability", "0.0")) >= 8.9:
+        return x
+    return jax.lax.bitcast_convert_type(x, jnp.uint8)
 
 
 def constants(keys: PackedTensor, values: PackedTensor) -> dict:
@@ -157,7 +160,7 @@ def attend_packed(
     query: Float[Array, "B T N H"],
     keys: PackedTensor,
     values: PackedTensor,
-    lengths: Int[Array, "B K"],
+    lengths: Int[Array, "B"] | Int[Array, "B K"],
     *,
     scale: float,
     splits: int,
@@ -189,6 +192,7 @@ def attend_packed(
         splits=splits,
         return_logits=return_logits,
         num_warps=1,
+        PER_HEAD=lengths.ndim == 2,
         **constants(keys, values),
     )
 
@@ -197,7 +201,7 @@ def attend_dense(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B K S H"],
     value: Float[Array, "B K S H"],
-    lengths: Int[Array, "B T K"],
+    lengths: Int[Array, "..."],
     *,
     scale: float,
     splits: int,
@@ -210,7 +214,10 @@ def attend_dense(
     b, t, n, h = query.shape
     heads, capacity = key.shape[1:3]
     rows = t * (n // heads)
-    lengths = lengths.astype(jnp.int32)
+    lengths = longest = lengths.astype(jnp.int32)
+    if lengths.ndim > 1:
+        lengths = jnp.broadcast_to(lengths.reshape(b, t, -1), (b, t, heads))
+        longest = lengths.max(axis=1)
     # Keys and values of a step, in shared memory once for every stage but one.
     step_bytes = 2 * tokens * h * key.dtype.itemsize
     return _launch(
@@ -219,7 +226,7 @@ def attend_dense(
         key,
         value,
         lengths,
-        lengths.max(axis=1),
+        longest,
         np.float32(scale),
         *(-size for size in (capacity, heads, n // heads, rows, splits)),
         heads=b * heads,
@@ -234,6 +241,7 @@ def attend_dense(
         H=h,
         ROWS=16,
         TOKENS=tokens,
+        PER_QUERY=lengths.ndim > 1,
         PRECISION="ieee" if key.dtype == jnp.float32 else "tf32",
     )
 

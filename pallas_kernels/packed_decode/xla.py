@@ -103,7 +103,7 @@ def packed_decode_attention(
     query: Float[Array, "B T N H"],
     keys: PackedTensor,
     values: PackedTensor,
-    lengths: Int[Array, "B K"],
+    lengths: Int[Array, "B"] | Int[Array, "B K"],
     *,
     scale: float,
     return_logits: bool,
@@ -126,7 +126,7 @@ def packed_decode_attention(
         return _Chunk(lambda q: jnp.einsum("bkmh,bksh->bkms", q, key), output)
 
     rows = _rows(query, heads, scale)
-    visible = jnp.broadcast_to(lengths[:, :, None], rows.shape[:-1])
+    visible = jnp.broadcast_to(lengths.reshape(b, -1, 1), rows.shape[:-1])
     return _partial(_attend(rows, read, visible, keys.capacity, chunk, return_logits), t)
 
 
@@ -134,7 +134,7 @@ def dense_decode_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B K S H"],
     value: Float[Array, "B K S H"],
-    lengths: Int[Array, "B T K"],
+    lengths: Int[Array, "B"] | Int[Array, "B T"] | Int[Array, "B T K"],
     *,
     scale: float,
     return_logits: bool,
@@ -157,5 +157,6 @@ def dense_decode_attention(
 
     # float32 queries times bfloat16 keys would convert the keys: round the query instead, as a GPU would.
     rows = _rows(query, heads, scale).astype(key.dtype)
+    lengths = jnp.broadcast_to(lengths.reshape(*lengths.shape, *(1,) * (3 - lengths.ndim)), (b, t, heads))
     visible = jnp.repeat(jnp.swapaxes(lengths, 1, 2), n // heads, axis=2)
     return _partial(_attend(rows, read, visible, capacity, chunk, return_logits), t)

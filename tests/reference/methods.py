@@ -13,7 +13,17 @@ import numpy as np
 
 from .allocation import count_of, margin, pyramid_ratios, pyramidkv_budgets, top_positions
 from .attention import View, attend, causal_attention, column_sums, window_scores
-from .quantiser import EXACT_BITS, METADATA_BITS, integer_zero_roundtrip, roundtrip_per_channel, roundtrip_per_token
+from .quantiser import (
+    EXACT_BITS,
+    METADATA_BITS,
+    gptq,
+    hadamard,
+    integer_zero_roundtrip,
+    on_grid,
+    roundtrip_per_channel,
+    roundtrip_per_token,
+    searched_grid,
+)
 
 
 @dataclass
@@ -519,6 +529,64 @@ class MiniKV(Method):
         if self.allocation == "pyramid":
             return float(pyramid_ratios(self.heavy, self.layers, self.depth)[self.layer])
         raise ValueError(f"allocation must be 'uniform' or 'pyramid', got {self.allocation!r}")
+
+
+@dataclass(kw_only=True)
+class MiniKVPlus(MiniKV):
+    """MiniKV with additions. The first `sinks` tokens are kept on top of the others, and stay dense for good. Keys,
+    values and queries are rotated by a Hadamard matrix. Grids of the groups are searched and have metadata of four
+    significant bits. The prompt's keys are rounded by GPTQ with the second moments of its queries.
+    """
+
+    sinks: int = 4
+    factors: tuple[float, ...] = (0.95, 0.9, 0.85)
+    feedback: bool = True
+    metadata: str = "float8_e4m3fn"
+
+    def _compress(self, query, key, value):
+        turn = hadamard(key.shape[-1])
+        n = len(key)
+        heavy, recent = count_of(n, self.heavy), count_of(n, self.recent)
+        total = min(n, heavy + recent + self.sinks) if self.heavy + self.recent < 1 else n
+        always = {t for t in range(n) if t < self.sinks or t >= n - recent}
+        grouped = query.reshape(n, key.shape[1], -1, key.shape[2])
+        for h, scores in enumerate(column_sums(query, key, self.scale)):
+            others = np.array([t for t in range(n) if t not in always], int)
+            best = self._top(scores[others], total - len(always)) if len(others) else []
+            self._keep(h, sorted(always | {int(others[i]) for i in best}))
+            body = self.heads[h][self.sinks :]
+            asked = grouped[:, h].reshape(-1, key.shape[2]) @ turn
+            self._encode(body[: len(body) - len(body) % self.group], asked.T @ asked)
+
+    def _arrive(self, key, value):
+        Method._arrive(self, key, value)
+        for head in self.heads:
+            buffer = [token for token in head[self.sinks :] if not token.key.packed]
+            if len(buffer) == self.residual:
+                self._encode(buffer, None)
+
+    def _encode(self, tokens: list[Token], moment: np.ndarray | None) -> None:
+        if not tokens:
+            return
+        key, value = (np.stack([x.array for x in column]) for column in zip(*((t.key, t.value) for t in tokens)))
+        turn = hadamard(key.shape[1])
+        key, value = np.float32(key @ turn), np.float32(value @ turn)
+        for start in range(0, len(key), self.group):
+            group = key[start : start + self.group]
+            if moment is not None and self.feedback:
+                key[start : start + self.group] = gptq(group, self._grid, moment, self.code_bits)
+            else:
+                back = [on_grid(column, self.code_bits, *self._grid(column)) for column in group.T]
+                key[start : start + self.group] = np.stack(back, axis=1)
+        for token in value:
+            for start in range(0, len(token), self.group):
+                part = token[start : start + self.group]
+                token[start : start + self.group] = on_grid(part, self.code_bits, *self._grid(part))
+        for token, k, v in zip(tokens, key @ turn, value @ turn, strict=True):
+            token.key, token.value = (self._stored(x, self.code_bits, self.group) for x in (k, v))
+
+    def _grid(self, numbers: np.ndarray) -> tuple[float, float]:
+        return searched_grid(numbers, self.code_bits, self.factors, 4)
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,6 @@
 """Section 0.1 (min/max quantiser), 0.2 (packing) and the integer-zero quantiser of section 4.4."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -67,6 +68,67 @@ def dequantise(quantised: Quantised) -> np.ndarray:
     scale = np.repeat(quantised.scale.astype(np.float32), quantised.group, axis=-1)
     minimum = np.repeat(quantised.minimum.astype(np.float32), quantised.group, axis=-1)
     return quantised.codes.astype(np.float32) * scale + minimum
+
+
+def short_floats(x: float, bits: int) -> tuple[float, float, float]:
+    """The next numbers of `bits` significant bits below and above x, or x twice, and the nearer of them (to even)."""
+    if x == 0:
+        return 0.0, 0.0, 0.0
+    ulp = 2.0 ** (np.floor(np.log2(abs(x))) - (bits - 1))
+    return np.floor(x / ulp) * ulp, np.ceil(x / ulp) * ulp, np.rint(x / ulp) * ulp
+
+
+def searched_grid(numbers: np.ndarray, bits: int, factors: tuple[float, ...], significant: int) -> tuple[float, float]:
+    """(scale, minimum) of one group, of the candidates that fit it with the least squared error.
+
+    Candidates: the range as it is, and shrunk around its middle by each factor, with minimum and then scale rounded to
+    the nearest short float; and last the whole range with the minimum rounded down and the scale up.
+    """
+    numbers = np.asarray(numbers, np.float32)
+    low, high = np.float64(numbers.min()), np.float64(numbers.max())
+    levels = 2**bits - 1
+    candidates = []
+    for factor in (1.0, *factors):
+        middle, half = (low + high) / 2, (high - low) / 2 * factor
+        minimum = short_floats(middle - half if factor < 1 else low, significant)[2]
+        top = middle + half if factor < 1 else high
+        candidates.append((short_floats(max(top - minimum, 0) / levels, significant)[2], minimum))
+    minimum = short_floats(low, significant)[0]
+    candidates.append((short_floats((high - minimum) / levels, significant)[1], minimum))
+    errors = [np.square(on_grid(numbers, bits, *grid) - numbers).sum() for grid in candidates]
+    return candidates[int(np.argmin(errors))]
+
+
+def on_grid(x: np.ndarray, bits: int, scale: float, minimum: float) -> np.ndarray:
+    """The numbers code * scale + minimum that are nearest to x."""
+    if scale == 0:
+        return np.full_like(x, minimum, np.float64)
+    return np.clip(np.rint((np.asarray(x, np.float64) - minimum) / scale), 0, 2**bits - 1) * scale + minimum
+
+
+def hadamard(size: int) -> np.ndarray:
+    """Entry (i, j) is -1 to the number of ones that i and j share in binary, over sqrt(size)."""
+    return np.array([[(-1) ** (i & j).bit_count() for j in range(size)] for i in range(size)]) / np.sqrt(size)
+
+
+def gptq(
+    x: np.ndarray, grid_of: Callable[[np.ndarray], tuple[float, float]], hessian: np.ndarray, bits: int
+) -> np.ndarray:
+    """`x [T, H]` with every column rounded to its grid, the classical way (GPTQ, Algorithm 1): column after column, the
+    columns to the right are moved to where they make up best for the error. Every eight columns the next eight grids
+    are chosen, from those columns as they have been moved. The Hessian is damped by a hundredth of its mean.
+    """
+    size = x.shape[1]
+    hessian = hessian + 0.01 * np.trace(hessian) / size * np.eye(size)
+    x, out = np.array(x, np.float64), np.zeros(x.shape)
+    for c in range(size):
+        if c % 8 == 0:
+            grids = [grid_of(column) for column in x[:, c : c + 8].T]
+        # The columns that are left see the inverse of their own part of the Hessian.
+        inverse = np.linalg.inv(hessian[c:, c:])
+        out[:, c] = on_grid(x[:, c], bits, *grids[c % 8])
+        x[:, c:] -= np.outer((x[:, c] - out[:, c]) / inverse[0, 0], inverse[0])
+    return out
 
 
 def roundtrip_per_token(x: np.ndarray, bits: int, group: int, metadata: str = "float16") -> np.ndarray:

@@ -1,0 +1,71 @@
+"""Continuous batching in sixty lines: a few slots, sequences that come and go, one compiled step for all of them.
+
+    python examples/serve_loop.py
+
+Prompts wait in a queue. A free slot takes the next one: its prompt is read by itself (`prefill`, in buckets of lengths
+so that few programs are compiled) and its cache put into the slot (`insert`). All slots then decode together, several
+steps a dispatch. A sequence that has ended frees its slot (`reset`); the others never notice.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minikv_jax import CacheConfig, bucket, decode_step, empty_cache, insert, load, prefill, presets, reset
+
+STEPS = 8  # decoded between two looks at the queue
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def decode(params, cache, token):
+    """STEPS more tokens of every slot [STEPS, B], greedily. Slots without room store nothing."""
+
+    def step(state, _):
+        cache, token = state
+        logits, cache = decode_step(params, cache, token)
+        token = jnp.where(cache.room > 0, jnp.argmax(logits, axis=-1), token).astype(jnp.int32)
+        return (cache, token), token
+
+    (cache, token), tokens = jax.lax.scan(step, (cache, token), length=STEPS)
+    return tokens, token, cache
+
+
+def serve(params, prompts: Iterable[Sequence[int]], config: CacheConfig, slots: int, ends: Sequence[int]
+          ) -> Iterator[tuple[int, list[int]]]:  # fmt: skip
+    """Yields (number of the prompt, its answer) as sequences end, each after at most `generated_capacity` tokens."""
+    put, clear = jax.jit(insert, donate_argnums=0), jax.jit(reset, donate_argnums=0)
+    cache, token = empty_cache(params, config, slots), jnp.zeros((slots,), jnp.int32)
+    queue, running = enumerate(prompts), {}
+    while True:
+        for slot in set(range(slots)) - set(running):
+            number, prompt = next(queue, (None, ()))
+            if number is None:
+                break
+            tokens = bucket(jnp.asarray([prompt], jnp.int32), limit=config.prompt_capacity)
+            logits, prefix = prefill(params, tokens, jnp.asarray([len(prompt)]), config)
+            cache, first = put(cache, slot, prefix), int(logits[0].argmax())
+            token, running[slot] = token.at[slot].set(first), (number, [first])
+        if not running:
+            return
+        new, token, cache = decode(params, cache, token)
+        for slot, (number, answer) in list(running.items()):
+            answer.extend(np.asarray(new)[:, slot].tolist())
+            last = next((i for i, t in enumerate(answer) if t in ends), config.generated_capacity - 1)
+            if last < len(answer):
+                yield number, answer[: last + 1]
+                cache = clear(cache, slot)
+                del running[slot]
+
+
+if __name__ == "__main__":
+    model, tokenizer = load("smollm2")
+    questions = ["Name three colours.", "What is the capital of France?", "Is water wet?", "Count to five."]
+    chats = [tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
+             for q in questions]  # fmt: skip
+    method = presets.minikv().replace(prompt_capacity=256, generated_capacity=40, dtype="bfloat16")
+    ids = [tokenizer(chat, add_special_tokens=False)["input_ids"] for chat in chats]
+    for number, answer in serve(model, ids, method, slots=2, ends=model.config.eos_token_ids):
+        print(f"{questions[number]} {tokenizer.decode(answer, skip_special_tokens=True)}")

@@ -1,0 +1,264 @@
+"""Reading once for all methods, then going on exactly as `decode_step` does, but layer by layer.
+
+Two facts make a study of many methods affordable:
+
+* Attention over the prompt is exact, so hidden states do not depend on the method: one pass over the layers gives the
+  keys and values that every method compresses (`read_prompt`).
+* Tokens that are known in advance need no decoding loop over the whole model. Layer l of token t reads layer l-1 of
+  token t and layer l's cache, which holds tokens up to t: so `read_on` runs a layer over all tokens (projections and
+  MLP at once, cache and attention token after token in the order of `decode_step`, flushes and evictions included)
+  before it goes to the next. One layer is compiled for a method, not a whole model.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import cpu_count
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from minikv_jax import allocate
+from minikv_jax.cache import KVCache, LayerCache, Shape, read_token
+from minikv_jax.config import CacheConfig
+from minikv_jax.generate import _chunk_rows, _compress, _embed, _fitting, _logits_at, _read_layer, empty_cache
+from minikv_jax.models.llama import Llama
+from minikv_jax.report import Size, cache_report
+from minikv_jax.segments import DenseSegment
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What reading a batch of prompts left: logits of the next token, and a cache for each method."""
+
+    logits: Float[Array, "B V"]
+    caches: dict[str, KVCache]
+
+
+def _read_layers(model: Llama, tokens, lengths, rows: Sequence[int | str]) -> Iterator[dict[int | str, tuple]]:
+    """What each layer gives in turn, for each way to count scores: its result, and all that is compressed of it."""
+    at_once = _chunk_rows(*tokens.shape)
+    x = _embed(model, tokens, at_once)
+    for layer in model.layers:
+        # A layer takes the place of what it reads: each reading gets a copy.
+        read = {n: _read_layer(layer, jnp.array(x), lengths, at_once, n, sliding_window=None) for n in rows}
+        x = read[rows[0]][0]
+        yield read
+
+
+def read_prompt(
+    model: Llama, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], methods: Mapping[str, CacheConfig]
+) -> Prompt:
+    """`prefill` for several methods at the price of one pass (two, where some rank by all rows and some by the last).
+
+    Layers keep the largest layer's capacity, so that a pyramid needs one program and not one a layer; `size_of` counts
+    what `prefill` would hold.
+    """
+    lengths = jnp.asarray(lengths, jnp.int32)
+    methods = {name: _fitting(model, tokens, lengths, config) for name, config in methods.items()}
+    layers = model.config.num_layers
+    rows = {config.score_rows for config in methods.values()}
+    rows = sorted(rows - {0}, key=str) or [0]
+    largest = {
+        name: Shape(*map(max, zip(*(Shape.of(config, i, layers) for i in range(layers)))))
+        for name, config in methods.items()
+    }
+    held: dict[str, list[LayerCache]] = {name: [] for name in methods}
+    x = None
+    for i, read in enumerate(_read_layers(model, tokens, lengths, rows)):
+        x = read[rows[0]][0]
+
+        def compressed(name: str, i=i, read=read) -> LayerCache:
+            config = methods[name]
+            # A method without scores takes any: it ignores them.
+            _, *attended = read.get(config.score_rows, read[rows[0]])
+            budget = allocate.budgets(config, i, layers, lengths, tokens.shape[1])
+            return _compress(*attended, lengths, budget, config=config, shape=largest[name])
+
+        for name, cache in in_parallel(compressed, list(methods)).items():
+            held[name].append(cache)
+    caches = {}
+    for name, config in methods.items():
+        room = jnp.full(lengths.shape, config.generated_capacity, jnp.int32)
+        caches[name] = KVCache(tuple(held[name]), jnp.array(lengths), room, config)
+    return Prompt(_logits_at(model, x, lengths - 1), caches)
+
+
+def repeated(cache: KVCache, count: int) -> KVCache:
+    """Each sequence `count` times in a row: independent continuations, for any method (`fork` shares what it can)."""
+    return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), cache)
+
+
+def in_parallel[T](run: Callable[[str], T], names: list[str]) -> dict[str, T]:
+    """Runs for each name; on an accelerator in threads, so that one's compilation overlaps with another's work."""
+    if jax.default_backend() == "cpu":
+        return {name: run(name) for name in names}
+    with ThreadPoolExecutor(max(1, (cpu_count() or 2) // 2)) as pool:
+        return dict(zip(names, pool.map(run, names)))
+
+
+@jax.jit
+def _embedded(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    return model.embed(tokens)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _read_on_layer(layer, x, cache: LayerCache, position, counted: Bool[Array, "B T"], config: CacheConfig):
+    places = position[:, None] + jnp.arange(x.shape[1])
+    query, key, value = layer.before_attention(x, places)
+
+    def step(cache, token):
+        q, k, v, place, accept = token
+        cache, output = read_token(cache, q[:, None], k[:, None], v[:, None], place, accept, config)
+        return cache, output[:, 0]
+
+    stream = tuple(jnp.moveaxis(y, 1, 0) for y in (query, key, value, places, counted))
+    cache, attention = jax.lax.scan(step, cache, stream)
+    attention = jnp.moveaxis(attention, 0, 1)
+    return layer.after_attention(x, attention), cache, attention
+
+
+def read_on(
+    model: Llama, cache: KVCache, tokens: Int[Array, "B T"], counts: Int[Array, "B"]
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """What a `decode_step` a token leaves: hidden states before the last norm, and the cache.
+
+    Args:
+        model: the model.
+        cache: of B sequences, each with room for its tokens.
+        tokens: known in advance, padded on the right.
+        counts: true numbers of tokens. Hidden states past them are meaningless.
+    """
+    counted = jnp.arange(tokens.shape[1]) < counts[:, None]
+    x, layers = _embedded(model, tokens), []
+    for layer, held in zip(model.layers, cache.layers):
+        x, held, _ = _read_on_layer(layer, x, held, cache.lengths, counted, config=cache.config)
+        layers.append(held)
+    return x, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config)
+
+
+def attention_errors(
+    model: Llama, full: KVCache, caches: Mapping[str, KVCache], tokens: Int[Array, "B T"]
+) -> dict[str, np.ndarray]:
+    """Relative error of each layer's attention output, [B, layers], when all layers get the full cache's inputs."""
+    counted = jnp.ones(tokens.shape, bool)
+    x, errors = _embedded(model, tokens), {name: [] for name in caches}
+    for i, layer in enumerate(model.layers):
+        following, _, exact = _read_on_layer(layer, x, full.layers[i], full.lengths, counted, config=full.config)
+        exact = exact.astype(jnp.float32)
+        for name, cache in caches.items():
+            _, _, found = _read_on_layer(layer, x, cache.layers[i], cache.lengths, counted, config=cache.config)
+            errors[name].append(_size(found.astype(jnp.float32) - exact) / _size(exact))
+        x = following
+    return {name: np.stack(jax.device_get(found), axis=1) for name, found in errors.items()}
+
+
+def received(model: Llama, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], rows: int | str) -> np.ndarray:
+    """Attention that each token receives from all of a prompt's rows or from its last ones, [B, layers, K, T]."""
+    scores = [read[rows][3] for read in _read_layers(model, tokens, lengths, [rows])]
+    return np.stack(jax.device_get(scores), axis=1)
+
+
+def _size(x: Float[Array, "B T N H"]) -> Float[Array, "B"]:
+    return jnp.sqrt(jnp.sum(x * x, axis=(1, 2, 3)))
+
+
+@jax.jit
+def best(model: Llama, x: Float[Array, "B T D"], index: Int[Array, "B"]) -> Int[Array, "B"]:
+    """The most likely token after the one at `index` of each sequence, from hidden states."""
+    return jnp.argmax(_logits_at(model, x, index), axis=-1).astype(jnp.int32)
+
+
+def write_on(
+    model: Llama, cache: KVCache, first: Int[Array, "B"], most: int, ends: Sequence[int] = ()
+) -> tuple[np.ndarray, KVCache]:
+    """Greedy decoding: [B, most] tokens of which `first` is the first; after one of `ends` a sequence repeats it."""
+    token, written = first, [first]
+    one = jnp.ones(first.shape, jnp.int32)
+    stop = jnp.asarray(tuple(ends) or (-1,))
+    ended = jnp.isin(token, stop)
+    while len(written) < most and not (ends and bool(ended.all())):
+        x, cache = read_on(model, cache, token[:, None], one)
+        token = jnp.where(ended, token, best(model, x, one - 1))
+        ended |= jnp.isin(token, stop)
+        written.append(token)
+    written += [token] * (most - len(written))
+    return np.stack(jax.device_get(written), axis=1), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Of the token after each one read, [B, T].
+
+    Attributes:
+        kl: nats, of this distribution from the full cache's.
+        agrees: both most likely tokens are the same.
+        nll: minus log probability of the token that does follow, and
+        nll_full: the same with the full cache.
+        best: the most likely token.
+    """
+
+    kl: np.ndarray
+    agrees: np.ndarray
+    nll: np.ndarray
+    nll_full: np.ndarray
+    best: np.ndarray
+
+
+@jax.jit
+def _figures(model: Llama, hidden, reference, targets):
+    def one(token):
+        x, y, target = token
+        log_p, log_q = (jax.nn.log_softmax(model.logits(z[None])[0]) for z in (y, x))
+        kl = jnp.maximum(jnp.sum(jnp.exp(log_p) * (log_p - log_q)), 0)
+        best = jnp.argmax(log_q)
+        return kl, best == jnp.argmax(log_p), -log_q[target], -log_p[target], best
+
+    flat = (hidden.reshape(-1, hidden.shape[-1]), reference.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+    found = jax.lax.map(one, flat, batch_size=128)
+    return [x.reshape(targets.shape) for x in found]
+
+
+def figures(model: Llama, hidden, reference, targets: Int[Array, "B T"]) -> Figures:
+    """Compares next-token distributions; `reference` are the full cache's hidden states."""
+    return Figures(*map(np.asarray, jax.device_get(_figures(model, hidden, reference, targets))))
+
+
+# ---- what it weighs ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """What a cache weighs, beside the bits of a bfloat16 one (16 an element).
+
+    Attributes:
+        bytes: everything held.
+        bits_per_element: of everything held: codes, metadata, window, scores, counters.
+        bits_of_tiers: without window and counters, which is what papers count.
+        bits_of_codes: of the tiers without scales and minima.
+    """
+
+    bytes: int
+    bits_per_element: float
+    bits_of_tiers: float
+    bits_of_codes: float
+
+
+def weight_of(model: Llama, cache: KVCache) -> Weight:
+    """Measured on the arrays, with each layer cut to the capacity that `prefill` gives it."""
+    config, layers = cache.config, len(cache.layers)
+    if len({Shape.of(config, i, layers) for i in range(layers)}) > 1:
+        like = jax.eval_shape(lambda: empty_cache(model, config, cache.lengths.shape[0]))
+        cache = jax.tree.map(lambda x, y: x[tuple(slice(n) for n in y.shape)], cache, like)
+    total: Size = cache_report(cache).total
+    bits = 16 / total.bytes_bfloat16
+    codes = sum(_bytes_of_codes(part) for x in cache.layers for part in (x.segment, x.retained) if part is not None)
+    return Weight(total.bytes_held, total.bits_per_element, total.bytes_tiers * bits, codes * bits)
+
+
+def _bytes_of_codes(part) -> int:
+    arrays = (part.key, part.value) if isinstance(part, DenseSegment) else (part.keys.codes, part.values.codes)
+    return sum(x.size * x.dtype.itemsize for x in arrays)

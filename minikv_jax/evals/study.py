@@ -1,0 +1,234 @@
+"""The study: which methods, tasks and lengths answer the questions that papers leave open.
+
+`minikv eval --study budgets,minikv` runs pieces one after the other into one folder. A piece is a value; methods whose
+bytes must match are fitted to a share of bfloat16 with the plan of their cache (`report.planned_report`), everything
+held counted: codes, metadata, window and counters.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+from minikv_jax import presets
+from minikv_jax.config import CacheConfig
+from minikv_jax.errors import ConfigError
+from minikv_jax.evals.task import Settings
+from minikv_jax.models.config import ModelConfig
+from minikv_jax.report import planned_report
+
+SHARES = (0.05, 0.10, 0.14, 0.20, 0.30, 0.50)
+_WINDOWS = (128, 64, 32, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """
+    Attributes:
+        about: the question.
+        tasks: comma-separated.
+        methods: by label, for a model and settings.
+        settings: what the piece changes of those asked for.
+    """
+
+    about: str
+    tasks: str
+    methods: Callable[[ModelConfig, Settings], dict[str, CacheConfig]]
+    settings: Callable[[Settings], Settings] = lambda settings: settings
+
+
+# ---- equal bytes ---------------------------------------------------------------------------------------------------
+
+
+def _packed(name: str, x: float, window: int, bits: int) -> str:
+    return f"{name}:heavy={x / 2:.3f},recent={x / 2:.3f},bits={bits},residual={window}"
+
+
+def _plus(name: str, x: float, window: int, bits: tuple[int, int]) -> str:
+    # All tokens first; below that half of what is kept is recent.
+    kept = "" if x >= 1 else f"heavy={x / 2:.3f},recent={x / 2:.3f},"
+    groups = f"group_size={window}," if window < 64 else ""
+    return f"{name}:{kept}key_bits={bits[0]},value_bits={bits[1]},{groups}residual={window}"
+
+
+def _mikv(name: str, x: float, window: int, bits: int) -> str:
+    return f"{name}:ratio={x:.3f},bits={bits}"
+
+
+def _dense(name: str, x: float, window: int, bits: int) -> str:
+    return {
+        "h2o": f"h2o:heavy={x / 2:.3f},recent={x / 2:.3f}",
+        "qhitter": f"qhitter:heavy={0.75 * x:.3f},recent={0.25 * x:.3f},protected={0.35 * x:.3f}",
+        "snapkv": f"snapkv:budget={x:.3f}",
+    }[name]
+
+
+def _counted(name: str, x: float, tokens: int) -> str:
+    knob = {"streaming_llm": "recent", "pyramidkv": "budget"}[name]
+    return f"{name}:{knob}={max(int(x * tokens), 40)}"
+
+
+# How each method is made smaller, and the bits it may take, fewest first.
+_KNOBS: Mapping[str, tuple[Callable[..., str], tuple]] = {
+    "streaming_llm": (_counted, (16,)),
+    "h2o": (_dense, (16,)),
+    "snapkv": (_dense, (16,)),
+    "pyramidkv": (_counted, (16,)),
+    "qhitter": (_dense, (4,)),
+    "minikv": (_packed, (2, 4, 8)),
+    "minikv_pyramid": (_packed, (2, 4, 8)),
+    "mikv": (_mikv, (4, 16)),
+    "minikv_plus": (_plus, ((2, 2), (3, 2), (4, 2), (4, 4), (8, 8))),
+}
+
+
+def at_share(name: str, share: float, model: ModelConfig, prompt: int, generated: int) -> str | None:
+    """The method's settings whose cache weighs a share of a bfloat16 one, or None where it cannot.
+
+    Fewest bits first, for they keep most tokens; the window is the largest that takes at most a quarter of the bytes.
+    """
+    write, widths = _KNOBS[name]
+    window = next((w for w in _WINDOWS if w / (prompt + generated) <= share / 4), _WINDOWS[-1])
+
+    def line(x: float, bits) -> str:
+        return write(name, x, prompt) if write is _counted else write(name, x, window, bits)
+
+    # Layers are alike but for a pyramid, whose budgets fall in a straight line: a few layers say what all weigh.
+    model = dataclasses.replace(model, num_layers=min(model.num_layers, 5 if "pyramid" in name else 1))
+
+    @functools.cache
+    def weighs(x: float, bits) -> float:
+        (config,) = presets.parse(line(x, bits)).values()
+        return planned_report(model, config, prompt, generated).total.bits_per_element / 16
+
+    for bits in widths:
+        try:
+            if weighs(1.0, bits) < share * 0.97 and bits != widths[-1]:
+                continue
+            low, high = 0.01, 1.0
+            if weighs(low, bits) > share:
+                return None
+            for _ in range(8):
+                middle = (low + high) / 2
+                low, high = (middle, high) if weighs(middle, bits) <= share else (low, middle)
+        except ConfigError:
+            continue
+        # Room comes in whole blocks: a short prompt's cache may have to stay somewhat below.
+        return line(low, bits) if weighs(low, bits) >= 0.75 * share else None
+    return None
+
+
+def at_equal_bytes(model: ModelConfig, settings: Settings) -> dict[str, CacheConfig]:
+    prompt, generated = max(settings.lengths), settings.new_tokens
+    names = [name for name in _KNOBS if name in presets.METHODS]
+    lines = [at_share(name, share, model, prompt, generated) for share in SHARES for name in names]
+    fixed = ["kivi:group_size=64", "kivi", "kivi:group_size=16", "kivi:key_bits=4,value_bits=4"]
+    return presets.parse(",".join(dict.fromkeys(["full", *filter(None, lines), *fixed])))
+
+
+def _lines(*lines: str) -> Callable[[ModelConfig, Settings], dict[str, CacheConfig]]:
+    """These methods, less those that this version has no preset for."""
+
+    def methods(model: ModelConfig, settings: Settings) -> dict[str, CacheConfig]:
+        known = [line for line in lines if line.partition(":")[0] in presets.METHODS]
+        return presets.parse(",".join(known))
+
+    return methods
+
+
+_DEFAULTS = _lines(
+    "full",
+    "kivi",
+    "minikv",
+    "minikv_pyramid",
+    "mikv",
+    "h2o:heavy=0.25,recent=0.25",
+    "snapkv:budget=0.5",
+    "minikv_plus",
+)
+_LONG = _lines("full", "kivi", "minikv", "mikv", "minikv_plus")
+
+
+def _longest(settings: Settings) -> Settings:
+    return dataclasses.replace(settings, lengths=(max(settings.lengths),))
+
+
+def _longer_answers(settings: Settings) -> Settings:
+    return dataclasses.replace(_longest(settings), new_tokens=8 * settings.new_tokens)
+
+
+def _around(settings: Settings) -> Settings:
+    """A quarter, a half, once and twice the longest length."""
+    longest = max(settings.lengths)
+    return dataclasses.replace(settings, lengths=(longest // 4, longest // 2, longest, 2 * longest))
+
+
+STUDY: dict[str, Piece] = {
+    "main": Piece("every method at its published settings", "kl,lines,shared", _DEFAULTS, _longest),
+    "budgets": Piece("every method at 5 to 50 % of bfloat16", "kl,lines", at_equal_bytes, _longest),
+    "minikv": Piece(
+        "MiniKV's own choices: heavy or recent, pyramid, groups, window, quantised after selection",
+        "kl,lines",
+        _lines(
+            "full",
+            "minikv",
+            "minikv:heavy=0.0,recent=0.5",
+            "minikv:heavy=0.1,recent=0.4",
+            "minikv:heavy=0.4,recent=0.1",
+            "minikv:heavy=0.45,recent=0.05",
+            "minikv:pyramid_depth=2",
+            "minikv:pyramid_depth=7",
+            "minikv:group_size=32",
+            "minikv:group_size=64",
+            "minikv:residual=32",
+            "minikv:residual=256",
+            "minikv:bits=16",
+            "minikv:bits=4",
+            "minikv:heavy=0.75,recent=0.25",
+            "minikv:metadata_dtype=float8_e4m3fn",
+            "minikv:sinks=4",
+        ),
+        _longest,
+    ),
+    "mikv": Piece(
+        "MiKV's claims: the balancer, the retained bits, the important share and its bits, and eviction beside them",
+        "kl,lines",
+        _lines(
+            "full",
+            "mikv",
+            "mikv:balance=false",
+            "mikv:retained_bits=4",
+            "mikv:retained_bits=4,balance=false",
+            "mikv:bits=8",
+            "mikv:bits=4",
+            "mikv:bits=2",
+            "mikv:ratio=0.05",
+            "mikv:ratio=0.5",
+            "mikv:ratio=0.5,balance=false",
+            "h2o:heavy=0.1,recent=0.1",
+            "h2o:heavy=0.25,recent=0.25",
+        ),
+        _longest,
+    ),
+    "long": Piece(
+        "do errors pile up over a long answer?",
+        "running",
+        _LONG,
+        _longer_answers,
+    ),
+    "lengths": Piece("does the loss grow with the prompt?", "kl", _DEFAULTS, _around),
+    "depth": Piece("is anything lost in the middle?", "needle,passkey", _LONG),
+    "inside": Piece("errors and attention, layer by layer", "layers,spread,persistence", _DEFAULTS, _longest),
+}
+
+
+def by_names(names: str) -> dict[str, Piece]:
+    """Pieces from a comma-separated list; "all" is all of them.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    chosen = list(STUDY) if names == "all" else [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in STUDY:
+            raise ConfigError(f"Unknown piece of the study {name!r}: choose from {', '.join(STUDY)}, or all.")
+    return {name: STUDY[name] for name in chosen}

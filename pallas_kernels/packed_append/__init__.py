@@ -1,0 +1,1 @@
+"""Writing new tokens into a packed segment, in place."""

@@ -1,0 +1,348 @@
+"""Device code of the Triton append kernels; the reason for them stands in `triton.py`.
+
+Formats are compile-time numbers: BITS, GROUP, KIND (of metadata: 0 float16, 1 bfloat16, 2 float8_e4m3fn), H (head
+size). A run is COUNT consecutive rows of a dense array that become tokens `start` and on of a packed segment.
+"""
+
+import triton
+import triton.language as tl
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def round_even(x):
+    """Nearest whole number, ties to even, of numbers below 2^22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def to_stored(x, KIND: tl.constexpr, TOWARDS: tl.constexpr):
+    """float32 as the metadata's dtype: the nearest (TOWARDS 0), or the next one down (-1) or up (1).
+
+    Directions need the bits at hand, and so does float8_e4m3fn (bias 7, smallest step 2^-9), for chips before Hopper
+    and Ada cannot convert to it.
+    """
+    if KIND == 0:
+        return x.to(tl.float16)
+    else:
+        word = x.to(tl.int32, bitcast=True)
+        bits = word & 0x7FFFFFFF
+        DROP: tl.constexpr = 16 if KIND == 1 else 20
+        if TOWARDS == 0:
+            code = (bits + (1 << (DROP - 1)) - 1 + ((bits >> DROP) & 1)) >> DROP
+        else:
+            away = tl.where(word < 0, -1, 1) == TOWARDS
+            code = (bits >> DROP) + (away & ((bits & ((1 << DROP) - 1)) != 0)).to(tl.int32)
+        if KIND == 1:
+            code = tl.where(x == x, code << 16, 0x7FC00000) | (word & -0x80000000)
+            return code.to(tl.float32, bitcast=True).to(tl.bfloat16)
+        else:
+            steps = bits.to(tl.float32, bitcast=True) * 512.0
+            small = round_even(steps) if TOWARDS == 0 else tl.floor(steps)
+            if TOWARDS != 0:
+                small = tl.where(away & (small < steps), small + 1.0, small)
+            code = tl.where(steps < 8.0, small.to(tl.int32), code - 960)
+            code = tl.where(x == x, code, 0x7F)
+            return (code | ((word >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def from_stored(x, KIND: tl.constexpr):
+    if KIND == 2:
+        code = x.to(tl.int32)
+        normal = (((code & 0x7F) + 960) << 20).to(tl.float32, bitcast=True)
+        small = (code & 7).to(tl.float32) * 0.001953125
+        magnitude = tl.where((code & 0x78) == 0, small, normal)
+        magnitude = tl.where((code & 0x7F) == 0x7F, float("nan"), magnitude)
+        return tl.where((code & 0x80) == 0, magnitude, -magnitude)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def as_bytes(pointer):
+    """A pointer to float8 as one to bytes."""
+    if pointer.dtype.element_ty == tl.float8e4nv:
+        return pointer.to(tl.pointer_type(tl.uint8), bitcast=True)
+    else:
+        return pointer
+
+
+@triton.jit
+def encode_within(
+    x, low, high, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr
+):  # fmt: skip
+    """Codes (as float32), scale and minimum (as stored, rounded UP and DOWN) of groups whose range is [low, high]."""
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    LIMIT: tl.constexpr = 65504.0 if KIND == 0 else (3.3895313892515355e38 if KIND == 1 else 448.0)
+    clipped = tl.minimum(tl.maximum(low, -LIMIT), LIMIT)
+    zero = to_stored(tl.where(low == low, clipped, low), KIND, DOWN)
+    lowest = low if KIND == 0 else from_stored(zero, KIND)
+    span = tl.maximum(high - lowest, 0.0)
+    scale = to_stored(tl.minimum(tl.div_rn(span, tl.full(span.shape, LEVELS, tl.float32)), LIMIT), KIND, UP)
+    step = tl.expand_dims(from_stored(scale, KIND), AXIS)
+    above = x - tl.expand_dims(from_stored(zero, KIND), AXIS)
+    divisor = tl.broadcast_to(tl.where(step > 0, step, 1.0), above.shape)
+    codes = tl.where(step > 0, tl.div_rn(above, divisor), 0.0)
+    return round_even(tl.minimum(tl.maximum(codes, 0.0), LEVELS * 1.0)), scale, zero
+
+
+@triton.jit
+def better_of(x, best, other, AXIS: tl.constexpr, KIND: tl.constexpr):
+    """Of two encodings of each group the one with the smaller squared error; equal: the first."""
+    better = squared_error(x, other, AXIS, KIND) < squared_error(x, best, AXIS, KIND)
+    codes = tl.where(tl.expand_dims(better, AXIS), other[0], best[0])
+    return codes, tl.where(better, other[1], best[1]), tl.where(better, other[2], best[2])
+
+
+@triton.jit
+def encode(x, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr):
+    """Codes, scale and minimum of groups along AXIS: the best of the whole range, of it shrunk by each factor in CLIP,
+    and, where metadata is shorter than float16, of the whole range rounded outwards."""
+    low = tl.min(x, AXIS)
+    high = tl.max(x, AXIS)
+    # Minimum and maximum pass NaN over; a group that holds one must come back as NaN.
+    broken = tl.max((x != x).to(tl.int32), AXIS)
+    low = tl.where(broken > 0, float("nan"), low)
+    best = encode_within(x, low, high, AXIS, BITS, KIND, 0, 0)
+    middle = (low + high) / 2
+    half = (high - low) / 2
+    for i in tl.static_range(len(CLIP)):
+        other = encode_within(x, middle - half * CLIP[i], middle + half * CLIP[i], AXIS, BITS, KIND, 0, 0)
+        best = better_of(x, best, other, AXIS, KIND)
+    if KIND != 0:
+        best = better_of(x, best, encode_within(x, low, high, AXIS, BITS, KIND, -1, 1), AXIS, KIND)
+    return best[0].to(tl.uint8), best[1], best[2]
+
+
+@triton.jit
+def squared_error(x, encoded, AXIS: tl.constexpr, KIND: tl.constexpr):
+    codes, scale, zero = encoded
+    restored = codes * tl.expand_dims(from_stored(scale, KIND), AXIS) + tl.expand_dims(from_stored(zero, KIND), AXIS)
+    return tl.sum((restored - x) * (restored - x), AXIS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run of rows: codes to scratch memory, scales and minima to their places.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_rows(rows, token, channel, COUNT: tl.constexpr, H: tl.constexpr):
+    """float32 [tokens, channels] of a run."""
+    here = (token < COUNT)[:, None]
+    return tl.load(rows + token[:, None] * H + channel[None, :], mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def encode_keys(
+    rows, factor, scratch, scale, zero, start,
+    COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
+    CLIP: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Groups of GROUP tokens of one channel; `start` is a multiple of it. Scratch is [COUNT, H]."""
+    WIDTH: tl.constexpr = min(H, 4096 // GROUP)
+    for i in range(COUNT // GROUP):
+        group = start // GROUP + i
+        for j in range(H // WIDTH):
+            channel = j * WIDTH + tl.arange(0, WIDTH)
+            token = i * GROUP + tl.arange(0, GROUP)
+            x = load_rows(rows, token, channel, COUNT, H)
+            if FACTOR:
+                x = x * tl.load(factor + channel)[None, :]
+            codes, s, z = encode(x, 0, BITS, KIND, CLIP)
+            tl.store(scratch + token[:, None] * H + channel[None, :], codes)
+            tl.store(scale + group * H + channel, s)
+            tl.store(zero + group * H + channel, z)
+
+
+@triton.jit
+def encode_values(
+    rows, scratch, scale, zero, start,
+    COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
+    CLIP: tl.constexpr,
+):  # fmt: skip
+    """Groups of GROUP channels of one token. Scratch is [H, COUNT]."""
+    TOKENS: tl.constexpr = 16
+    GROUPS: tl.constexpr = H // GROUP
+    channel = tl.arange(0, H)
+    group = tl.arange(0, GROUPS)
+    for i in range((COUNT + TOKENS - 1) // TOKENS):
+        token = i * TOKENS + tl.arange(0, TOKENS)
+        x = load_rows(rows, token, channel, COUNT, H)
+        codes, s, z = encode(tl.reshape(x, [TOKENS, GROUPS, GROUP]), 2, BITS, KIND, CLIP)
+        codes = tl.reshape(codes, [TOKENS, H])
+        here = (token < COUNT)[:, None]
+        tl.store(scratch + channel[None, :] * COUNT + token[:, None], codes, mask=here)
+        place = start + token
+        at = ((place // 128) * (GROUPS * 128) + place % 128)[:, None] + group[None, :] * 128
+        tl.store(scale + at, s, mask=here)
+        tl.store(zero + at, z, mask=here)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Codes from scratch memory into the bytes they share with other tokens.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pack_planes(
+    scratch, block_codes, first,
+    COUNT: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
+    TOKEN: tl.constexpr, CHANNEL: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """One block's bytes of PART bits a code, after its lowest DROP bits. `first` is the block's token of the run.
+
+    Byte (row, channel) lies at ROW row + COLUMN channel, code (token, channel) at TOKEN token + CHANNEL channel.
+    """
+    ROWS: tl.constexpr = 16 * PART
+    MASK: tl.constexpr = (1 << PART) - 1
+    channel = tl.arange(0, H)[None, :]
+    for tile in range(ROWS // 16):
+        row = (16 * tile + tl.arange(0, 16))[:, None]
+        address = block_codes + row * ROW + channel * COLUMN
+        byte = tl.load(address).to(tl.int32)
+        for plane in tl.static_range(8 // PART):
+            token = first + plane * ROWS + row
+            inside = (token >= 0) & (token < COUNT)
+            code = tl.load(scratch + token * TOKEN + channel * CHANNEL, mask=inside & (channel >= 0), other=0)
+            code = (code.to(tl.int32) >> DROP) & MASK
+            byte = tl.where(inside, (byte & (255 - (MASK << (PART * plane)))) | (code << (PART * plane)), byte)
+        tl.store(address, byte.to(tl.uint8))
+
+
+@triton.jit
+def pack(
+    scratch, codes, start,
+    COUNT: tl.constexpr, BITS: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
+    TOKEN: tl.constexpr, CHANNEL: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """The run's codes into every block that it touches; what other tokens have in these bytes stays."""
+    PART: tl.constexpr = 2 if BITS == 3 else BITS
+    for i in range((COUNT + 126) // 128 + 1):
+        first = (start // 128 + i) * 128 - start
+        if first < COUNT:
+            there = codes + (start // 128 + i).to(tl.int64) * (16 * BITS * H)
+            pack_planes(scratch, there, first, COUNT, PART, 0, ROW, COLUMN, TOKEN, CHANNEL, H)
+            if BITS == 3:
+                pack_planes(scratch, there + 32 * ROW, first, COUNT, 1, 2, ROW, COLUMN, TOKEN, CHANNEL, H)
+
+
+@triton.jit
+def write_keys(
+    rows, factor, scratch, codes, scale, zero, start, head, blocks,
+    COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
+    CLIP: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    origin = head.to(tl.int64) * blocks
+    scratch += head.to(tl.int64) * (COUNT * H)
+    metadata = origin * (128 // GROUP * H)
+    scale, zero = as_bytes(scale) + metadata, as_bytes(zero) + metadata
+    encode_keys(
+        rows, factor + head * H, scratch, scale, zero, start,
+        COUNT, BITS, GROUP, KIND, H, CLIP, FACTOR,
+    )  # fmt: skip
+    tl.debug_barrier()
+    pack(scratch, codes + origin * (16 * BITS * H), start, COUNT, BITS, H, 1, H, 1, H)
+
+
+@triton.jit
+def write_values(
+    rows, scratch, codes, scale, zero, start, head, blocks,
+    COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
+    CLIP: tl.constexpr,
+):  # fmt: skip
+    origin = head.to(tl.int64) * blocks
+    scratch += head.to(tl.int64) * (COUNT * H)
+    metadata = origin * (H // GROUP * 128)
+    scale, zero = as_bytes(scale) + metadata, as_bytes(zero) + metadata
+    encode_values(
+        rows, scratch, scale, zero, start,
+        COUNT, BITS, GROUP, KIND, H, CLIP,
+    )  # fmt: skip
+    tl.debug_barrier()
+    pack(scratch, codes + origin * (16 * BITS * H), start, COUNT, BITS, 1, 16 * BITS, 1, COUNT, H)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels. Grid (B K, 2): the second axis is keys and values. Arrays that change are inputs and outputs in one; sizes
+# arrive negated, for an argument of 1 jax-triton would compile a program of its own.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def append_kernel(
+    new_key, new_value, accept, window_length, length, key_factor,
+    _window_key, _window_value, _kc, _ks, _kz, _vc, _vs, _vz,
+    heads, blocks,
+    window_key, window_value, kc, ks, kz, vc, vs, vz,
+    key_scratch, value_scratch,
+    WINDOW: tl.constexpr, FIRST: tl.constexpr, H: tl.constexpr,
+    KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
+    VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VCLIP: tl.constexpr,
+):  # fmt: skip
+    """A new token into the window of each accepting sequence; windows full with it are encoded from row FIRST on."""
+    heads, blocks = -heads, -blocks
+    COUNT: tl.constexpr = WINDOW - FIRST
+    head = tl.program_id(0)
+    part = tl.program_id(1)
+    batch = head // heads
+    accepts = tl.load(accept + batch)
+    filled = tl.load(window_length + batch)
+    start = tl.load(length + batch)
+    channel = tl.arange(0, H)
+    rows = head.to(tl.int64) * (WINDOW * H)
+    full = (accepts != 0) & (filled + 1 == WINDOW)
+    if accepts != 0:
+        if part == 0:
+            x = tl.load(new_key + head * H + channel)
+            tl.store(window_key + rows + filled * H + channel, x.to(window_key.dtype.element_ty))
+            if full:
+                tl.debug_barrier()
+                write_keys(
+                    window_key + rows + FIRST * H, key_factor, key_scratch, kc, ks, kz, start, head, blocks,
+                    COUNT, KBITS, KGROUP, KKIND, H, KCLIP, KFACTOR,
+                )  # fmt: skip
+        else:
+            x = tl.load(new_value + head * H + channel)
+            tl.store(window_value + rows + filled * H + channel, x.to(window_value.dtype.element_ty))
+            if full:
+                tl.debug_barrier()
+                write_values(
+                    window_value + rows + FIRST * H, value_scratch, vc, vs, vz, start, head, blocks,
+                    COUNT, VBITS, VGROUP, VKIND, H, VCLIP,
+                )  # fmt: skip
+
+
+@triton.jit
+def write_kernel(
+    key_rows, key_first, key_start, key_when, value_rows, value_first, value_start, value_when,
+    key_factor,
+    _kc, _ks, _kz, _vc, _vs, _vz,
+    heads, blocks,
+    kc, ks, kz, vc, vs, vz, key_scratch, value_scratch,
+    KROWS: tl.constexpr, KCOUNT: tl.constexpr, VROWS: tl.constexpr, VCOUNT: tl.constexpr, H: tl.constexpr,
+    KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
+    VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VCLIP: tl.constexpr,
+):  # fmt: skip
+    """Rows `first` and on of dense keys become tokens `start` and on where `when`; values likewise."""
+    heads, blocks = -heads, -blocks
+    head = tl.program_id(0)
+    batch = head // heads
+    if tl.program_id(1) == 0:
+        if tl.load(key_when + batch) != 0:
+            rows = key_rows + (head.to(tl.int64) * KROWS + tl.load(key_first + batch)) * H
+            write_keys(
+                rows, key_factor, key_scratch, kc, ks, kz, tl.load(key_start + batch), head, blocks,
+                KCOUNT, KBITS, KGROUP, KKIND, H, KCLIP, KFACTOR,
+            )  # fmt: skip
+    else:
+        if tl.load(value_when + batch) != 0:
+            rows = value_rows + (head.to(tl.int64) * VROWS + tl.load(value_first + batch)) * H
+            write_values(
+                rows, value_scratch, vc, vs, vz, tl.load(value_start + batch), head, blocks,
+                VCOUNT, VBITS, VGROUP, VKIND, H, VCLIP,
+            )  # fmt: skip

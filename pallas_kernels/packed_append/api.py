@@ -1,0 +1,106 @@
+"""New tokens into a dense window and, when it is full, as codes into the packed segment behind it: in place."""
+
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.dispatch import Implementation, first_that_accepts
+from pallas_kernels.packed_append import triton
+from pallas_kernels.packed_append.triton import Appended, Options, Run
+from pallas_kernels.packed_decode.layout import PackedTensor
+
+_APPEND = {"triton": triton.packed_append}
+_WRITE = {"triton": triton.packed_write}
+_DEFAULT = ("triton",)
+PLAIN = Options()
+
+
+def packed_append(
+    new_key: Float[Array, "B K 1 H"],
+    new_value: Float[Array, "B K 1 H"],
+    accept: Bool[Array, "B"],
+    window_key: Float[Array, "B K W H"],
+    window_value: Float[Array, "B K W H"],
+    window_length: Int[Array, "B"],
+    keys: PackedTensor,
+    values: PackedTensor,
+    length: Int[Array, "B"],
+    *,
+    first: int = 0,
+    options: Options = PLAIN,
+    implementation: Implementation = None,
+) -> Appended:
+    """Appends one token to the window of every accepting sequence, and encodes the windows that are full with it.
+
+    Codes are value = code * scale + minimum with scale = (max - min) / (2**bits - 1) of each group, computed in float32
+    against scale and minimum as they are stored (KIVI, arXiv 2402.02750, equation 1). Metadata shorter than float16 is
+    also tried rounded outwards, so that codes reach the whole range. A full window's rows from `first`
+    on become tokens `length` and on of the segment, and its length becomes `first`. Donate what changes: under `jit`
+    it is then changed in place.
+
+    Args:
+        new_key, new_value: [B, K, 1, H].
+        accept: [B]; other sequences stay as they are.
+        window_key, window_value: [B, K, W, H] dense rows, of which `window_length` [B] < W are there.
+        keys, values: packed (`layout.py`), with `length` [B] tokens; a multiple of the keys' group.
+        first: rows of the window that are never encoded; static.
+        options: `key_clip` and `value_clip` are shrink factors of a group's range to try beside 1; the one with the
+            smallest squared error is kept. `key_factor` [B, K, H] multiplies keys before they are encoded.
+        implementation: None or "triton". There is no other: what XLA does well here depends on the device, see
+            `minikv_jax.cache`.
+
+    Raises:
+        ValueError: shapes that contradict each other.
+        NotImplementedError: no implementation takes this device or these formats; the message says why.
+    """
+    b, heads, window, h = window_key.shape
+    if window_key.shape != window_value.shape or not new_key.shape == new_value.shape == (b, heads, 1, h):
+        raise ValueError(
+            f"new key {new_key.shape} and value {new_value.shape} do not fit windows {window_key.shape} and "
+            f"{window_value.shape}."
+        )
+    _check(keys, values, window_key.shape, accept, window_length, length)
+    if not 0 <= first < window:
+        raise ValueError(f"first={first} must be a row of the window of {window}.")
+    return first_that_accepts(
+        "packed_append", _APPEND, implementation, _DEFAULT,
+        new_key, new_value, accept, window_key, window_value, window_length, keys, values, length,
+        first=first, options=options,
+    )  # fmt: skip
+
+
+def packed_write(
+    key: Run,
+    value: Run,
+    keys: PackedTensor,
+    values: PackedTensor,
+    *,
+    options: Options = PLAIN,
+    implementation: Implementation = None,
+) -> tuple[PackedTensor, PackedTensor]:
+    """Encodes a run of dense keys, and one of dense values, into packed ones. Codes and options as `packed_append`.
+
+    Args:
+        key: its start and count are multiples of the keys' group.
+        value: a run of any count.
+        keys, values: packed; changed in place where they are donated.
+
+    Raises:
+        ValueError: shapes that contradict each other.
+        NotImplementedError: no implementation takes this device or these formats; the message says why.
+    """
+    for run in (key, value):
+        _check(keys, values, run.rows.shape, run.first, run.start, run.when)
+        if not 0 < run.count <= run.rows.shape[2]:
+            raise ValueError(f"A run of {run.count} does not fit {run.rows.shape[2]} rows.")
+    return first_that_accepts(
+        "packed_write", _WRITE, implementation, _DEFAULT,
+        key, value, keys, values, options=options,
+    )  # fmt: skip
+
+
+def _check(keys: PackedTensor, values: PackedTensor, rows: tuple[int, ...], *per_sequence: Array) -> None:
+    b, heads, _, h = rows
+    for packed in (keys, values):
+        if packed.codes.shape[:2] != (b, heads) or packed.head_size != h:
+            raise ValueError(f"Rows {rows} do not fit codes {packed.codes.shape} of head size {packed.head_size}.")
+    if any(x.shape != (b,) for x in per_sequence):
+        raise ValueError(f"Counters {[x.shape for x in per_sequence]} must be [B]={(b,)}.")

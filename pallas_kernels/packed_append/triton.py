@@ -1,0 +1,216 @@
+"""Appending to a packed cache on CUDA GPUs from Ampere on, in Triton through jax-triton.
+
+Why. A window of W dense rows is encoded once every W tokens. Written as a condition, the host must read it from the
+device before it can launch what comes next, in every layer of every step: the queue of launches runs dry, and a step
+costs more for asking than for encoding. Written as masked work it costs the encoding every time. Here each program
+reads its sequence's own counters and leaves at once if its window is not full: one launch instead of about six, nothing
+for the host to wait for, and all arrays are changed in place (`input_output_aliases`).
+
+    program (head, 0): keys             program (head, 1): values
+
+    new row -> window row `window_length`
+    window full?  no: done
+                  yes: rows -> min, max of each group -> scale, minimum (stored) -> codes -> scratch
+                                                                                                      |
+                       the run of codes starts anywhere in a block:                                   v
+                       block    |..........oooooo|oooooooooo......|    bytes carry tokens that lie P apart (layout.py),
+                                           ^ start                     so every byte of a touched block is read, the
+                                                                       run's fields replaced, and written back
+
+Codes go through scratch memory (one byte each, 16 KiB a head) because groups and bytes cut the run differently.
+
+The limit. A step in which nothing is full moves two rows a head: the launch is all it costs. A flush of 128 rows of 128
+channels reads 64 KiB, and writes 16 KiB, a head; it runs once in 128 steps, so its 2 B K programs need not be fast.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import triton_call
+from pallas_kernels.packed_decode.layout import PackedTensor
+
+_KINDS = {"float16": 0, "bfloat16": 1, "float8_e4m3fn": 2}
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Run(NamedTuple):
+    """Rows `first` .. `first + count` of dense rows, to become tokens `start` and on where `when`; `count` static."""
+
+    rows: Float[Array, "B K R H"]
+    first: Int[Array, "B"]
+    start: Int[Array, "B"]
+    when: Bool[Array, "B"]
+    count: int
+
+
+class Appended(NamedTuple):
+    """Window and segment after a token has arrived."""
+
+    window_key: Float[Array, "B K W H"]
+    window_value: Float[Array, "B K W H"]
+    window_length: Int[Array, "B"]
+    keys: PackedTensor
+    values: PackedTensor
+    length: Int[Array, "B"]
+
+
+def decline(rows: tuple[Array, ...], keys: PackedTensor, values: PackedTensor, key_count: int) -> str | None:
+    """Why these arguments cannot run here; None when they can."""
+    h = keys.head_size
+    if h not in (64, 128):
+        return f"head size {h}: 64 and 128 run"
+    if keys.bits not in (2, 3, 4, 8) or values.bits not in (2, 4, 8):
+        return f"{keys.bits}-bit keys and {values.bits}-bit values: keys of 2, 3, 4, 8 and values of 2, 4, 8 bits run"
+    if keys.tokens_last or not values.tokens_last:
+        return "keys must have channels last and values tokens last"
+    if keys.group_axis != "tokens" or keys.group_size not in (16, 32, 64, 128) or key_count % keys.group_size:
+        return (
+            f"{key_count} keys in groups of {keys.group_size} {keys.group_axis}: whole groups of 16 to 128 tokens run"
+        )
+    if values.group_axis != "channels" or values.group_size not in (16, 32, 64, 128) or values.group_size > h:
+        return f"values in groups of {values.group_size} {values.group_axis}: 16, 32, 64 ... H channels run"
+    for x in (keys, values):
+        if x.scale.dtype.name not in _KINDS or x.zero.dtype != x.scale.dtype:
+            return f"scale {x.scale.dtype} and zero {x.zero.dtype}: float16, bfloat16 and float8_e4m3fn run"
+    if any(x.dtype.name not in _DTYPES for x in rows):
+        return f"rows of {[x.dtype.name for x in rows]}: {_DTYPES} run"
+    return None
+
+
+def _require(rows, keys: PackedTensor, values: PackedTensor, key_count: int) -> None:
+    reason = decline(rows, keys, values, key_count) or triton_call.decline()
+    if reason is not None:
+        raise NotImplementedError(reason)
+
+
+class Options(NamedTuple):
+    """What is more than plain encoding; see `api.packed_append`."""
+
+    key_clip: tuple[float, ...] = ()
+    value_clip: tuple[float, ...] = ()
+    key_factor: Float[Array, "B K H"] | None = None
+
+
+def constants(keys: PackedTensor, values: PackedTensor, options: Options) -> dict:
+    """The kernels' compile-time numbers that say how keys and values are stored."""
+    return dict(
+        H=keys.head_size,
+        KBITS=keys.bits,
+        KGROUP=keys.group_size,
+        KKIND=_KINDS[keys.scale.dtype.name],
+        KCLIP=tuple(map(float, options.key_clip)),
+        KFACTOR=options.key_factor is not None,
+        VBITS=values.bits,
+        VGROUP=values.group_size,
+        VKIND=_KINDS[values.scale.dtype.name],
+        VCLIP=tuple(map(float, options.value_clip)),
+    )
+
+
+def _factor(options: Options, instead: Array) -> Array:
+    """The keys' factor; `instead` of one that is not there, a pointer that is never followed."""
+    return instead if options.key_factor is None else options.key_factor.astype(jnp.float32)
+
+
+def _arrays(keys: PackedTensor, values: PackedTensor) -> list[Array]:
+    """The six arrays. Triton knows no float8 on older chips: there it gets bytes, which costs XLA a copy."""
+    leaves = jax.tree.leaves((keys, values))
+    if float(getattr(jax.devices()[0], "compute_capability", "0.0")) >= 8.9:
+        return leaves
+    return [jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x for x in leaves]
+
+
+def _restored(arrays: list[Array], like: tuple[PackedTensor, PackedTensor]) -> tuple[PackedTensor, PackedTensor]:
+    leaves, structure = jax.tree.flatten(like)
+    arrays = [x if x.dtype == y.dtype else jax.lax.bitcast_convert_type(x, y.dtype) for x, y in zip(arrays, leaves)]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def _scratch(b: int, heads: int, count: int, head_size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((b, heads, count, head_size), jnp.uint8)
+
+
+def packed_append(
+    new_key: Float[Array, "B K 1 H"],
+    new_value: Float[Array, "B K 1 H"],
+    accept: Bool[Array, "B"],
+    window_key: Float[Array, "B K W H"],
+    window_value: Float[Array, "B K W H"],
+    window_length: Int[Array, "B"],
+    keys: PackedTensor,
+    values: PackedTensor,
+    length: Int[Array, "B"],
+    *,
+    first: int,
+    options: Options,
+) -> Appended:
+    b, heads, window, h = window_key.shape
+    rows = (new_key, new_value, window_key, window_value)
+    _require(rows, keys, values, window - first)
+    from pallas_kernels.packed_append import _triton_kernels as kernels
+
+    changed = [window_key, window_value, *_arrays(keys, values)]
+    counters = [x.astype(jnp.int32) for x in (accept, window_length, length)]
+    inputs = [new_key, new_value, *counters, _factor(options, counters[0]), *changed]
+    scratch = _scratch(b, heads, window - first, h)
+    window_key, window_value, *packed, _, _ = triton_call.call(
+        *inputs,
+        -heads,
+        -keys.codes.shape[2],
+        kernel=kernels.append_kernel,
+        out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed), scratch, scratch],
+        grid=(b * heads, 2),
+        num_warps=4,
+        input_output_aliases={len(inputs) - len(changed) + i: i for i in range(len(changed))},
+        WINDOW=window,
+        FIRST=first,
+        **constants(keys, values, options),
+    )
+    keys, values = _restored(packed, (keys, values))
+    # Not the kernel's work: XLA counts for all layers in one launch, and needs no copy of what a kernel returned.
+    full = accept & (window_length + 1 == window)
+    window_length = jnp.where(full, first, window_length + accept)
+    length = jnp.where(full, length + (window - first), length)
+    return Appended(window_key, window_value, window_length, keys, values, length)
+
+
+def packed_write(
+    key: Run,
+    value: Run,
+    keys: PackedTensor,
+    values: PackedTensor,
+    *,
+    options: Options,
+) -> tuple[PackedTensor, PackedTensor]:
+    b, heads, _, h = key.rows.shape
+    _require((key.rows, value.rows), keys, values, key.count)
+    from pallas_kernels.packed_append import _triton_kernels as kernels
+
+    changed = _arrays(keys, values)
+    inputs = []
+    for run in (key, value):
+        inputs += [run.rows, *(x.astype(jnp.int32) for x in (run.first, run.start, run.when))]
+    inputs.append(_factor(options, inputs[1]))
+    packed = triton_call.call(
+        *inputs,
+        *changed,
+        -heads,
+        -keys.codes.shape[2],
+        kernel=kernels.write_kernel,
+        out_shape=[
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed),
+            *(_scratch(b, heads, run.count, h) for run in (key, value)),
+        ],
+        grid=(b * heads, 2),
+        num_warps=4,
+        input_output_aliases={len(inputs) + i: i for i in range(len(changed))},
+        KROWS=key.rows.shape[2],
+        KCOUNT=key.count,
+        VROWS=value.rows.shape[2],
+        VCOUNT=value.count,
+        **constants(keys, values, options),
+    )
+    return _restored(packed[:6], (keys, values))

@@ -1,0 +1,52 @@
+"""What `test_packed_append.py` runs in a process of its own: the append kernels, called as they are, on numpy."""
+
+import triton_interpreter  # isort: skip
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import triton
+import triton.language as tl
+from test_packed_append import CODECS, check_append, check_write
+
+from pallas_kernels.packed_append import _triton_kernels as kernels
+from pallas_kernels.packed_append.api import packed_append, packed_write
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.parametrize(("first", "name"), [(0, name) for name in CODECS] + [(4, list(CODECS)[2])])
+def test_append(name, first):
+    check_append(packed_append, np.random.default_rng(), CODECS[name], heads=1, first=first, window=128 + first)
+
+
+def test_write():
+    check_write(packed_write, np.random.default_rng(), CODECS["KIVI's groups"])
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", 1), ("float8_e4m3fn", 2)])
+@pytest.mark.parametrize("towards", [-1, 0, 1])
+def test_metadata_rounds_to_the_neighbour_it_should(dtype, kind, towards):
+    rng, dtype = np.random.default_rng(), jnp.dtype(dtype)
+    x = np.concatenate([rng.standard_normal(500) * 10.0 ** rng.uniform(-4, 2, 500), np.arange(-6, 6) / 1024])
+    x = np.clip(x, -448, 448).astype(np.float32)
+    stored = jnp.uint8 if kind == 2 else jnp.bfloat16
+    got = triton_interpreter.triton_call(
+        jnp.asarray(x), kernel=round_kernel, out_type=jax.ShapeDtypeStruct(x.shape, stored), grid=(1,), KIND=kind,
+        TOWARDS=towards,
+    )  # fmt: skip
+    every = np.arange(1 << (8 * dtype.itemsize)).astype(f"uint{8 * dtype.itemsize}").view(dtype).astype(np.float32)
+    every = np.unique(every[np.isfinite(every)])
+    down, up = every[np.searchsorted(every, x, "right") - 1], every[np.searchsorted(every, x, "left")]
+    want = {-1: down, 1: up, 0: np.asarray(jnp.asarray(x).astype(dtype), np.float32)}[towards]
+    np.testing.assert_array_equal(np.asarray(got).view(dtype).astype(np.float32), want)
+
+
+@triton.jit
+def round_kernel(source, target, KIND: tl.constexpr, TOWARDS: tl.constexpr):
+    at = tl.arange(0, 512)
+    tl.store(target + at, kernels.to_stored(tl.load(source + at), KIND, TOWARDS))

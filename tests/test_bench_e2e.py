@@ -1,0 +1,88 @@
+"""The end-to-end benchmark at a size for CPUs: its synthetic caches, its rows, and what is made of them."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from models import CONFIG, METHODS
+
+from minikv_jax import ConfigError, prefill
+from minikv_jax.bench import e2e, tables
+from minikv_jax.models.llama import Llama
+from minikv_jax.models.shapes import SHAPES
+
+TINY = CONFIG.replace(head_dim=64, num_layers=2, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    "method", ["minikv", *(pytest.param(x, marks=pytest.mark.slow) for x in METHODS if x != "minikv")]
+)
+def test_a_synthetic_cache_is_like_a_real_one(method):
+    config = METHODS[method].replace(prompt_capacity=40, generated_capacity=20)
+    model = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
+    _, real = prefill(model, jnp.zeros((2, 40), jnp.int32), jnp.array([40, 40]), config)
+    made = e2e.synthetic_cache(model, config, 2, 40)
+    chex.assert_trees_all_equal_shapes_and_dtypes(made, real)
+    counters = [[x for x in jax.tree.leaves(cache) if x.ndim == 1] for cache in (made, real)]
+    chex.assert_trees_all_equal(*counters)
+    assert all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in jax.tree.leaves(made))
+
+
+@pytest.mark.slow
+def test_a_case_gives_the_figures_of_its_parts(monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    row = e2e.measure(e2e.Case("tiny", "minikv", 2, 200, ("decode", "prefill"), steps=3))
+    assert row["tokens_per_s"] == pytest.approx(2e3 / row["step_ms"]) and row["ttft_s"] > 0
+    assert 0 < row["compression_share"] < 1 and row["decode_compile_s"] > row["decode_lower_s"] > 0
+    assert row["weights_bytes"] - row["weights_read_bytes"] == 2 * TINY.vocab_size * TINY.hidden_size
+    assert row["planned_bytes"] > row["weights_bytes"] + row["cache_bytes"]
+
+
+def test_what_fits_is_counted_in_bytes():
+    shape = SHAPES["llama3-8b"]
+    full, minikv = (METHODS[name] for name in ("full", "minikv"))
+    batches = [e2e.largest_batch(shape, config, 32768, 60 << 30)[0] for config in (full, minikv)]
+    assert 12 <= batches[0] <= 15 and batches[1] > 5 * batches[0]
+    prompts = [e2e.longest_prompt(SHAPES["llama2-7b"], config, 60 << 30) for config in (full, minikv)]
+    assert 100_000 < prompts[0] < 120_000 and prompts[1] > 3 * prompts[0]
+
+
+def results(folder):
+    rows = [
+        {"case": case, "model": "llama3-8b", "method": method, "implementation": "minikv_jax", "step_ms": ms,
+         "tokens_per_s": 8e3 / ms, "cache_bytes": 2**30, "weights_read_bytes": 2**34, "decode_peak_bytes": peak,
+         "planned_bytes": 2**35, "shape": {"B": 8, "S": 32768}, "decode_compile_s": 10.0}
+        for case in ("llama3-8b-B8-S32768", "llama3-8b-S32768-largest")
+        for method, ms, peak in (("full", 20.0, 2**36), ("minikv", 8.0, 2**35))
+    ]  # fmt: skip
+    rows[1]["kernels"] = [{"kernel": "gemm", "calls": 225.0, "us": 6000.0}, {"kernel": "others", "calls": 9, "us": 8.0}]
+    rows.append({"case": rows[0]["case"], "method": "mikv", "implementation": "minikv_jax", "failed": "Error: too big"})
+    rows = [e2e.finish(row, rows, 2.7e12) for row in rows]
+    path = folder / "e2e.json"
+    about = {"device": "H100", "versions": {"jax": "0.11"}, "date": "2026-01-01", "command": "minikv bench e2e"}
+    path.write_text(json.dumps({**about, "copy_bandwidth": 2.7e12, "rows": rows}))
+    return path, rows
+
+
+def test_rows_are_compared_with_the_full_cache(tmp_path):
+    _, rows = results(tmp_path)
+    assert rows[1]["speedup_vs_full"] == 2.5 and rows[3]["throughput_vs_full"] == 2.5
+    assert rows[1]["peak_saved_share"] == 0.5 and rows[1]["peak_over_planned"] == 1
+    assert rows[1]["share_of_floor"] == pytest.approx((2**34 + 2**30) / 2.7e12 / 8e-3, rel=1e-3)
+
+
+def test_results_become_a_table_and_a_picture(tmp_path):
+    path, _ = results(tmp_path)
+    text = tables.e2e(tmp_path)
+    assert "2.50" in text and "gemm" in text and "mikv" not in text
+    e2e.main(["--plot", str(path), str(tmp_path / "e2e.png")])
+    assert (tmp_path / "e2e.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cases_are_chosen_by_what_their_label_holds(tmp_path):
+    with pytest.raises(ConfigError, match="names no case"):
+        e2e.run(tmp_path / "e2e.json", ["no such case"])
+    assert len({(case.name, case.method, case.parts) for case in e2e.CASES}) == len(e2e.CASES)

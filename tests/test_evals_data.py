@@ -1,0 +1,297 @@
+"""Benchmarks from a user's folders: their metrics, their formats, and what is said of files that do not fit."""
+
+import difflib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import CONFIG
+from tiny import lab
+
+from minikv_jax import ConfigError, presets
+from minikv_jax.evals import longbench, metrics, ruler, scbench, study, written
+from minikv_jax.evals.task import Settings
+from minikv_jax.models.shapes import shape_of
+from minikv_jax.report import planned_report
+
+# ---- metrics -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "score, text, reference, expected",
+    [
+        (metrics.f1, "The answer is Paris.", "Paris", 2 * 1 / (3 + 1)),
+        (metrics.f1, "a cat, a dog", "the dog", 2 * 1 / (2 + 1)),
+        (metrics.f1, "nothing", "else", 0),
+        (metrics.rouge_l, "the cat sat on the mat", "the cat on mat", 2 * 4 / 10),
+        (metrics.rouge_l, "b a", "a b", 0.5),
+        (metrics.rouge_l, "", "a", 0),
+        (metrics.number_share, "3 and 5 and 3", "Paragraph 3", 2 / 3),
+        (metrics.number_share, "none", "4", 0),
+        (metrics.code_similarity, "\n# note\nx = 1\ny", "x = 1", 1),
+        (metrics.contains, "The Value is ABC.", "abc", 1),
+        (metrics.first_number, "it is 12.5, not 3", "12.5", 1),
+        (metrics.first_number, "none", "1", 0),
+        (metrics.choice, "The answer is B.", "B", 1),
+        (metrics.choice, "A. Because", "B", 0),
+        (metrics.choice, "that one", "that one", 1),
+    ],
+)
+def test_scores_by_hand(score, text, reference, expected):
+    assert score(text, reference) == pytest.approx(expected)
+
+
+def test_classes_within_the_right_one_do_not_count():
+    classes = ["human", "human being", "place"]
+    assert metrics.classification("a human being", "human being", classes) == 1
+    assert metrics.classification("human being or place", "human being", classes) == 0.5
+    assert metrics.classification("place", "human being", classes) == 0
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=12), st.lists(st.sampled_from("abc"), max_size=12))
+def test_rouge_l_is_the_longest_common_subsequence(ours, theirs):
+    def longest(a, b):
+        if not a or not b:
+            return 0
+        return longest_of(tuple(a), tuple(b))
+
+    memory = {}
+
+    def longest_of(a, b):
+        if not a or not b:
+            return 0
+        if (len(a), len(b)) not in memory:
+            same = longest_of(a[1:], b[1:]) + 1 if a[0] == b[0] else 0
+            memory[len(a), len(b)] = max(same, longest_of(a[1:], b), longest_of(a, b[1:]))
+        return memory[len(a), len(b)]
+
+    total = len(ours) + len(theirs)
+    expected = 2 * longest(ours, theirs) / total if ours and theirs else 0
+    assert metrics.rouge_l(" ".join(ours), " ".join(theirs)) == pytest.approx(expected)
+
+
+def test_code_similarity_is_that_of_the_line():
+    ratio = difflib.SequenceMatcher(None, "x = 12", "x = 1").ratio()
+    assert metrics.code_similarity("// c\nx = 12", "x = 1") == round(ratio, 2)
+
+
+# ---- LongBench and SCBench -----------------------------------------------------------------------------------------
+
+_QUESTION = {"input": "Who?", "context": "it was ann. " * 8, "answers": ["Ann", "ann b"], "all_classes": None}
+
+
+def _write(path, *records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_longbench_is_read_cut_and_judged(tmp_path):
+    _write(tmp_path / "data" / "qasper.jsonl", _QUESTION, _QUESTION | {"context": "x" * 900})
+    _write(tmp_path / "data" / "trec_e.jsonl", _QUESTION | {"answers": ["place"], "all_classes": ["place", "thing"]})
+    config = tmp_path / "config" / "dataset2prompt.json"
+    _write(config, {"qasper": "read: {context} now: {input}", "trec": "{context}\n{input}"})
+    chosen = lab(longbench=tmp_path, lengths=(128,))
+    first, second, trec = longbench.TASK.cases(chosen)
+    decode = chosen.tokenizer.decode
+    assert (
+        decode(first.prompt).startswith("read: it was ann.")
+        and decode(first.about["turns"][0].question) == "now: who?\n"
+    )
+    assert len(second.prompt) == 128 and trec.group == "trec" and trec.name == "trec_e/0"
+    assert first.about["turns"][0].score("it was ann b") == pytest.approx(2 * 2 / (4 + 2))
+    assert trec.about["turns"][0].score("place\nthing") == 1
+
+
+@pytest.mark.parametrize(
+    "name, text, named",
+    [
+        ("qasper.jsonl", "{", "line 1 is no JSON"),
+        ("qasper.jsonl", '{"input": "a"}', "has no context, answers"),
+        ("qasper.jsonl", "[]", "has no input"),
+        ("mine.jsonl", "{}", "unknown data set 'mine'"),
+        ("notes.txt", "", r"no \.jsonl file"),
+    ],
+)
+def test_a_longbench_folder_that_is_none(tmp_path, name, text, named):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=named):
+        longbench.TASK.cases(lab(longbench=tmp_path))
+
+
+def test_prompts_of_longbench_must_hold_the_context(tmp_path):
+    _write(tmp_path / "qasper.jsonl", _QUESTION)
+    _write(tmp_path / "config" / "dataset2prompt.json", {"qasper": "{input}"})
+    with pytest.raises(ConfigError, match=r"no \{context\}"):
+        longbench.TASK.cases(lab(longbench=tmp_path))
+    with pytest.raises(ConfigError, match="--longbench"):
+        longbench.TASK.cases(lab())
+
+
+def test_scbench_asks_turn_after_turn(tmp_path):
+    turns = [{"input": "key a?", "answer": "b"}, {"input": "key c?", "answer": ["d", "e"]}]
+    _write(tmp_path / "scbench_kv.jsonl", {"context": "a is b, c is d.", "multi_turns": turns})
+    pick = {"input": "which?", "answer": "B", "options": ["one", "two", "three", "four"]}
+    _write(tmp_path / "scbench_choice_eng.jsonl", {"context": "text", "multi_turns": [pick]})
+    _write(tmp_path / "scbench_vt.jsonl", {"context": "text", "multi_turns": [{"input": "x", "answer": ["v", "w"]}]})
+    chosen = lab(scbench=tmp_path)
+    choice, kv, vt = scbench.TASK.cases(chosen)
+    decode = chosen.tokenizer.decode
+    assert "b. two" in decode(choice.about["turns"][0].question)
+    assert [decode(turn.answer) for turn in kv.about["turns"]] == ["b", "d"]
+    assert kv.about["turns"][1].score("it is E") == 1 and vt.about["turns"][0].score("v only") == 0.5
+
+    # Both data sets are measured alike; this one has turns.
+    kv = written.case(
+        "kv", "g", kv.prompt, [turn.__class__(turn.question, turn.answer, 3, turn.score) for turn in kv.about["turns"]]
+    )
+    measured = scbench.TASK.measure(chosen, [kv], {"full": presets.full()})
+    assert len(measured["full"][0].values["scbench"]) == 2
+
+
+def test_scbench_files_that_do_not_fit(tmp_path):
+    _write(tmp_path / "scbench_repoqa.jsonl", {"context": "", "multi_turns": []})
+    with pytest.raises(ConfigError, match="scbench_repoqa"):
+        scbench.TASK.cases(lab(scbench=tmp_path))
+    (tmp_path / "scbench_repoqa.jsonl").rename(tmp_path / "scbench_kv.jsonl")
+    with pytest.raises(ConfigError, match="record 0"):
+        scbench.TASK.cases(lab(scbench=tmp_path))
+
+
+def test_long_prompts_lose_their_middle():
+    assert written.middle_out(range(10), 5) == [0, 1, 7, 8, 9]
+    assert written.middle_out(range(3), 5) == [0, 1, 2]
+
+
+# ---- RULER ---------------------------------------------------------------------------------------------------------
+
+# A generator with the real ones' command line, kinds of imports and output.
+_GENERATOR = """
+import argparse, json, os
+from tenacity import retry, stop_after_attempt, wait_fixed
+from nltk.tokenize import sent_tokenize
+parser = argparse.ArgumentParser()
+for name in ("save_dir", "save_name", "tokenizer_path", "tokenizer_type", "template", "kind"):
+    parser.add_argument("--" + name)
+for name in ("max_seq_length", "tokens_to_generate", "num_samples", "random_seed"):
+    parser.add_argument("--" + name, type=int)
+a = parser.parse_args()
+assert sent_tokenize("One. Two!") == ["One.", "Two!"] and a.kind == "words" and os.path.isdir(a.tokenizer_path)
+os.makedirs(os.path.join(a.save_dir, a.save_name))
+with open(os.path.join(a.save_dir, a.save_name, "validation.jsonl"), "w") as file:
+    for i in range(a.num_samples):
+        text = a.template.format(context="lamp is %d" % (a.random_seed + i), query="lamp")
+        file.write(json.dumps({"index": i, "input": text, "outputs": [str(a.random_seed + i)]}) + chr(10))
+"""
+
+
+def _package(tmp_path, generator=_GENERATOR):
+    folder = tmp_path / "long_context_eval"
+    (folder / "data" / "synthetic").mkdir(parents=True)
+    (folder / "synthetic.yaml").write_text("one_key:\n  task: niah\n  args:\n    kind: words\n")
+    template = {
+        "niah": {"tokens_to_generate": 4, "template": "look: {context}\nwhat is {query}?", "answer_prefix": " it is"}
+    }
+    (folder / "data" / "synthetic" / "constants.py").write_text(f"TASKS = {template!r}")
+    (folder / "data" / "synthetic" / "niah.py").write_text(generator)
+
+
+def _ruler_lab(monkeypatch, tmp_path, **settings):
+    chosen = lab(ruler=tmp_path, **settings)
+    monkeypatch.setattr(chosen.tokenizer, "save_pretrained", os.makedirs, raising=False)
+    return chosen
+
+
+def test_ruler_runs_the_packages_generators(tmp_path, monkeypatch):
+    _package(tmp_path)
+    cases = ruler.TASK.cases(_ruler_lab(monkeypatch, tmp_path, seed=7))
+    chosen = lab()
+    assert [case.name for case in cases] == ["one_key/64/0", "one_key/64/1"]
+    for i, case in enumerate(cases):
+        (turn,) = case.about["turns"]
+        # The context ends before the question, which the package wrote.
+        assert chosen.tokenizer.decode(case.prompt) == f"look: lamp is {7 + i}"
+        assert chosen.tokenizer.decode(turn.question) == "\nwhat is lamp? it is"
+        assert turn.score(f"it is {7 + i}.") == 1 and turn.score("none") == 0 and turn.most == 4
+    test = ruler.TASK.cases(_ruler_lab(monkeypatch, tmp_path, seed=7, split="test"))
+    assert not {case.prompt for case in test} & {case.prompt for case in cases}
+
+
+def test_a_missing_or_failing_ruler_is_explained(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="nvidia-long-context-eval"):
+        ruler.TASK.cases(lab(ruler=tmp_path))
+    _package(tmp_path, "import no_such_words")
+    with pytest.raises(ConfigError, match="no_such_words"):
+        ruler.TASK.cases(_ruler_lab(monkeypatch, tmp_path))
+
+
+# ---- the study -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, share", [("minikv", 0.14), ("mikv", 0.3), ("h2o", 0.1)])
+def test_methods_are_fitted_to_a_share_of_bfloat16(name, share):
+    model = shape_of("qwen2.5-1.5b")
+    (config,) = presets.parse(study.at_share(name, share, model, 2048, 256)).values()
+    weight = planned_report(model.__class__(**{**vars(model), "num_layers": 2}), config, 2048, 256).total
+    assert weight.bits_per_element / 16 == pytest.approx(share, rel=0.1)
+    assert study.at_share("mikv", 0.05, model, 2048, 256) is None
+
+
+def test_pieces_name_tasks_and_methods_that_exist():
+    from minikv_jax.evals.tasks import by_names
+
+    for piece in study.STUDY.values():
+        assert by_names(piece.tasks)
+        if piece is not study.STUDY["budgets"]:
+            assert "full" in piece.methods(CONFIG, Settings())
+    assert study.STUDY["long"].settings(Settings(new_tokens=256)).new_tokens == 2048
+    with pytest.raises(ConfigError, match="'nothing'"):
+        study.by_names("main,nothing")
+
+
+# ---- the program ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--tasks", "klx"], "klx"),
+        (["--methods", "minikv9"], "minikv9"),
+        (["--methods", "minikv:bits=5"], "bits=5"),
+        (["--lengths", "many"], "many"),
+        (["--texts", "no/such/folder"], "no/such/folder"),
+        (["--study", "nothing"], "nothing"),
+        (["--model", "no/such/model"], "no/such/model"),
+    ],
+)
+def test_the_program_names_the_mistake(arguments, named, tmp_path):
+    from click.testing import CliRunner
+
+    from minikv_jax import cli
+
+    result = CliRunner().invoke(cli.app, ["eval", "--out", str(tmp_path / "out"), *arguments], standalone_mode=False)
+    assert isinstance(result.exception, Exception) and named in str(result.exception)
+
+
+@pytest.mark.slow
+def test_a_real_model_is_measured_by_the_program(tmp_path):
+    command = [sys.executable, "-m", "minikv_jax.cli", "eval", "--methods", "kivi", "--tasks", "kl", "--lengths", "300"]
+    command += ["--limit", "1", "--new-tokens", "16", "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "| `kivi` |" in result.stdout and (tmp_path / "quality.png").exists()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    source = Path(__file__).parent.parent / "examples"
+    notebook = nbformat.read(source / "quality.ipynb", as_version=4)
+    (tmp_path / "examples").mkdir()
+    nbclient.NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": tmp_path / "examples"}}).execute()
+    assert "`minikv:" in str(notebook.cells[3].outputs) and (tmp_path / "demo" / "quality" / "quality.png").exists()

@@ -1,0 +1,234 @@
+"""The append kernels: code for code what the cache does without them, on a CUDA device and in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minikv_jax import quantize, segments
+from minikv_jax.config import Codec
+from pallas_kernels.packed_append import triton as implementation
+from pallas_kernels.packed_append.api import Options, Run, packed_append, packed_write
+from pallas_kernels.packed_append.triton import Appended
+
+CODECS = {
+    "2-bit": Codec(2, 2, 16, 16),
+    "KIVI's groups": Codec(2, 2, 32, 32),
+    "3 and 2 bits, fp8, clipped": Codec(
+        3, 2, 64, 64, metadata_dtype="float8_e4m3fn", key_clip=(0.95, 0.9, 0.85), value_clip=(0.95, 0.9)
+    ),
+    "4 and 8 bits, bfloat16": Codec(4, 8, 128, "head", metadata_dtype="bfloat16"),
+    "8 and 4 bits, balanced": Codec(8, 4, 32, "half_head", value_clip=(0.9,), balance=True),
+}
+
+
+def numbers(rng, *shape):
+    loud = np.where(rng.random(shape[-1]) < 0.1, 8.0, 1.0)
+    return jnp.asarray(rng.standard_normal(shape) * loud + rng.standard_normal(shape[-1]), jnp.float32)
+
+
+def segment(rng, codec, b, heads, blocks, h, dtype=jnp.float32):
+    x = [numbers(rng, b, heads, 128 * blocks, h).astype(dtype) for _ in range(2)]
+    balance = jnp.asarray(rng.uniform(0.5, 2, (b, heads, h)), jnp.float32)
+    return segments.build(codec, *x, jnp.zeros((b,), jnp.int32), 128 * blocks, dtype, balance)
+
+
+def options(packed):
+    return Options(packed.codec.key_clip, packed.codec.value_clip, packed.balance)
+
+
+def expected_write(packed, key, value):
+    """What the cache's own functions make of two runs."""
+
+    def rows(run):
+        at = run.first[:, None, None, None] + jnp.arange(run.count)[:, None]
+        return jnp.take_along_axis(run.rows, at, axis=2)
+
+    def per_head(x):
+        return jnp.broadcast_to(x[:, None], key.rows.shape[:2])
+
+    codes = segments.encode(packed, rows(key), rows(value))
+    keys = segments.write_codes(packed.keys, codes[0], per_head(key.start), key.when)
+    return keys, segments.write_codes(packed.values, codes[1], per_head(value.start), value.when)
+
+
+def expected_append(new, accept, window, filled, packed, length, first) -> Appended:
+    b, heads, rows, _ = window[0].shape
+    slot = jnp.broadcast_to(filled[:, None], (b, heads))
+    window = [segments.put_row(x, slot, y, accept) for x, y in zip(window, new)]
+    full = accept & (filled + 1 == rows)
+    start = jnp.full((b,), first, jnp.int32)
+    runs = (Run(x, start, length, full, rows - first) for x in window)
+    keys, values = expected_write(packed, *runs)
+    moved = jnp.where(full, rows - first, 0)
+    return Appended(*window, filled + accept - moved, keys, values, length + moved)
+
+
+def same_codes(got, want):
+    """Equal arrays, but for few numbers that lie between two codes, or groups that fit two ranges or scales alike."""
+    got, want = quantize.from_packed(got), quantize.from_packed(want)
+    for a, b in zip(got, want):
+        assert np.mean(np.asarray(a, np.float32) != np.asarray(b, np.float32)) < 1e-2
+    assert np.mean(np.abs(np.asarray(got.codes, np.int32) - np.asarray(want.codes)) > 1) < 1e-3
+
+
+def untouched(got, before, start, count, when):
+    """Nothing outside the run has changed."""
+    for part, old in zip(quantize.from_packed(got), quantize.from_packed(before)):
+        part, old = (np.asarray(x, np.float32) for x in (part, old))
+        per_row = 128 * before.codes.shape[2] // part.shape[2]
+        for b, (first, yes) in enumerate(zip(np.asarray(start), np.asarray(when))):
+            row = np.arange(part.shape[2]) * per_row
+            outside = (row < first) | (row >= first + count) if yes else row >= 0
+            np.testing.assert_array_equal(part[b][:, outside], old[b][:, outside])
+
+
+def draw_append(rng, codec, h=64, heads=2, window=128, first=0, dtype=jnp.float32):
+    """Three sequences: one with a full window, one without, and one that does not accept."""
+    group = codec.token_group
+    packed = segment(rng, codec, 3, heads, 3, h, dtype)
+    rows = [numbers(rng, 3, heads, window, h).astype(dtype) for _ in range(2)]
+    new = [numbers(rng, 3, heads, 1, h).astype(dtype) for _ in range(2)]
+    filled = jnp.asarray([window - 1, rng.integers(0, window - 1), window - 1], jnp.int32)
+    length = jnp.asarray(rng.integers(0, 256 // group, 3) * group, jnp.int32)
+    return new, jnp.asarray([True, True, False]), rows, filled, packed, length
+
+
+def check_append(run, rng, codec, first=0, **sizes):
+    new, accept, rows, filled, packed, length = draw_append(rng, codec, first=first, **sizes)
+    want = expected_append(new, accept, rows, filled, packed, length, first)
+    got = run(*new, accept, *rows, filled, packed.keys, packed.values, length, first=first, options=options(packed))
+    for name in ("window_key", "window_value", "window_length", "length"):
+        np.testing.assert_array_equal(np.asarray(getattr(got, name)), np.asarray(getattr(want, name)))
+    full = accept & (filled + 1 == rows[0].shape[2])
+    for name in ("keys", "values"):
+        same_codes(getattr(got, name), getattr(want, name))
+        untouched(getattr(got, name), getattr(packed, name), length, rows[0].shape[2] - first, full)
+
+
+def check_write(run, rng, codec, h=64, ring=129, window=128):
+    """KIVI's way: a window of keys, and one value out of a ring."""
+    packed = segment(rng, codec, 3, 2, 3, h)
+    start = jnp.asarray(rng.integers(0, 256 // 128, 3) * 128, jnp.int32)
+    key = Run(numbers(rng, 3, 2, window, h), jnp.zeros(3, jnp.int32), start, jnp.asarray([True, False, True]), window)
+    at, first = (jnp.asarray(rng.integers(0, n, 3), jnp.int32) for n in (384, ring))
+    value = Run(numbers(rng, 3, 2, ring, h), first, at, jnp.asarray([True, True, False]), 1)
+    want = expected_write(packed, key, value)
+    got = run(key, value, packed.keys, packed.values, options=options(packed))
+    for part, expected, before, run_ in zip(got, want, (packed.keys, packed.values), (key, value)):
+        same_codes(part, expected)
+        untouched(part, before, run_.start, run_.count, run_.when)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("h", [64, 128])
+@pytest.mark.parametrize("name", CODECS)
+def test_append_matches_the_cache_on_a_gpu(name, h, dtype):
+    check_append(packed_append,
+                 np.random.default_rng(), CODECS[name], h=h, heads=8, dtype=dtype)  # fmt: skip
+
+
+@pytest.mark.gpu
+@settings(max_examples=10)
+@given(seed=st.integers(0, 1 << 30), first=st.sampled_from([0, 4]))
+def test_append_takes_every_length_on_a_gpu(seed, first):
+    name = "3 and 2 bits, fp8, clipped"
+    check_append(packed_append, np.random.default_rng(seed), CODECS[name], first=first, window=128 + first)
+
+
+@pytest.mark.gpu
+def test_write_matches_the_cache_on_a_gpu():
+    for _ in range(5):
+        check_write(packed_write, np.random.default_rng(), CODECS["KIVI's groups"])
+
+
+@pytest.mark.parametrize("which", ["test_append and 2-bit", pytest.param("test", marks=pytest.mark.slow)])
+def test_the_interpreter_agrees(which):
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", which]
+    command.append(str(Path(__file__).with_name("interpreted_append.py")))
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({}, "CUDA GPU"),
+        ({"codec": Codec(2, 2, 8, 16)}, "groups of 8 tokens"),
+        ({"codec": Codec(1, 2, 16, 16)}, "1-bit keys"),
+        ({"codec": Codec(2, 2, 16, 16, key_axis="channels")}, "channels"),
+        ({"h": 16}, "head size 16"),
+    ],
+)
+def test_what_cannot_run_is_declined(change, match):
+    if not change and jax.default_backend() == "gpu":
+        pytest.skip("this machine can")
+    codec = change.get("codec", CODECS["2-bit"])
+    new, accept, rows, filled, packed, length = draw_append(
+        np.random.default_rng(0), codec, h=change.get("h", 64), heads=1
+    )
+    with pytest.raises(NotImplementedError, match=match):
+        packed_append(*new, accept, *rows, filled, packed.keys, packed.values, length)
+
+
+def test_shapes_that_contradict_each_other_are_refused():
+    new, accept, rows, filled, packed, length = draw_append(np.random.default_rng(0), CODECS["2-bit"], heads=1)
+    rest = (filled, packed.keys, packed.values, length)
+    with pytest.raises(ValueError, match="do not fit windows"):
+        packed_append(new[0][:, :, :, :8], new[1], accept, *rows, *rest)
+    with pytest.raises(ValueError, match="Counters"):
+        packed_append(*new, accept[:2], *rows, *rest)
+    with pytest.raises(ValueError, match="first=128"):
+        packed_append(*new, accept, *rows, *rest, first=128)
+
+
+COMPILED = [
+    (90, "2-bit", "append_kernel"),
+    pytest.param(90, "3 and 2 bits, fp8, clipped", "append_kernel", marks=pytest.mark.slow),
+    pytest.param(80, "3 and 2 bits, fp8, clipped", "append_kernel", marks=pytest.mark.slow),
+    pytest.param(100, "4 and 8 bits, bfloat16", "append_kernel", marks=pytest.mark.slow),
+    pytest.param(80, "KIVI's groups", "write_kernel", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("capability", "name", "kernel"), COMPILED)
+def test_compiles_for(capability, name, kernel):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pallas_kernels.packed_append import _triton_kernels as kernels
+
+    codec = CODECS[name]
+    packed = segment(np.random.default_rng(0), codec, 1, 1, 1, 128)
+    constants = implementation.constants(packed.keys, packed.values, options(packed))
+    kind = {0: "*fp16", 1: "*bf16", 2: "*fp8e4nv" if capability >= 89 else "*u8"}[constants["KKIND"]]
+    metadata = dict.fromkeys(("ks", "kz", "vs", "vz"), kind) | dict.fromkeys(("kc", "vc"), "*u8")
+    metadata |= {f"_{key}": value for key, value in metadata.items()} | dict.fromkeys(("heads", "blocks"), "i32")
+    scratch = dict.fromkeys(("key_scratch", "value_scratch"), "*u8")
+    if kernel == "append_kernel":
+        constants |= {"WINDOW": 128, "FIRST": 0}
+        names = ("new_key", "new_value", "_window_key", "_window_value", "window_key", "window_value")
+        types = dict.fromkeys(names, "*bf16")
+        counters = ("accept", "window_length", "length")
+    else:
+        constants |= {"KROWS": 128, "KCOUNT": 128, "VROWS": 129, "VCOUNT": 1}
+        types = dict.fromkeys(("key_rows", "value_rows"), "*bf16")
+        counters = [f"{part}_{name}" for part in ("key", "value") for name in ("first", "start", "when")]
+    counters = (*counters, "key_factor")
+    types |= dict.fromkeys(counters, "*i32") | metadata | scratch | dict.fromkeys(constants, "constexpr")
+    function = getattr(kernels, kernel)
+    types = {name: types[name] for name in function.arg_names}
+    source = ASTSource(function, types, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    assert compiled.metadata.shared <= 48 << 10
