@@ -2,7 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
+
 type Implementation = str | Sequence[str] | None
+
+
+def device_kind() -> str:
+    """What the program is traced for: the abstract device of a cross-lowering, or the default device."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.device_kind if abstract.platform == "cuda" else abstract.platform
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    platform = device if isinstance(device, str) else device.platform
+    return getattr(device, "device_kind", platform) if platform in ("gpu", "cuda") else platform
 
 
 def first_that_accepts(

@@ -10,7 +10,20 @@ from pallas_kernels.packed_decode import triton, xla
 from pallas_kernels.packed_decode.layout import PackedTensor
 from pallas_kernels.partial import Partial, merge_partials
 
-_PACKED = {"triton": triton.packed_decode_attention, "xla": xla.packed_decode_attention}
+
+def _mosaic_gpu(*args, **kwargs):
+    try:  # on the first call: programs without a GPU never pay for the import
+        from pallas_kernels.packed_decode import mosaic_gpu
+    except ImportError as error:
+        raise NotImplementedError(f"this JAX has no Pallas Mosaic GPU ({error})") from error
+    return mosaic_gpu.packed_decode_attention(*args, **kwargs)
+
+
+_PACKED = {
+    "mosaic_gpu": _mosaic_gpu,
+    "triton": triton.packed_decode_attention,
+    "xla": xla.packed_decode_attention,
+}
 _DENSE = {"triton": triton.dense_decode_attention, "xla": xla.dense_decode_attention}
 _DEFAULT = ("triton", "xla")
 
@@ -50,8 +63,8 @@ def packed_decode_attention(
         scale: of the logits; default H ** -0.5.
         return_logits: also return the scaled logits of every token, float32; beyond a length they mean nothing. With
             the log-sum-exp of all segments they are the attention row that H2O and MiKV add up.
-        implementation: None, "triton", "xla", or a sequence of names to try; None is Triton on a CUDA device where it
-            accepts the format, else XLA.
+        implementation: None, "triton", "mosaic_gpu" (Hopper, 2 bits), "xla", or a sequence of names to try; None is
+            Triton on a CUDA device where it accepts the format, else XLA.
 
     Returns:
         Float32 `Partial`, to be joined with other segments by `merge_partials`; with `return_logits` also the logits.

@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -12,16 +11,6 @@ LOG2E = math.log2(math.e)
 # fill a GPU evenly, or when so few rows count that there is no more to do than to load the keys.
 _ENOUGH_BLOCKS = 512
 _FEW_ROWS = 512
-
-
-def device_kind() -> str:
-    """What the program is traced for: the abstract device of a cross-lowering, or the default device."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract.device_kind if abstract.platform == "cuda" else abstract.platform
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    platform = device if isinstance(device, str) else device.platform
-    return getattr(device, "device_kind", platform) if platform in ("gpu", "cuda") else platform
 
 
 def decline_what_no_kernel_takes(query, key, value, scale: float) -> None:

@@ -49,10 +49,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import mosaic
 from pallas_kernels.two_pass_attention import common
 
-_ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
-_COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 # Registers per thread of (a consumer, the producer) by number of consumers: 65536 in all, in steps of 8.
 _REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32), 4: (112, 24)}
 
@@ -99,36 +98,14 @@ _BLOCKS = {
     128: (ForwardBlocks(), ScoreBlocks(stages=3)),
     256: (ForwardBlocks(2, 64, 64), ScoreBlocks(2, 64, 128)),
 }
-_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
 def _swizzled(head_size: int):
-    """Shared memory layout of a [rows, head_size] block of 16-bit numbers that TMA writes and wgmma reads."""
-    columns = 64 if head_size % 64 == 0 else 32
-    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
-    return tiling, plgpu.SwizzleTransform(2 * columns)  # pyright: ignore[reportAbstractUsage]
-
-
-def _int(x) -> jax.Array:
-    return jnp.asarray(x, jnp.int32)
-
-
-def _blocks_of(x, size: int) -> jax.Array:
-    """ceil(max(x, 0) / size)."""
-    return lax.div(jnp.maximum(_int(x), 0) + (size - 1), _int(size))
+    return mosaic.swizzled(64 if head_size % 64 == 0 else 32)
 
 
 def _whole_blocks_of(x, size: int) -> jax.Array:
-    return lax.div(jnp.maximum(_int(x), 0), _int(size))
-
-
-def _slot(step, stages: int) -> jax.Array:
-    return lax.rem(_int(step), _int(stages))
-
-
-def _loaded(accumulator, in_flight: int) -> jax.Array:
-    """The accumulator once at most `in_flight` younger products run. The barrier keeps its uses behind the wait."""
-    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight))
+    return lax.div(jnp.maximum(mosaic.integer(x), 0), mosaic.integer(size))
 
 
 def _zeros(shape: tuple[int, int]) -> jax.Array:
@@ -136,7 +113,7 @@ def _zeros(shape: tuple[int, int]) -> jax.Array:
 
 
 def _row_constant(rows: int, x: float) -> jax.Array:
-    return plgpu.layout_cast(jnp.full((rows,), x, jnp.float32), _ROW_LAYOUT)
+    return plgpu.layout_cast(jnp.full((rows,), x, jnp.float32), mosaic.ROW_LAYOUT)
 
 
 def _lane_sums(x: jax.Array) -> jax.Array:
@@ -177,7 +154,7 @@ def _forward(
         if is_causal:
             end = jnp.minimum(end, offset + jnp.minimum(first_row + tile, query_length))
         end = jnp.where(first_row < query_length, end, 0)
-        steps = jnp.maximum(_blocks_of(end, keys), 1)  # a tile of padding takes one step whose result is dropped
+        steps = jnp.maximum(mosaic.blocks_of(end, keys), 1)  # a tile of padding takes one step whose result is dropped
 
         def consume():
             plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
@@ -202,14 +179,14 @@ def _forward(
                 return p, new, total * shrink + p.sum(axis=1), shrink
 
             def logits(s_acc, step):
-                slot = _slot(step, stages)
+                slot = mosaic.slot_of(step, stages)
                 plgpu.barrier_wait(k_bar.at[slot])
                 if turns:
                     plgpu.barrier_wait(turn.at[wg])
                 plgpu.wgmma(s_acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
 
             def weigh(o_acc, p, step):
-                slot = _slot(step, stages)
+                slot = mosaic.slot_of(step, stages)
                 plgpu.barrier_wait(v_bar.at[slot])
                 if p_smem is None:
                     plgpu.wgmma(o_acc, p, v_smem.at[slot])
@@ -220,7 +197,7 @@ def _forward(
 
             def pass_turn():
                 if turns:
-                    plgpu.barrier_arrive(turn.at[lax.rem(wg + 1, _int(wgs))])
+                    plgpu.barrier_arrive(turn.at[lax.rem(wg + 1, mosaic.integer(wgs))])
 
             def advance(s_acc, o_acc, state, step, masked, earlier=0.0):
                 """Q K^T of this step and P V of the last one run while the softmax waits for the first only."""
@@ -228,28 +205,28 @@ def _forward(
                 logits(s_acc, step)
                 weigh(o_acc, p, step - 1)
                 pass_turn()
-                s = _loaded(s_acc, 1)
-                plgpu.barrier_arrive(k_free.at[_slot(step, stages)])
+                s = mosaic.loaded(s_acc, 1)
+                plgpu.barrier_arrive(k_free.at[mosaic.slot_of(step, stages)])
                 p, maximum, total, shrink = softmax(s, maximum, total, step, masked)
-                out = _loaded(o_acc, 0)
+                out = mosaic.loaded(o_acc, 0)
                 if interpret:
                     out = out + earlier
-                plgpu.barrier_arrive(v_free.at[_slot(step - 1, stages)])
+                plgpu.barrier_arrive(v_free.at[mosaic.slot_of(step - 1, stages)])
                 out = out * lax.broadcast_in_dim(shrink, out.shape, [0])
                 return out, (maximum, total, p.astype(query.dtype))
 
             def begin(s_acc):
                 logits(s_acc, 0)
                 pass_turn()
-                s = _loaded(s_acc, 0)
+                s = mosaic.loaded(s_acc, 0)
                 plgpu.barrier_arrive(k_free.at[0])
                 p, maximum, total, _ = softmax(s, _row_constant(rows, -jnp.inf), zero, 0, True)
                 return maximum, total, p.astype(query.dtype)
 
             def finish(o_acc, p):
                 weigh(o_acc, p, steps - 1)
-                out = _loaded(o_acc, 0)
-                plgpu.barrier_arrive(v_free.at[_slot(steps - 1, stages)])
+                out = mosaic.loaded(o_acc, 0)
+                plgpu.barrier_arrive(v_free.at[mosaic.slot_of(steps - 1, stages)])
                 return out
 
             zero = _row_constant(rows, 0.0)
@@ -293,20 +270,20 @@ def _forward(
             filled = jnp.where(total > 0, total, 1.0)
             out = out * lax.broadcast_in_dim(1.0 / filled, out.shape, [0])
             q_smem.at[wg][...] = jnp.where(row < query_length, out, 0.0).astype(query.dtype)
-            row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=_ROW_LAYOUT) + base
+            row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=mosaic.ROW_LAYOUT) + base
             seen = (row < query_length) & (total > 0)
             lse_smem.at[wg][...] = jnp.where(seen, maximum + jnp.log2(filled), jnp.inf)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, pl.ds(base, rows), h])
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, pl.ds(base, rows)])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
             plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
-            kv_head = lax.div(h, _int(group))
+            kv_head = lax.div(h, mosaic.integer(group))
 
             def load(step, wait):
-                slot = _slot(step, stages)
+                slot = mosaic.slot_of(step, stages)
                 for ref, smem, bar, free in ((k_ref, k_smem, k_bar, k_free), (v_ref, v_smem, v_bar, v_free)):
                     if wait:
                         plgpu.barrier_wait(free.at[slot])
@@ -319,8 +296,8 @@ def _forward(
 
             @pl.loop(steps - filled, steps)
             def _(step):
-                plgpu.barrier_wait(k_free.at[_slot(step, stages)])
-                plgpu.barrier_wait(v_free.at[_slot(step, stages)])
+                plgpu.barrier_wait(k_free.at[mosaic.slot_of(step, stages)])
+                plgpu.barrier_wait(v_free.at[mosaic.slot_of(step, stages)])
 
         pl.when(wg < wgs)(consume)
         pl.when(wg == wgs)(produce)
@@ -374,13 +351,13 @@ def _column_sums(
         tile_base = lax.axis_index("tiles") * tile
         query_length, key_length, offset, counted = (extent_ref[b * 4 + i] for i in range(4))
         first_row = jnp.maximum(counted, tile_base - offset) if is_causal else counted
-        first_row = lax.div(first_row, _int(8)) * 8  # TMA starts at whole groups of 8 rows
-        steps = jnp.where(tile_base < key_length, _blocks_of(query_length - first_row, rows), 0)
+        first_row = lax.div(first_row, mosaic.integer(8)) * 8  # TMA starts at whole groups of 8 rows
+        steps = jnp.where(tile_base < key_length, mosaic.blocks_of(query_length - first_row, rows), 0)
 
         def consume():
             plgpu.set_max_registers(_REGISTERS[wgs][0], action="increase")
             base = tile_base + wg * keys
-            kv_head = h if blocks.whole_group else lax.div(h, _int(group))
+            kv_head = h if blocks.whole_group else lax.div(h, mosaic.integer(group))
             plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(base, keys), kv_head], k_smem.at[wg], k_bar.at[wg])
             plgpu.barrier_wait(k_bar.at[wg])
             # Steps, in order: nothing visible, masked, unmasked, masked (the last rows).
@@ -388,7 +365,7 @@ def _column_sums(
             diagonal = jnp.where(first_row < counted, 1, 0)
             if is_causal:
                 unseen = jnp.minimum(_whole_blocks_of(base - offset - first_row, rows), steps)
-                diagonal = jnp.maximum(diagonal, _blocks_of(base + (keys - 1) - offset - first_row, rows))
+                diagonal = jnp.maximum(diagonal, mosaic.blocks_of(base + (keys - 1) - offset - first_row, rows))
             diagonal = jnp.clip(diagonal, unseen, steps)
             last = jnp.clip(_whole_blocks_of(query_length - first_row, rows), diagonal, steps)
 
@@ -396,20 +373,20 @@ def _column_sums(
                 start = g * steps
 
                 def skip(step, _):
-                    slot = _slot(start + step, stages)
+                    slot = mosaic.slot_of(start + step, stages)
                     plgpu.barrier_wait(q_bar.at[slot])
                     plgpu.barrier_arrive(free.at[slot])
 
                 def body(step, sums, masked):
-                    slot = _slot(start + step, stages)
+                    slot = mosaic.slot_of(start + step, stages)
                     plgpu.barrier_wait(q_bar.at[slot])
 
                     def product(accumulator):
                         plgpu.wgmma(accumulator, k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
-                        return _loaded(accumulator, 0)
+                        return mosaic.loaded(accumulator, 0)
 
                     logits = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(tall, jnp.float32))
-                    lse = plgpu.load(lse_smem.at[slot], layout=_COLUMN_LAYOUT)
+                    lse = plgpu.load(lse_smem.at[slot], layout=mosaic.COLUMN_LAYOUT)
                     if interpret:  # its model of TMA wants a fence after a lane's read, beside the barrier
                         plgpu.commit_smem()
                     plgpu.barrier_arrive(free.at[slot])
@@ -430,18 +407,18 @@ def _column_sums(
 
             sums = lax.fori_loop(0, together, head, _zeros((keys, 8))).sum(axis=1)
             # A key of padding may have been NaN: what it received is dropped, not multiplied by zero.
-            column = plgpu.broadcasted_iota(jnp.int32, (keys,), 0, layout=_ROW_LAYOUT) + base
+            column = plgpu.broadcasted_iota(jnp.int32, (keys,), 0, layout=mosaic.ROW_LAYOUT) + base
             out_smem.at[wg][...] = jnp.where(column < key_length, sums, 0.0)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, h, pl.ds(base, keys)])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
             plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
             total = steps * together
 
             def load(i, wait):
-                slot = _slot(i, stages)
+                slot = mosaic.slot_of(i, stages)
                 if wait:
                     plgpu.barrier_wait(free.at[slot])
                 g = lax.div(i, jnp.maximum(steps, 1)) if together > 1 else 0
@@ -456,7 +433,7 @@ def _column_sums(
 
             @pl.loop(total - filled, total)
             def _(i):
-                plgpu.barrier_wait(free.at[_slot(i, stages)])
+                plgpu.barrier_wait(free.at[mosaic.slot_of(i, stages)])
 
         pl.when(wg < wgs)(consume)
         pl.when(wg == wgs)(produce)
@@ -485,8 +462,8 @@ def _column_sums(
 
 
 def _decline_what_it_cannot_run(query, key, value, scale, sliding_window, interpret):
-    if not interpret and not any(name in common.device_kind() for name in _HOPPER):
-        raise NotImplementedError(f"needs a Hopper GPU, this is {common.device_kind()!r}")
+    if not interpret:
+        mosaic.decline_all_but_hopper()
     if sliding_window is not None:
         raise NotImplementedError("has no sliding window")
     common.decline_what_no_kernel_takes(query, key, value, scale)

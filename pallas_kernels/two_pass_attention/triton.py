@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import triton_call
+from pallas_kernels.dispatch import device_kind
 from pallas_kernels.two_pass_attention import common
 
 
@@ -80,7 +81,7 @@ def tiles_for(head_size: int, capability: int) -> tuple[Tile, Tile]:
 def _compute_capability() -> int | None:
     """80 for Ampere, 90 for Hopper; None for what is no CUDA GPU or not known."""
     if jax.sharding.get_abstract_mesh().abstract_device is not None:
-        kind = common.device_kind()
+        kind = device_kind()
         return next((c for c, names in _CAPABILITIES.items() if any(name in kind for name in names)), None)
     device = jax.config.jax_default_device or jax.local_devices()[0]
     number = str(getattr(device, "compute_capability", "")).replace(".", "")
@@ -90,7 +91,7 @@ def _compute_capability() -> int | None:
 def _decline_what_it_cannot_run(query, key, value, scale) -> int:
     capability = _compute_capability()
     if capability is None or capability < 80:
-        raise NotImplementedError(f"needs a CUDA GPU from Ampere on, this is {common.device_kind()!r}")
+        raise NotImplementedError(f"needs a CUDA GPU from Ampere on, this is {device_kind()!r}")
     common.decline_what_no_kernel_takes(query, key, value, scale)
     try:
         import jax_triton  # noqa: F401
