@@ -86,7 +86,7 @@ CASES = {
 
 
 # Variants of a method that another case already covers.
-SLOW = {"minikv, 4 bits, more recent", "h2o, persistent", "snapkv, max pool, a share", "kivi, 4 bits"}
+SLOW = {"minikv, 4 bits, more recent", "h2o, persistent", "snapkv, max pool, a share", "kivi, 4 bits", "minikv_plus"}
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,8 @@ def arguments(fmt, rows=4, blocks=9, h=128):
     return jax.ShapeDtypeStruct((2, 1, 2 * rows, h), jnp.bfloat16), keys, values, jax.ShapeDtypeStruct((2,), jnp.int32)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == QUICK else [pytest.mark.slow]) for name in FORMATS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
 def test_lowers_for_hopper(name):
     call = partial(packed_decode_attention, implementation="mosaic_gpu")
     with on_device("NVIDIA H100 80GB HBM3"):

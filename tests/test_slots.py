@@ -21,9 +21,14 @@ from minikv_jax import (
 )
 
 step = jax.jit(decode_step)
+
+
 # One of each way a cache can change: appended to, slid, given up, encoded, demoted.
-CHANGING = [pytest.param(name, marks=pytest.mark.slow) for name in ("streaming_llm", "h2o", "minikv")]
-CHANGING += ["kivi", "minikv_plus", "mikv"]
+def slow(*names):
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+CHANGING = [*slow("streaming_llm", "h2o", "minikv"), "kivi", "minikv_plus", "mikv"]
 
 
 def roomy(method):
@@ -60,7 +65,7 @@ def test_sequences_in_slots_go_on_as_they_would_alone(method):
     assert cache.lengths.tolist() == [0, 64 + 12, 9 + 24]
 
 
-@pytest.mark.parametrize("method", CHANGING)
+@pytest.mark.parametrize("method", [*slow("streaming_llm", "h2o", "minikv", "minikv_plus"), "kivi", "mikv"])
 def test_a_second_turn_is_read_as_well_at_once_as_token_by_token(method):
     config = roomy(method)
     text, turn, counts = tokens(2, 30), tokens(2, 9), jnp.array([9, 4])
@@ -87,7 +92,7 @@ def test_a_second_turn_on_a_full_cache_is_exact():
     np.testing.assert_allclose(logits, prefill(MODEL, whole, jnp.array([450]), config)[0], atol=2e-5)
 
 
-@pytest.mark.parametrize("method", ("snapkv", "minikv_plus", "mikv"))
+@pytest.mark.parametrize("method", [*slow("minikv_plus"), "snapkv", "mikv"])
 def test_a_prompt_in_chunks_leaves_what_the_whole_prompt_leaves(method):
     text, lengths, later, config = tokens(2, 50), jnp.array([50, 21]), tokens(2, 8), METHODS[method]
     logits, cache = prefill(MODEL, text, lengths, config)
@@ -97,7 +102,7 @@ def test_a_prompt_in_chunks_leaves_what_the_whole_prompt_leaves(method):
     assert nearly_equal(decode(cache, later)[0], decode(chunked, later)[0])
 
 
-@pytest.mark.parametrize("method", ("snapkv", "kivi", "minikv_plus"))
+@pytest.mark.parametrize("method", [*slow("minikv_plus"), "snapkv", "kivi"])
 def test_forks_answer_as_the_original_would(method):
     config = roomy(method)
     _, cache = prefill(MODEL, tokens(1, 60), jnp.array([60]), config)

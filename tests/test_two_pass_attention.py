@@ -222,7 +222,7 @@ print("DONE")
     [
         dict(causal=True, score_rows="all", blocks={}),
         dict(causal=True, score_rows=20, blocks=dict(whole_group=True)),
-        dict(causal=False, score_rows="all", blocks={}),
+        pytest.param(dict(causal=False, score_rows="all", blocks={}), marks=pytest.mark.slow),
     ],
 )
 def test_kernels_in_the_interpreter_have_no_races(case):
