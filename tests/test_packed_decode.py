@@ -148,7 +148,7 @@ def test_xla_matches_float64(name):
     assert compare("xla", FORMATS[name], lengths=[[256, 100], [0, 129]]) < 1e-5
 
 
-@settings(max_examples=7, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     name=st.sampled_from(sorted(FORMATS)),
     heads=st.sampled_from([(1, 1), (1, 8), (2, 4), (3, 3)]),
@@ -275,7 +275,7 @@ def compare_dense(implementation, *, b=2, heads=2, group=2, t=1, h=64, s=90, dty
     return worst
 
 
-@settings(max_examples=7, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     heads=st.sampled_from([(1, 1), (1, 8), (2, 4), (3, 3)]),
     t=st.integers(1, 3),

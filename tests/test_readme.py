@@ -21,6 +21,7 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.slow  # .ci/run runs it beside the suite
 def test_the_example_is_nine_lines_and_runs():
     (example,) = blocks("python")
     assert sum(bool(line) for line in example.splitlines()) == 9

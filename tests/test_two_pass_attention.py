@@ -221,7 +221,7 @@ print("DONE")
     "case",
     [
         dict(causal=True, score_rows="all", blocks={}),
-        dict(causal=True, score_rows=20, blocks=dict(whole_group=True)),
+        pytest.param(dict(causal=True, score_rows=20, blocks=dict(whole_group=True)), marks=pytest.mark.slow),
         pytest.param(dict(causal=False, score_rows="all", blocks={}), marks=pytest.mark.slow),
     ],
 )

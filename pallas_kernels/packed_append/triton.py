@@ -31,8 +31,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import triton_call
 from pallas_kernels.packed_decode.layout import PackedTensor
+from pallas_kernels.packed_decode.triton import KINDS, decline_format
 
-_KINDS = {"float16": 0, "bfloat16": 1, "float8_e4m3fn": 2}
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -59,25 +59,11 @@ class Appended(NamedTuple):
 
 def decline(rows: tuple[Array, ...], keys: PackedTensor, values: PackedTensor, key_count: int) -> str | None:
     """Why these arguments cannot run here; None when they can."""
-    h = keys.head_size
-    if h not in (64, 128):
-        return f"head size {h}: 64 and 128 run"
-    if keys.bits not in (2, 3, 4, 8) or values.bits not in (2, 4, 8):
-        return f"{keys.bits}-bit keys and {values.bits}-bit values: keys of 2, 3, 4, 8 and values of 2, 4, 8 bits run"
-    if keys.tokens_last or not values.tokens_last:
-        return "keys must have channels last and values tokens last"
-    if keys.group_axis != "tokens" or keys.group_size not in (16, 32, 64, 128) or key_count % keys.group_size:
-        return (
-            f"{key_count} keys in groups of {keys.group_size} {keys.group_axis}: whole groups of 16 to 128 tokens run"
-        )
-    if values.group_axis != "channels" or values.group_size not in (16, 32, 64, 128) or values.group_size > h:
-        return f"values in groups of {values.group_size} {values.group_axis}: 16, 32, 64 ... H channels run"
-    for x in (keys, values):
-        if x.scale.dtype.name not in _KINDS or x.zero.dtype != x.scale.dtype:
-            return f"scale {x.scale.dtype} and zero {x.zero.dtype}: float16, bfloat16 and float8_e4m3fn run"
+    if keys.group_axis != "tokens" or key_count % keys.group_size:
+        return f"{key_count} keys in groups of {keys.group_size} {keys.group_axis}: whole groups of tokens run"
     if any(x.dtype.name not in _DTYPES for x in rows):
         return f"rows of {[x.dtype.name for x in rows]}: {_DTYPES} run"
-    return None
+    return decline_format(keys, values)
 
 
 def _require(rows, keys: PackedTensor, values: PackedTensor, key_count: int) -> None:
@@ -100,12 +86,12 @@ def constants(keys: PackedTensor, values: PackedTensor, options: Options) -> dic
         H=keys.head_size,
         KBITS=keys.bits,
         KGROUP=keys.group_size,
-        KKIND=_KINDS[keys.scale.dtype.name],
+        KKIND=KINDS[keys.scale.dtype.name],
         KCLIP=tuple(map(float, options.key_clip)),
         KFACTOR=options.key_factor is not None,
         VBITS=values.bits,
         VGROUP=values.group_size,
-        VKIND=_KINDS[values.scale.dtype.name],
+        VKIND=KINDS[values.scale.dtype.name],
         VCLIP=tuple(map(float, options.value_clip)),
     )
 

@@ -63,14 +63,14 @@ from pallas_kernels import triton_call
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 from pallas_kernels.partial import Partial
 
-_KINDS = {"float16": 0, "bfloat16": 1, "float8_e4m3fn": 2}
+KINDS = {"float16": 0, "bfloat16": 1, "float8_e4m3fn": 2}
 DENSE_TOKENS = 64  # of one step of the dense kernel; half as many where a row is a kilobyte
 REGISTERS = 200  # ten warps a processor
 
 
-def decline(query: Float[Array, "B T N H"], keys: PackedTensor, values: PackedTensor, scale: float) -> str | None:
-    """Why these arguments cannot run here; None when they can."""
-    h = query.shape[-1]
+def decline_format(keys: PackedTensor, values: PackedTensor) -> str | None:
+    """Why no Triton kernel, be it of decoding or of appending, can run on this storage; None when they can."""
+    h = keys.head_size
     if h not in (64, 128):
         return f"head size {h}: 64 and 128 run"
     if keys.bits not in (2, 3, 4, 8) or values.bits not in (2, 4, 8):
@@ -83,13 +83,18 @@ def decline(query: Float[Array, "B T N H"], keys: PackedTensor, values: PackedTe
     if values.group_axis != "channels" or values.group_size not in (16, 32, 64, 128) or values.group_size > h:
         return f"values in groups of {values.group_size} {values.group_axis}: 16, 32, 64 ... H channels run"
     for x in (keys, values):
-        if x.scale.dtype.name not in _KINDS or x.zero.dtype != x.scale.dtype:
+        if x.scale.dtype.name not in KINDS or x.zero.dtype != x.scale.dtype:
             return f"scale {x.scale.dtype} and zero {x.zero.dtype}: float16, bfloat16 and float8_e4m3fn run"
+    return None
+
+
+def decline(keys: PackedTensor, values: PackedTensor, scale: float) -> str | None:
+    """Why these arguments cannot run here; None when they can."""
     if keys.capacity == 0:
         return "a segment without blocks"
     if scale <= 0:
         return f"scale {scale} is not positive"
-    return None
+    return decline_format(keys, values)
 
 
 def decline_dense(query: Float[Array, "B T N H"], key: Float[Array, "B K S H"]) -> str | None:
@@ -116,10 +121,10 @@ def constants(keys: PackedTensor, values: PackedTensor) -> dict:
         KBITS=keys.bits,
         KGROUP=keys.group_size,
         KAXIS=int(keys.group_axis == "channels"),
-        KKIND=_KINDS[keys.scale.dtype.name],
+        KKIND=KINDS[keys.scale.dtype.name],
         VBITS=values.bits,
         VGROUP=values.group_size,
-        VKIND=_KINDS[values.scale.dtype.name],
+        VKIND=KINDS[values.scale.dtype.name],
         H=keys.head_size,
         REGISTERS=REGISTERS,
     )
@@ -333,7 +338,7 @@ def _partial(query, keys, values, lengths, scale: float, return_logits: bool):
 
 def packed_decode_attention(query, keys, values, lengths, *, scale: float, return_logits: bool):
     """`api.packed_decode_attention` in two launches."""
-    _require(decline(query, keys, values, scale))
+    _require(decline(keys, values, scale))
     return _partial(query, keys, values, lengths, scale, return_logits)
 
 
@@ -349,7 +354,7 @@ def decode_attention(parts: Sequence, *, scale: float, return_logits: bool):
         raise NotImplementedError(f"joins two segments at most, not {len(parts)}")
     for query, keys, values, _ in parts:
         packed = isinstance(keys, PackedTensor)
-        _require(decline(query, keys, values, scale) if packed else decline_dense(query, keys))
+        _require(decline(keys, values, scale) if packed else decline_dense(query, keys))
     query, keys = parts[0][:2]
     heads = (keys.codes if isinstance(keys, PackedTensor) else keys).shape[1]
     shares = [_shares(*part, scale, return_logits and i == 0) for i, part in enumerate(parts)]
