@@ -102,7 +102,7 @@ def compiled(kernel, h, capability, dtype="bf16", is_causal=True, sliding_window
 
 SHARED_MEMORY = {80: 163, 86: 99, 90: 227, 100: 227}
 PRODUCT = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-QUICK = [(64, 80, None), (128, 90, None)]
+QUICK = [(64, 80, None), (128, 90, None), (64, 100, None)]
 EVERY = [x for x in itertools.product((64, 96, 128, 256), PRODUCT, (None, 512)) if x not in QUICK]
 
 

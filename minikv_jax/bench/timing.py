@@ -79,12 +79,6 @@ def copy_bandwidth(size: int = 1 << 30) -> float:
     return 2 * size / device_seconds(lambda x: x, x, steps=16)
 
 
-def matmul_rate(n: int = 8192) -> float:
-    """Floating-point operations per second of an n x n x n bfloat16 product."""
-    a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.bfloat16)
-    return 2 * n**3 / device_seconds(lambda a, b: a @ b, a, b, steps=8)
-
-
 def environment() -> dict:
     """The device and the versions behind a figure."""
     versions = {}
