@@ -85,8 +85,9 @@ CASES = {
 }
 
 
-# A token demoted from 8 bits to 3 is rounded to a grid over rounded numbers: once in some thousand groups float32 and
-# float64 differ by one step of 8 bits, and then the whole group's 3-bit grid does.
+# A token demoted from 8 bits to 3 takes its scale from numbers that are codes already: the last bit of a float32 may
+# tip the scale to the next float16, and then every number of the group moves by its code times that step, 2^-10 of
+# the group's range at most.
 ROUNDED_TWICE = {"mikv, 8 and 3 bits"}
 # Variants of a method that another case already covers.
 SLOW = {"minikv, 4 bits, more recent", "h2o, persistent", "snapkv, max pool, a share", "kivi, 4 bits", "minikv_plus"}
@@ -120,7 +121,8 @@ def test_cache_agrees_with_its_simulation(case, seed, lengths):
             assert int(result.after.segment.length[b]) == oracle.packed_key_length
         if case in ROUNDED_TWICE:
             off = np.abs(result.outputs[:, b] - expected)
-            assert off.max() < 0.1 and np.mean(off > 2e-3) < 0.05
+            assert off.max() < 2e-3 + 2**-10 * max(np.ptp(x) for x in (prompt[2], stream[2]))
+            assert np.mean(off > 2e-3) < 0.05
         else:
             np.testing.assert_allclose(result.outputs[:, b], expected, atol=2e-3, rtol=2e-3)
 

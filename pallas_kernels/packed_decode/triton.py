@@ -45,9 +45,9 @@ instructions a pair as exact float16; handed on as a 256th of themselves they co
 keys with two-bit values 15 % faster.
 
 A dense segment is an ordinary flash decode: `mma` over tiles of 64 tokens, four stages of `cp.async`, as many shares as
-fill the processors, and cuDNN's time. A call joins the shares of up to two segments, a packed one and the dense window
-behind it, in one more launch. Small problems (one sequence of 32768 tokens: 13 us, and 5 more for the join) live on
-launches that do not wait for the host: see `triton_call.py`.
+fill the processors, and cuDNN's time or up to a tenth more. A call joins the shares of up to two segments, a packed one
+and the dense window behind it, in one more launch. Small problems (one sequence of 32768 tokens: 15.5 us, the join
+included) live on launches that do not wait for the host: see `triton_call.py`.
 """
 
 import math
