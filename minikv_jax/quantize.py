@@ -37,7 +37,8 @@ def encode(
 
     scale = (max - min) / (2**bits - 1) and code = round(clip((x - min) / scale, 0, 2**bits - 1)), ties to even. Codes
     are computed in float32 against scale and minimum as they are stored, so their rounding costs nothing twice. A
-    group without range (or one whose scale rounds to zero) has scale 0, codes 0 and gives back its minimum.
+    group without range (or one whose scale rounds to zero) has scale 0, codes 0 and gives back its minimum. A group that
+    holds NaN gives back NaN.
 
     Of metadata shorter than float16 the nearest numbers may miss the group: a float8 minimum of 370 is 384. They are
     also tried rounded outwards, the minimum down and then the scale up, which reaches every number of the group, and
@@ -89,6 +90,8 @@ def encode(
         better = error(*other) < error(*best)
         best = tuple(jnp.where(better, new, old) for new, old in zip(other, best))
     codes, scale, zero = best
+    # XLA's minimum may pass over NaN (it does on CPUs); a group that holds one must come back as NaN, not as garbage.
+    zero = jnp.where(jnp.isnan(grouped).any(axis=axis, keepdims=True), jnp.nan, zero)
     return Codes(codes.astype(jnp.uint8).reshape(x.shape), scale.squeeze(axis), zero.squeeze(axis))
 
 
