@@ -37,7 +37,7 @@ def encode(
 
     scale = (max - min) / (2**bits - 1) and code = round(clip((x - min) / scale, 0, 2**bits - 1)), ties to even. Codes
     are computed in float32 against scale and minimum as they are stored, so their rounding costs nothing twice. A
-    group without range (or one whose scale rounds to zero) has scale 0, codes 0 and gives back its minimum. A group that
+    group without range (or one whose scale rounds to zero) has scale 0, codes 0 and gives back its minimum. One that
     holds NaN gives back NaN.
 
     Of metadata shorter than float16 the nearest numbers may miss the group: a float8 minimum of 370 is 384. They are
