@@ -53,7 +53,7 @@ def run(
     finished = sum((t, c.name, m) in done for t in tasks for c in cases[t] for m in asked[t])
     try:
         for title, task in tasks.items():
-            for batch in batches(cases[title], lab.batch_tokens):
+            for batch in batches(cases[title], settings.limit, lab.batch_tokens):
                 missing = {m: x for m, x in asked[title].items() if any((title, c.name, m) not in done for c in batch)}
                 if progress is not None:
                     progress(finished, total)
@@ -96,16 +96,19 @@ def write(out: Path, items: Sequence[Mapping], name: str, command: str) -> list[
     return rows
 
 
-def batches(cases: Sequence[Case], most_tokens: int) -> Iterator[list[Case]]:
-    """Neighbours of one shape, at most so many tokens of cache at once. Independent of what is already done."""
+def batches(cases: Sequence[Case], limit: int, most_tokens: int) -> Iterator[list[Case]]:
+    """Neighbours of one shape, at most `limit` of them and so many prompt tokens at once.
+
+    Independent of what is already done; groups have a multiple of `limit` cases, so that most batches are of one size.
+    """
 
     def shape(case: Case):
         return case.about.get("batch", case.group), len(case.follows)
 
     for _, group in itertools.groupby(cases, shape):
         group = list(group)
-        longest = max(len(case.prompt) * max(len(case.follows), 1) for case in group)
-        size = max(most_tokens // longest, 1)
+        longest = max(len(case.prompt) for case in group)
+        size = max(min(most_tokens // longest, limit), 1)
         for start in range(0, len(group), size):
             yield group[start : start + size]
 
