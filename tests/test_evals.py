@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIG, METHODS, MODEL, tokens
 from tiny import lab
 
-from minikv_jax import ConfigError, decode_step, nbytes, prefill, presets
-from minikv_jax.evals import engine, known, picture, records, run, shared, store, summary, task, texts
+from minikv_jax import ConfigError, MiniKVError, decode_step, nbytes, prefill, presets
+from minikv_jax.evals import engine, known, parallel, picture, records, run, shared, store, summary, task, texts
 from minikv_jax.evals.kl import TASK as KL
 from minikv_jax.evals.tasks import METRICS, TASKS, by_names
 from minikv_jax.report import cache_report
@@ -275,6 +276,32 @@ def test_a_run_writes_everything_and_goes_on_after_a_kill(tmp_path, monkeypatch)
     again = (tmp_path / "cut" / "items.jsonl").read_bytes()
     assert _run(tmp_path / "cut") == rows
     assert (tmp_path / "cut" / "items.jsonl").read_bytes() == again
+
+
+def test_processes_measure_what_one_does(tmp_path):
+    asked = dataclasses.replace(LAB.settings, limit=1)
+    methods = {"snapkv": METHODS["snapkv"], "minikv": METHODS["minikv"]}
+    todo = parallel.orders("first", ["kl"], methods, asked)
+    assert [list(order.methods) for order in todo] == [["full"], ["snapkv"], ["minikv"]]
+    todo = todo[1:] + parallel.orders("second", ["spread", "longbench"], methods, asked)[:2]
+    with pytest.raises(MiniKVError, match="longbench under full"):  # it has no data
+        parallel.run_orders(todo, 2, tiny.loaded, "tiny", tmp_path / "many", "a command")
+    rows = json.loads((tmp_path / "many" / "results.json").read_text())["rows"]
+    one = run.run(
+        dataclasses.replace(LAB, settings=asked), "tiny", methods, by_names("kl,spread"), tmp_path / "one", ""
+    )
+    known_rows = {(row["task"], row["method"], row["case"]): row for row in one}
+    assert {(row["task"], row["method"]) for row in rows} == {
+        *((metric, method) for metric in KL.metrics for method in methods),
+        *((metric, "full") for metric in TASKS["spread"].metrics),
+    }
+    for row in rows:
+        expected = known_rows[row["task"], row["method"], row["case"]]
+        assert row["value"] == pytest.approx(expected["value"], rel=1e-3, abs=1e-6)
+        assert row["bytes"] == expected["bytes"]
+    # Nothing is left to measure.
+    again = parallel.run_orders(todo[:-1], 1, tiny.loaded, "tiny", tmp_path / "many", "a command")
+    assert again == rows
 
 
 def test_retrieval_is_mapped_over_depth_and_length(tmp_path):

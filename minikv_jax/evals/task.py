@@ -88,7 +88,7 @@ class Lab:
 
     @property
     def prompt_step(self) -> int:
-        """Prompts are padded to a multiple of this. Where compiling is dear and reading cheap, one program serves all."""
+        """Prompts are padded to a multiple of this. A GPU reads faster than it compiles: one program serves all."""
         return 128 if jax.default_backend() == "cpu" else 2048
 
 
