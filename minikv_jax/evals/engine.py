@@ -136,7 +136,9 @@ def read_follows(
     embedded = [[_embedded(model, x[:, i : i + _RUN]) for i in s] for x, s in zip(padded, starts)]
     x = dict.fromkeys(methods, embedded)
     places = [[lengths + i for i in s] for s in starts]
-    counted = [[np.arange(i, i + _RUN) < counts[:, None] for i in s] for s, (_, counts) in zip(starts, follows)]
+    counted = [
+        [jnp.asarray(np.arange(i, i + _RUN) < counts[:, None]) for i in s] for s, (_, counts) in zip(starts, follows)
+    ]
     for i, read in enumerate(_read_layers(model, tokens, lengths, _rows(methods))):
         for name, config in methods.items():
             _, *attended = _of(read, config)
