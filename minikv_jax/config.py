@@ -288,6 +288,13 @@ class CacheConfig:
         return dataclasses.replace(self, **changes)
 
     @property
+    def program(self) -> "CacheConfig":
+        """What compiled code depends on: the method less its name and amounts, for budgets are numbers given to it."""
+        sinks = self.allocation.sinks
+        kept = Allocation(heavy=0, recent=1, sinks=sinks) if self.selects else Allocation(sinks=sinks)
+        return self.replace(name="", allocation=kept)
+
+    @property
     def selects(self) -> bool:
         """Whether some tokens of a prompt may stay outside the first tier."""
         return not self.allocation.keeps_everything

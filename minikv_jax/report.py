@@ -13,6 +13,7 @@ from minikv_jax.config import CacheConfig
 from minikv_jax.kivi import KiviWindow
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.segments import DenseSegment
+from pallas_kernels.packed_decode.layout import BLOCK
 
 _BFLOAT16_BYTES = 2
 
@@ -70,21 +71,6 @@ def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generat
     """
     config = config.replace(prompt_capacity=prompt, generated_capacity=generated)
     heads, head_size, layers = model.num_kv_heads, model.head_dim, model.num_layers
-
-    def array(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    key = array(1, prompt, heads, head_size)
-    scores = array(1, heads, prompt, dtype=jnp.float32)
-    channels = (1, heads, head_size)
-    queries = QueryStatistics(array(*channels, dtype=jnp.float32), array(*channels, head_size, dtype=jnp.float32))
-    lengths = array(1, dtype=jnp.int32)
-
-    @functools.cache
-    def layer_of(shape: Shape):
-        make = functools.partial(compress, config=config, shape=shape)
-        return jax.eval_shape(make, key, key, scores, queries, lengths, allocate.Budget(lengths, lengths))
-
     sizes = []
     for i in range(layers):
         total = int(allocate.budget(config, i, layers, prompt).total)
@@ -92,8 +78,47 @@ def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generat
         if config.retained is not None:
             kept = prompt
         kept += generated if config.evict == "never" or config.retained is not None else 0
-        sizes.append(_size(layer_of(Shape.of(config, i, layers)), kept, prompt + generated))
+        layer = planned_layer(config, Shape.of(config, i, layers), heads, head_size)
+        sizes.append(_size(layer, kept, prompt + generated))
     return _report(sizes, sum(size.bytes_held for size in sizes))
+
+
+def planned_layer(config: CacheConfig, shape: Shape, heads: int, head_size: int) -> LayerCache:
+    """Shapes of a layer's arrays for one sequence of a bfloat16 model."""
+    program = config.program.replace(prompt_capacity=BLOCK, generated_capacity=1)
+    blocks = [-(-rows // BLOCK) * BLOCK for rows in shape]
+    rows = shape.segment if config.codec.dense else blocks[0]
+    first, longer, deeper = _probed(program, heads, head_size)
+
+    def grown(x, more, below):
+        steps = [(n, m - n, d - n) for n, m, d in zip(x.shape, more.shape, below.shape)]
+        size = [n + (m * (rows - BLOCK) + d * (max(blocks[1], BLOCK) - BLOCK)) // BLOCK for n, m, d in steps]
+        return jax.ShapeDtypeStruct(size, x.dtype)
+
+    return jax.tree.map(grown, first, longer, deeper)
+
+
+@functools.lru_cache(maxsize=512)
+def _probed(program: CacheConfig, heads: int, head_size: int) -> list[LayerCache]:
+    """Layers with room for one block, for two in the first tier, for two in the second: sizes are linear in both.
+
+    Tracing takes a tenth of a second or more, and fitting a budget asks for many sizes.
+    """
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    key = array(1, BLOCK, heads, head_size)
+    scores = array(1, heads, BLOCK, dtype=jnp.float32)
+    channels = (1, heads, head_size)
+    queries = QueryStatistics(array(*channels, dtype=jnp.float32), array(*channels, head_size, dtype=jnp.float32))
+    lengths = array(1, dtype=jnp.int32)
+
+    def layer_of(*rows: int):
+        make = functools.partial(compress, config=program, shape=Shape(*rows))
+        return jax.eval_shape(make, key, key, scores, queries, lengths, allocate.Budget(lengths, lengths))
+
+    return [layer_of(BLOCK, BLOCK), layer_of(2 * BLOCK, BLOCK), layer_of(BLOCK, 2 * BLOCK)]
 
 
 def _report(layers: list[Size], bytes_held: int) -> CacheReport:

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIG, METHODS, MODEL, tokens
 from tiny import lab
 
-from minikv_jax import ConfigError, decode_step, nbytes, prefill, presets
-from minikv_jax.evals import engine, known, picture, records, run, shared, store, summary, task, texts
+from minikv_jax import ConfigError, MiniKVError, decode_step, nbytes, prefill, presets
+from minikv_jax.evals import engine, known, parallel, picture, records, run, shared, store, summary, task, texts
 from minikv_jax.evals.kl import TASK as KL
 from minikv_jax.evals.tasks import METRICS, TASKS, by_names
 from minikv_jax.report import cache_report
@@ -27,15 +28,29 @@ LAB = lab(lengths=(150,))
 
 
 def test_one_reading_serves_all_and_goes_on_as_decode_step():
-    prompt, more = tokens(2, 40), tokens(2, 20)  # 20 tokens fill a window of 16
+    prompt, more, other = tokens(2, 40), tokens(2, 20), tokens(2, 3)  # 20 tokens fill a window of 16
+    lengths, counts = jnp.array([40, 31]), np.array([20, 4])
+    chosen = {name: METHODS[name].replace(generated_capacity=20) for name in ("minikv", "kivi", "mikv")}
+    follows = [(np.asarray(more), counts), (np.asarray(other), np.array([3, 1]))]
+    hidden = engine.read_follows(MODEL, prompt, lengths, chosen, follows)
+    step = jax.jit(decode_step)
+    for name, config in chosen.items():
+        for (row_tokens, row_counts), found in zip(follows, hidden[name], strict=True):
+            _, cache = prefill(MODEL, prompt, lengths, config)
+            found = np.asarray(MODEL.logits(found))
+            for i in range(row_tokens.shape[1]):
+                expected, cache = step(MODEL, cache, row_tokens[:, i])
+                for row in np.flatnonzero(i < row_counts):
+                    np.testing.assert_allclose(found[row, i], expected[row], atol=1e-3)
+
+
+def test_a_kept_cache_goes_on_as_decode_step():
+    prompt, more = tokens(2, 40), tokens(2, 20)
     lengths, counts = jnp.array([40, 31]), np.array([20, 4])
     chosen = {name: METHODS[name].replace(generated_capacity=20) for name in ("minikv", "snapkv")}
     read = engine.read_prompt(MODEL, prompt, lengths, chosen)
     logits, cache = prefill(MODEL, prompt, lengths, chosen["minikv"])
     np.testing.assert_allclose(read.logits, logits, atol=1e-4)
-    weight = engine.weight_of(MODEL, read.caches["minikv"])
-    # 2 bits of codes; scale and minimum of 16 bits for each group of 8.
-    assert weight.bits_of_tiers == 3 * weight.bits_of_codes > 0 and weight.bytes == nbytes(cache)
     hidden, after = engine.read_on(MODEL, read.caches["minikv"], more, jnp.asarray(counts))
     assert after.lengths.tolist() == [60, 35] and after.room.tolist() == [0, 16]
     step, found = jax.jit(decode_step), np.asarray(MODEL.logits(hidden))
@@ -45,21 +60,24 @@ def test_one_reading_serves_all_and_goes_on_as_decode_step():
             np.testing.assert_allclose(found[row, i], expected[row], atol=1e-3)
 
 
-def test_a_pyramid_weighs_what_prefill_makes():
-    config = METHODS["pyramidkv"].replace(generated_capacity=8, dtype="bfloat16")
-    prompt, lengths = tokens(1, 60), jnp.array([60])
+@pytest.mark.parametrize("name", ["minikv", "pyramidkv", "mikv"])
+def test_weights_are_those_of_what_prefill_makes(name):
+    config = METHODS[name].replace(generated_capacity=8, dtype="bfloat16")
     model = type(MODEL)(dataclasses.replace(CONFIG, num_layers=3), rngs=nnx.Rngs(params=1))
-    _, cache = prefill(model, prompt, lengths, config)
-    weight = engine.weight_of(model, engine.read_prompt(model, prompt, lengths, {"x": config}).caches["x"])
-    total = cache_report(cache).total
-    assert weight.bytes == total.bytes_held == nbytes(cache)
-    assert weight.bits_per_element == total.bits_per_element > weight.bits_of_tiers == weight.bits_of_codes
+    _, cache = prefill(model, tokens(1, 60), jnp.array([60]), config)
+    total = cache_report(dataclasses.replace(cache, lengths=jnp.array([68]))).total  # once the room is used
+    weight = engine.weight_of(model.config, config, 60, 8)
+    # But for the counters of the batch, four bytes each.
+    assert weight.bytes == total.bytes_held - 8 == nbytes(cache.layers)
+    assert weight.bits_per_element == 16 * weight.bytes / total.bytes_bfloat16 > weight.bits_of_tiers
+    # Codes of 2 bits; scale and minimum of 16 bits for each group of 8.
+    assert name != "minikv" or weight.bits_of_tiers == 3 * weight.bits_of_codes > 0
 
 
 def test_known_answers_are_what_greedy_decoding_writes():
     prompts, questions = tokens(2, 150).tolist(), tokens(2, 6).tolist()
     cases = [task.Case(str(i), "g", tuple(prompt)) for i, prompt in enumerate(prompts)]
-    cache = known.read_cases(LAB, cases, {}, 10)[1]["full"]
+    cache = known.read_cases(LAB, cases, {}, 10).caches["full"]
     padded = jnp.array([[*question, 0, 0, 0, 0] for question in questions])
     hidden, cache = engine.read_on(MODEL, cache, padded, jnp.array([6, 6]))
     written, _ = engine.write_on(MODEL, cache, engine.best(MODEL, hidden, jnp.array([5, 5])), 4)
@@ -80,7 +98,7 @@ def test_known_answers_are_what_greedy_decoding_writes():
 
 def test_writing_stops_at_an_end():
     cases = [task.Case("", "g", tuple(prompt)) for prompt in tokens(2, 150).tolist()]
-    cache = known.read_cases(LAB, cases, {}, 10)[1]["full"]
+    cache = known.read_cases(LAB, cases, {}, 10).caches["full"]
     first = jnp.array([3, 5])
     free, _ = engine.write_on(MODEL, cache, first, 6)
     end = int(free[0, 2])
@@ -258,6 +276,32 @@ def test_a_run_writes_everything_and_goes_on_after_a_kill(tmp_path, monkeypatch)
     again = (tmp_path / "cut" / "items.jsonl").read_bytes()
     assert _run(tmp_path / "cut") == rows
     assert (tmp_path / "cut" / "items.jsonl").read_bytes() == again
+
+
+def test_processes_measure_what_one_does(tmp_path):
+    asked = dataclasses.replace(LAB.settings, limit=1)
+    methods = {"snapkv": METHODS["snapkv"], "minikv": METHODS["minikv"]}
+    todo = parallel.orders("first", ["kl"], methods, asked)
+    assert [list(order.methods) for order in todo] == [["full"], ["snapkv"], ["minikv"]]
+    todo = todo[1:] + parallel.orders("second", ["spread", "longbench"], methods, asked)[:2]
+    with pytest.raises(MiniKVError, match="longbench under full"):  # it has no data
+        parallel.run_orders(todo, 2, tiny.loaded, "tiny", tmp_path / "many", "a command")
+    rows = json.loads((tmp_path / "many" / "results.json").read_text())["rows"]
+    one = run.run(
+        dataclasses.replace(LAB, settings=asked), "tiny", methods, by_names("kl,spread"), tmp_path / "one", ""
+    )
+    known_rows = {(row["task"], row["method"], row["case"]): row for row in one}
+    assert {(row["task"], row["method"]) for row in rows} == {
+        *((metric, method) for metric in KL.metrics for method in methods),
+        *((metric, "full") for metric in TASKS["spread"].metrics),
+    }
+    for row in rows:
+        expected = known_rows[row["task"], row["method"], row["case"]]
+        assert row["value"] == pytest.approx(expected["value"], rel=1e-3, abs=1e-6)
+        assert row["bytes"] == expected["bytes"]
+    # Nothing is left to measure.
+    again = parallel.run_orders(todo[:-1], 1, tiny.loaded, "tiny", tmp_path / "many", "a command")
+    assert again == rows
 
 
 def test_retrieval_is_mapped_over_depth_and_length(tmp_path):

@@ -24,3 +24,7 @@ assert len(_LETTERS) < CONFIG.vocab_size
 
 def lab(**settings):
     return Lab(MODEL, Characters(), Settings(**{"lengths": (64,), "limit": 2, "new_tokens": 9, **settings}))
+
+
+def loaded():
+    return MODEL, Characters()

@@ -8,13 +8,16 @@ Two facts make a study of many methods affordable:
   token t and layer l's cache, which holds tokens up to t: so `read_on` runs a layer over all tokens (projections and
   MLP at once, cache and attention token after token in the order of `decode_step`, flushes and evictions included)
   before it goes to the next. One layer is compiled for a method, not a whole model.
+
+`read_follows` does both layer by layer, so that no more than one layer's caches exist at a time. What it compiles does
+not depend on how many tokens a method keeps, nor on how many follow: prompts are as long as asked for or padded
+(`fitted`), rooms and runs of following tokens are of fixed size, and budgets are numbers. So a study of a hundred
+settings compiles a program for each kind of cache among them, not for each setting and task.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from os import cpu_count
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +27,10 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax import allocate
 from minikv_jax.cache import KVCache, LayerCache, Shape, read_token
 from minikv_jax.config import CacheConfig
-from minikv_jax.generate import _chunk_rows, _compress, _embed, _fitting, _logits_at, _read_layer, empty_cache
+from minikv_jax.generate import _chunk_rows, _compress, _embed, _fitting, _logits_at, _read_layer
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.llama import Llama
-from minikv_jax.report import Size, cache_report
+from minikv_jax.report import planned_layer, planned_report
 from minikv_jax.segments import DenseSegment
 
 
@@ -54,32 +58,23 @@ def read_prompt(
 ) -> Prompt:
     """`prefill` for several methods at the price of one pass (two, where some rank by all rows and some by the last).
 
-    Layers keep the largest layer's capacity, so that a pyramid needs one program and not one a layer; `size_of` counts
-    what `prefill` would hold.
+    Layers keep the largest layer's capacity, so that a pyramid needs one program and not one a layer; `weight_of`
+    counts what `prefill` would hold.
     """
     lengths = jnp.asarray(lengths, jnp.int32)
     methods = {name: _fitting(model, tokens, lengths, config) for name, config in methods.items()}
     layers = model.config.num_layers
-    rows = {config.score_rows for config in methods.values()}
-    rows = sorted(rows - {0}, key=str) or [0]
     largest = {
         name: Shape(*map(max, zip(*(Shape.of(config, i, layers) for i in range(layers)))))
         for name, config in methods.items()
     }
     held: dict[str, list[LayerCache]] = {name: [] for name in methods}
     x = None
-    for i, read in enumerate(_read_layers(model, tokens, lengths, rows)):
-        x = read[rows[0]][0]
-
-        def compressed(name: str, i=i, read=read) -> LayerCache:
-            config = methods[name]
-            # A method without scores takes any: it ignores them.
-            _, *attended = read.get(config.score_rows, read[rows[0]])
+    for i, read in enumerate(_read_layers(model, tokens, lengths, _rows(methods))):
+        for name, config in methods.items():
+            x, *attended = _of(read, config)
             budget = allocate.budgets(config, i, layers, lengths, tokens.shape[1])
-            return _compress(*attended, lengths, budget, config=config, shape=largest[name])
-
-        for name, cache in in_parallel(compressed, list(methods)).items():
-            held[name].append(cache)
+            held[name].append(_compress(*attended, lengths, budget, config=config, shape=largest[name]))
     caches = {}
     for name, config in methods.items():
         room = jnp.full(lengths.shape, config.generated_capacity, jnp.int32)
@@ -87,17 +82,81 @@ def read_prompt(
     return Prompt(_logits_at(model, x, lengths - 1), caches)
 
 
-def repeated(cache: KVCache, count: int) -> KVCache:
-    """Each sequence `count` times in a row: independent continuations, for any method (`fork` shares what it can)."""
-    return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), cache)
+def _rows(methods: Mapping[str, CacheConfig]) -> list[int | str]:
+    """The ways to count scores that these methods need; at least one."""
+    return sorted({config.score_rows for config in methods.values()} - {0}, key=str) or [0]
 
 
-def in_parallel[T](run: Callable[[str], T], names: list[str]) -> dict[str, T]:
-    """Runs for each name; on an accelerator in threads, so that one's compilation overlaps with another's work."""
-    if jax.default_backend() == "cpu":
-        return {name: run(name) for name in names}
-    with ThreadPoolExecutor(max(1, (cpu_count() or 2) // 2)) as pool:
-        return dict(zip(names, pool.map(run, names)))
+def _of(read: dict[int | str, tuple], config: CacheConfig) -> tuple:
+    """The reading with the method's scores. One without scores takes any: it ignores them."""
+    return read.get(config.score_rows, next(iter(read.values())))
+
+
+# Tokens of one run of a program, in `read_follows`: most questions fit, and a long text is some runs.
+_RUN = 16
+
+
+def fitted(
+    model: Llama, prompts: Sequence[Sequence[int]], room: int, step: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+    """Prompts padded to a multiple of `step` tokens, where the model has positions for that, and their lengths."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
+    padded = max(min(-(-longest // step) * step, model.config.max_position_embeddings - room), longest)
+    tokens = np.zeros((len(prompts), padded), np.int32)
+    for row, prompt in zip(tokens, prompts):
+        row[: len(prompt)] = prompt
+    return tokens, lengths
+
+
+def read_follows(
+    model: Llama,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    methods: Mapping[str, CacheConfig],
+    follows: Sequence[tuple[Int[np.ndarray, "B F"], Int[np.ndarray, "B"]]],
+) -> dict[str, list[Float[Array, "B padded D"]]]:
+    """Compresses prompts, and reads each of `follows` (tokens and counts) on a copy of its own of what is left.
+
+    Args:
+        model: the model.
+        tokens, lengths: prompts, padded on the right.
+        methods: by name, with `generated_capacity` for the longest of the follows.
+        follows: independent continuations of every prompt, padded on the right.
+
+    Returns:
+        For each method, hidden states before the last norm of each follow; they are padded, and meaningless past the
+        counts.
+    """
+    lengths = jnp.asarray(lengths, jnp.int32)
+    layers = model.config.num_layers
+    methods = {name: _fitting(model, tokens, lengths, config) for name, config in methods.items()}
+    starts = [range(0, tokens.shape[1], _RUN) for tokens, _ in follows]
+    padded = [np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % _RUN))) for tokens, _ in follows]
+    embedded = [[_embedded(model, x[:, i : i + _RUN]) for i in s] for x, s in zip(padded, starts)]
+    x = dict.fromkeys(methods, embedded)
+    places = [[lengths + i for i in s] for s in starts]
+    counted = [
+        [jnp.asarray(np.arange(i, i + _RUN) < counts[:, None]) for i in s] for s, (_, counts) in zip(starts, follows)
+    ]
+    for i, read in enumerate(_read_layers(model, tokens, lengths, _rows(methods))):
+        for name, config in methods.items():
+            _, *attended = _of(read, config)
+            budget = allocate.budgets(config, i, layers, lengths, tokens.shape[1])
+            shape = Shape(*(tokens.shape[1] + config.generated_capacity + 1,) * 2)
+            cache = _compress(*attended, lengths, budget, config=config.program, shape=shape)
+            x[name] = [
+                _read_runs(model.layers[i], *run, cache, config.program) for run in zip(x[name], places, counted)
+            ]
+    return {name: [jnp.concatenate(runs, axis=1) for runs in found] for name, found in x.items()}
+
+
+def _read_runs(layer, runs, places, counted, cache: LayerCache, config: CacheConfig) -> list:
+    found = []
+    for x, place, accept in zip(runs, places, counted):
+        x, cache, _ = _read_on_layer(layer, x, cache, place, accept, config=config)
+        found.append(x)
+    return found
 
 
 @jax.jit
@@ -235,7 +294,7 @@ class Weight:
     """What a cache weighs, beside the bits of a bfloat16 one (16 an element).
 
     Attributes:
-        bytes: everything held.
+        bytes: everything held, of one sequence.
         bits_per_element: of everything held: codes, metadata, window, scores, counters.
         bits_of_tiers: without window and counters, which is what papers count.
         bits_of_codes: of the tiers without scales and minima.
@@ -247,15 +306,19 @@ class Weight:
     bits_of_codes: float
 
 
-def weight_of(model: Llama, cache: KVCache) -> Weight:
-    """Measured on the arrays, with each layer cut to the capacity that `prefill` gives it."""
-    config, layers = cache.config, len(cache.layers)
-    if len({Shape.of(config, i, layers) for i in range(layers)}) > 1:
-        like = jax.eval_shape(lambda: empty_cache(model, config, cache.lengths.shape[0]))
-        cache = jax.tree.map(lambda x, y: x[tuple(slice(n) for n in y.shape)], cache, like)
-    total: Size = cache_report(cache).total
+@functools.lru_cache(maxsize=4096)
+def weight_of(model: ModelConfig, config: CacheConfig, prompt: int, generated: int) -> Weight:
+    """Of the arrays that `prefill` makes for one prompt of these tokens with room for the generated ones.
+
+    They are counted, not made: programs of a study work in larger ones, which change no result (`read_follows`).
+    """
+    config = config.replace(prompt_capacity=prompt, generated_capacity=generated)
+    total, layers = planned_report(model, config, prompt, generated).total, model.num_layers
+    made = (
+        planned_layer(config, Shape.of(config, i, layers), model.num_kv_heads, model.head_dim) for i in range(layers)
+    )
+    codes = sum(_bytes_of_codes(part) for x in made for part in (x.segment, x.retained) if part is not None)
     bits = 16 / total.bytes_bfloat16
-    codes = sum(_bytes_of_codes(part) for x in cache.layers for part in (x.segment, x.retained) if part is not None)
     return Weight(total.bytes_held, total.bits_per_element, total.bytes_tiers * bits, codes * bits)
 
 

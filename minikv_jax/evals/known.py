@@ -8,13 +8,10 @@ together, and no decoding loop is needed.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from minikv_jax.cache import KVCache
 from minikv_jax.config import CacheConfig
-from minikv_jax.evals.engine import Figures, Weight, figures, in_parallel, read_on, read_prompt, repeated, weight_of
+from minikv_jax.evals.engine import Figures, Prompt, Weight, figures, fitted, read_follows, read_prompt, weight_of
 from minikv_jax.evals.task import Case, Follow, Lab, Measured, Values, padded
 
 FULL = "full"
@@ -34,55 +31,39 @@ def measure(
     lab: Lab, cases: Sequence[Case], methods: Mapping[str, CacheConfig], reduce: Reduce
 ) -> dict[str, list[Measured]]:
     """Compresses the prompts once, reads each follow on a copy of its own, and reduces its figures."""
-    room = max(len(follow.tokens) for case in cases for follow in case.follows)
-    caches = read_cases(lab, cases, methods, room)[1]
-    return follow_on(lab, cases, methods, caches, reduce)
+    room = max(lab.settings.new_tokens, *(len(follow.tokens) for case in cases for follow in case.follows))
+    prompts = fitted(lab.model, [case.prompt for case in cases], room, lab.prompt_step)
+    follows = [padded([case.follows[i].tokens for case in cases]) for i in range(len(cases[0].follows))]
+    hidden = read_follows(lab.model, *prompts, _held(methods, room), follows)
+    found = {name: [] for name in methods}
+    for i, (tokens, _) in enumerate(follows):
+        targets = np.pad(np.roll(tokens, -1, axis=1), ((0, 0), (0, hidden[FULL][i].shape[1] - tokens.shape[1])))
+        for name, mine in found.items():
+            mine.append(figures(lab.model, hidden[name][i], hidden[FULL][i], targets))
+
+    def one(name: str, row: int, case: Case) -> Measured:
+        own = [_of_row(each, row, follow) for each, follow in zip(found[name], case.follows)]
+        return Measured(reduce(lab, case, own), weight_of_case(lab, case, methods[name]))
+
+    return {name: [one(name, row, case) for row, case in enumerate(cases)] for name in methods}
 
 
-def read_cases(
-    lab: Lab, cases: Sequence[Case], methods: Mapping[str, CacheConfig], room: int
-) -> tuple[jax.Array, dict[str, KVCache]]:
+def _held(methods: Mapping[str, CacheConfig], room: int) -> dict[str, CacheConfig]:
+    """The methods and the full cache, with `room` for more tokens, all in bfloat16."""
+    changes = {"generated_capacity": room, "prompt_capacity": None, "dtype": "bfloat16"}
+    return {name: config.replace(**changes) for name, config in with_full(methods).items()}
+
+
+def read_cases(lab: Lab, cases: Sequence[Case], methods: Mapping[str, CacheConfig], room: int) -> Prompt:
     """Logits after the prompts, and each method's cache of them with `room` for more tokens, all in bfloat16."""
-    tokens, lengths = padded([case.prompt for case in cases])
-    configs = {
-        name: config.replace(generated_capacity=room, prompt_capacity=None, dtype="bfloat16")
-        for name, config in with_full(methods).items()
-    }
-    prompt = read_prompt(lab.model, jnp.asarray(tokens), jnp.asarray(lengths), configs)
-    return prompt.logits, prompt.caches
+    tokens, lengths = fitted(lab.model, [case.prompt for case in cases], room, lab.prompt_step)
+    return read_prompt(lab.model, tokens, lengths, _held(methods, room))
 
 
-def follow_on(
-    lab: Lab,
-    cases: Sequence[Case],
-    methods: Mapping[str, CacheConfig],
-    caches: Mapping[str, KVCache],
-    reduce: Reduce,
-) -> dict[str, list[Measured]]:
-    """Reads each case's follows on copies of the caches, which have room for them."""
-    each = len(cases[0].follows)
-    follows = [follow for case in cases for follow in case.follows]
-    tokens, counts = padded([follow.tokens for follow in follows])
-    targets = jnp.asarray(np.roll(tokens, -1, axis=1))
-    tokens, counts = jnp.asarray(tokens), jnp.asarray(counts)
-
-    def read(name: str):
-        return read_on(lab.model, repeated(caches[name], each), tokens, counts)
-
-    reference, full = read(FULL)
-
-    def one(name: str) -> list[Measured]:
-        hidden, cache = (reference, full) if name == FULL else read(name)
-        found = figures(lab.model, hidden, reference, targets)
-        weight = per_sequence(weight_of(lab.model, cache), len(follows))
-        own = [_of_row(found, i, follow) for i, follow in enumerate(follows)]
-        return [Measured(reduce(lab, case, own[i * each : (i + 1) * each]), weight) for i, case in enumerate(cases)]
-
-    return in_parallel(one, list(methods))
-
-
-def per_sequence(weight: Weight, sequences: int) -> Weight:
-    return dataclasses.replace(weight, bytes=weight.bytes // sequences)
+def weight_of_case(lab: Lab, case: Case, config: CacheConfig, generated: int | None = None) -> Weight:
+    """With room for the `generated` tokens that were read; by default the longest of its follows."""
+    generated = generated or max(len(follow.tokens) for follow in case.follows)
+    return weight_of(lab.model.config, config.replace(dtype="bfloat16"), len(case.prompt), generated)
 
 
 def _of_row(found: Figures, row: int, follow: Follow) -> Figures:

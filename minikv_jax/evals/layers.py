@@ -14,25 +14,26 @@ import numpy as np
 from minikv_jax import presets
 from minikv_jax.config import CacheConfig
 from minikv_jax.evals import kl, known
-from minikv_jax.evals.engine import Weight, attention_errors, read_on, received, weight_of, write_on
+from minikv_jax.evals.engine import Weight, attention_errors, received
 from minikv_jax.evals.running import cases as running_cases
+from minikv_jax.evals.running import greedy
 from minikv_jax.evals.task import Case, Lab, Measured, Metric, Task, padded
-from minikv_jax.report import planned_report
 
 _HEAVY = 0.25
 
 
 def measure_errors(lab: Lab, cases: Sequence[Case], methods: Mapping[str, CacheConfig]) -> dict[str, list[Measured]]:
     follows = [case.follows[0].tokens for case in cases]
-    tokens, counts = (jnp.asarray(x) for x in padded(follows))
-    _, caches = known.read_cases(lab, cases, methods, tokens.shape[1])
+    tokens = jnp.asarray(padded(follows)[0])
+    caches = known.read_cases(lab, cases, methods, tokens.shape[1]).caches
     found = attention_errors(lab.model, caches[known.FULL], {name: caches[name] for name in methods}, tokens)
-    measured = {}
-    for name, errors in found.items():
-        _, cache = read_on(lab.model, caches[name], tokens, counts)
-        weight = known.per_sequence(weight_of(lab.model, cache), len(cases))
-        measured[name] = [Measured({"attention_error": row.astype(float).tolist()}, weight) for row in errors]
-    return measured
+    return {
+        name: [
+            Measured({"attention_error": row.astype(float).tolist()}, known.weight_of_case(lab, case, methods[name]))
+            for case, row in zip(cases, errors)
+        ]
+        for name, errors in found.items()
+    }
 
 
 ERRORS = Task(
@@ -79,9 +80,7 @@ def measure_persistence(
 ) -> dict[str, list[Measured]]:
     """The heaviest quarter of the prompt by its own queries, and by those of the text that the model then writes."""
     most = lab.settings.new_tokens
-    logits, caches = known.read_cases(lab, cases, {}, most)
-    first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    written, _ = write_on(lab.model, caches[known.FULL], first, most)
+    written = greedy(lab, cases, most)
     before = received(lab.model, *(jnp.asarray(x) for x in padded([case.prompt for case in cases])), "all")
     whole = [(*case.prompt, *row) for case, row in zip(cases, written.tolist())]
     after = received(lab.model, *(jnp.asarray(x) for x in padded(whole)), most)
@@ -105,8 +104,7 @@ def _heaviest(scores: np.ndarray, count: int) -> np.ndarray:
 
 def _of_full(lab: Lab, cases: Sequence[Case]) -> Weight:
     """What a full cache of the first prompt weighs."""
-    total = planned_report(lab.model.config, presets.full(), len(cases[0].prompt), 1).total
-    return Weight(total.bytes_held, total.bits_per_element, 16.0, 16.0)
+    return known.weight_of_case(lab, cases[0], presets.full(), 1)
 
 
 PERSISTENCE = Task(

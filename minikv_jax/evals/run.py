@@ -10,8 +10,8 @@ from minikv_jax.bench.timing import write_results
 from minikv_jax.config import CacheConfig
 from minikv_jax.evals import picture, store, summary
 from minikv_jax.evals.known import FULL, with_full
-from minikv_jax.evals.task import Case, Lab, Task
-from minikv_jax.evals.tasks import METRICS
+from minikv_jax.evals.task import Case, Lab, Settings, Task
+from minikv_jax.evals.tasks import METRICS, TASKS
 
 type Done = set[tuple[str, str, str]]
 
@@ -42,44 +42,52 @@ def run(
     Raises:
         ConfigError: as `store.begin`, and what tasks and methods raise.
     """
-    settings = lab.settings
-    identity = {"model": name, "seed": settings.seed, "split": settings.split}
-    items = store.begin(out, identity)
-    done: Done = {(item["task"], item["case"], item["method"]) for item in items}
-    methods = with_full(methods)
-    cases = {title: task.cases(lab) for title, task in tasks.items()}
+    items = store.begin(out, identity(name, lab.settings))
+    done, methods = keys(items), with_full(methods)
     asked = {title: dict(methods) if task.compares else {FULL: methods[FULL]} for title, task in tasks.items()}
+    cases = {title: task.cases(lab) for title, task in tasks.items()}
     total = sum(len(cases[title]) * len(asked[title]) for title in tasks)
     finished = sum((t, c.name, m) in done for t in tasks for c in cases[t] for m in asked[t])
     try:
-        for title, task in tasks.items():
-            for batch in batches(cases[title], lab.batch_tokens):
-                missing = {m: x for m, x in asked[title].items() if any((title, c.name, m) not in done for c in batch)}
+        for title in tasks:
+            if progress is not None:
+                progress(finished, total)
+            for new in measured(lab, title, asked[title], done, cases[title]):
+                store.add(out, new)
+                items += new
+                finished += len(new)
                 if progress is not None:
                     progress(finished, total)
-                if missing:
-                    new = _measured(lab, title, task, batch, missing, done)
-                    store.add(out, new)
-                    items += new
-                    finished += len(new)
     except KeyboardInterrupt:
         write(out, items, name, command)
         raise
-    if progress is not None:
-        progress(finished, total)
     return write(out, items, name, command)
 
 
-def _measured(
-    lab: Lab, title: str, task: Task, batch: Sequence[Case], methods: Mapping[str, CacheConfig], done: Done
-) -> list[dict]:
-    measured = task.measure(lab, batch, methods)
-    return [
-        _item(title, case, method, one)
-        for method, column in measured.items()
-        for case, one in zip(batch, column)
-        if (title, case.name, method) not in done
-    ]
+def identity(name: str, settings: Settings) -> dict:
+    """What all items of a folder share."""
+    return {"model": name, "seed": settings.seed, "split": settings.split}
+
+
+def keys(items: Sequence[Mapping]) -> Done:
+    return {(item["task"], item["case"], item["method"]) for item in items}
+
+
+def measured(
+    lab: Lab, title: str, methods: Mapping[str, CacheConfig], done: Done, cases: Sequence[Case] | None = None
+) -> Iterator[list[dict]]:
+    """Items of a task that are not done yet, batch by batch; `cases` are the task's, where the caller has them."""
+    task = TASKS[title]
+    for batch in batches(task.cases(lab) if cases is None else cases, lab.settings.limit, lab.batch_tokens):
+        missing = {m: x for m, x in methods.items() if any((title, c.name, m) not in done for c in batch)}
+        if missing:
+            found = task.measure(lab, batch, missing)
+            yield [
+                _item(title, case, method, one)
+                for method, column in found.items()
+                for case, one in zip(batch, column)
+                if (title, case.name, method) not in done
+            ]
 
 
 def write(out: Path, items: Sequence[Mapping], name: str, command: str) -> list[dict]:
@@ -96,16 +104,19 @@ def write(out: Path, items: Sequence[Mapping], name: str, command: str) -> list[
     return rows
 
 
-def batches(cases: Sequence[Case], most_tokens: int) -> Iterator[list[Case]]:
-    """Neighbours of one shape, at most so many tokens of cache at once. Independent of what is already done."""
+def batches(cases: Sequence[Case], limit: int, most_tokens: int) -> Iterator[list[Case]]:
+    """Neighbours of one shape, at most `limit` of them and so many prompt tokens at once.
+
+    Independent of what is already done; groups have a multiple of `limit` cases, so that most batches are of one size.
+    """
 
     def shape(case: Case):
         return case.about.get("batch", case.group), len(case.follows)
 
     for _, group in itertools.groupby(cases, shape):
         group = list(group)
-        longest = max(len(case.prompt) * max(len(case.follows), 1) for case in group)
-        size = max(most_tokens // longest, 1)
+        longest = max(len(case.prompt) for case in group)
+        size = max(min(most_tokens // longest, limit), 1)
         for start in range(0, len(group), size):
             yield group[start : start + size]
 

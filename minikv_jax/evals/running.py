@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
+from minikv_jax import presets
 from minikv_jax.config import CacheConfig
 from minikv_jax.evals import known
-from minikv_jax.evals.engine import Figures, write_on
+from minikv_jax.evals.engine import Figures, fitted
 from minikv_jax.evals.task import Case, Follow, Lab, Measured, Metric, Task, Values
 from minikv_jax.evals.texts import passages
+from minikv_jax.generate import generate
 
 _STRETCHES = 8
 
@@ -27,11 +30,17 @@ def cases(lab: Lab) -> list[Case]:
 def measure(lab: Lab, cases: Sequence[Case], methods: Mapping[str, CacheConfig]) -> dict[str, list[Measured]]:
     """The text is written once from the full cache, `new_tokens` long whatever comes, and every method reads it."""
     most = lab.settings.new_tokens
-    logits, caches = known.read_cases(lab, cases, methods, most)
-    first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    written, _ = write_on(lab.model, caches[known.FULL], first, most)
-    written = [dataclasses.replace(c, follows=(Follow(tuple(row)),)) for c, row in zip(cases, written.tolist())]
-    return known.follow_on(lab, written, methods, caches, reduce)
+    written = greedy(lab, cases, most)
+    followed = [dataclasses.replace(c, follows=(Follow(tuple(row)),)) for c, row in zip(cases, written.tolist())]
+    return known.measure(lab, followed, methods, reduce)
+
+
+def greedy(lab: Lab, cases: Sequence[Case], most: int) -> Int[np.ndarray, "B most"]:
+    """What the full cache writes after each prompt, past any end token."""
+    tokens, lengths = fitted(lab.model, [case.prompt for case in cases], most, lab.prompt_step)
+    config = presets.full().replace(generated_capacity=most, dtype="bfloat16")
+    written, _ = generate(lab.model, jnp.asarray(tokens), jnp.asarray(lengths), config, most)
+    return np.asarray(written)
 
 
 def reduce(lab: Lab, case: Case, found: list[Figures]) -> Values:

@@ -12,7 +12,7 @@ import numpy as np
 
 from minikv_jax.config import CacheConfig
 from minikv_jax.evals import known
-from minikv_jax.evals.engine import best, in_parallel, read_on, weight_of, write_on
+from minikv_jax.evals.engine import best, read_on, write_on
 from minikv_jax.evals.task import Case, Lab, Measured, padded
 
 
@@ -43,7 +43,8 @@ def measure(
     turns: list[Sequence[Turn]] = [case.about["turns"] for case in cases]
     rounds = max(map(len, turns))
     needed = [[len(t.question) + max(t.most, len(t.answer)) for t in mine] for mine in turns]
-    _, caches = known.read_cases(lab, cases, methods, max(map(sum, needed)) + 1)
+    room = max(map(sum, needed)) + 1
+    caches = known.read_cases(lab, cases, methods, room).caches
     ends = lab.model.config.eos_token_ids
 
     def one(name: str) -> list[Measured]:
@@ -61,10 +62,10 @@ def measure(
             if i + 1 < rounds:
                 answer, counts = padded([turn.answer if turn else () for turn in now])
                 _, cache = read_on(lab.model, cache, jnp.asarray(answer), jnp.asarray(counts))
-        weight = known.per_sequence(weight_of(lab.model, cache), len(cases))
-        return [Measured({metric: mine}, weight) for mine in scores]
+        weights = [known.weight_of_case(lab, case, methods[name], room) for case in cases]
+        return [Measured({metric: mine}, weight) for mine, weight in zip(scores, weights)]
 
-    return in_parallel(one, list(methods))
+    return {name: one(name) for name in methods}
 
 
 def _text(lab: Lab, ids: list[int], ends: Sequence[int]) -> str:
