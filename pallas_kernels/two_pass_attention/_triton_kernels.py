@@ -5,8 +5,12 @@ negative number never is. `extent` holds four numbers a sequence: query length, 
 A row's position is its index plus the offset; a window of W means that a row sees the last W columns up to its own.
 """
 
+import math
+
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -126,7 +130,7 @@ def forward_kernel(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Pass 1, one (query head, tile of rows, sequence): out [B, T, N, H] and the base-2 log-sum-exp [B, N, T]."""
+    """Pass 1, one (query head, tile of rows, sequence): out [B, T, N, H] and the log-sum-exp [B, T, N]."""
     factor, window = -factor, -window
     rows_padded, keys_padded, heads, kv_heads = -rows_padded, -keys_padded, -heads, -kv_heads
     head, sequence = tl.program_id(0), tl.program_id(2)
@@ -177,8 +181,8 @@ def forward_kernel(
     column = tl.arange(0, WIDTH)
     at = q_offset + row.to(tl.int64)[:, None] * stride + column[None, :]
     tl.store(out + at, output.to(out.dtype.element_ty), mask=exists[:, None] & (column < H)[None, :])
-    at = (sequence.to(tl.int64) * heads + head) * rows_padded + row
-    tl.store(lse + at, tl.where(seen, maximum + tl.log2(filled), float("inf")), mask=exists)
+    at = (sequence.to(tl.int64) * rows_padded + row) * heads + head
+    tl.store(lse + at, tl.where(seen, (maximum + tl.log2(filled)) / LOG2E, float("-inf")), mask=exists)
 
 
 @triton.jit
@@ -194,6 +198,7 @@ def receive(
     query_length,
     key_length,
     offset,
+    heads,
     stride,
     factor,
     window,
@@ -210,10 +215,11 @@ def receive(
         q = load_block(q_base, start, query_length, stride, H, WIDTH, ROWS, not MASKED)
         row = start + tl.arange(0, ROWS)
         if MASKED:
-            # A row that saw nothing has a log-sum-exp of +inf: it gives 0.
-            lse = tl.load(lse_base + row, mask=row < query_length, other=float("inf"))
+            lse = tl.load(lse_base + row.to(tl.int64) * heads, mask=row < query_length, other=float("-inf"))
         else:
-            lse = tl.load(lse_base + row)
+            lse = tl.load(lse_base + row.to(tl.int64) * heads)
+        # Base 2, and +inf on rows that saw nothing: they give 0.
+        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
         p = tl.exp2(tl.dot(k, tl.trans(q)) * factor - lse[None, :])
         if MASKED:
             seen = sees((row + offset)[None, :], column[:, None], key_length, window, CAUSAL, WINDOW)
@@ -274,19 +280,19 @@ def scores_kernel(
     for g in range(0, together):
         q_head = head * together + g
         q_base = query + sequence.to(tl.int64) * rows_padded * stride + q_head * H
-        lse_base = lse + (sequence.to(tl.int64) * heads + q_head) * rows_padded
+        lse_base = lse + sequence.to(tl.int64) * rows_padded * heads + q_head
         if CAUSAL:
             sums = receive(
-                sums, k, q_base, lse_base, column, first_row, 0, diagonal, query_length, key_length, offset, stride,
-                factor, window, H, WIDTH, ROWS, CAUSAL, WINDOW, True,
+                sums, k, q_base, lse_base, column, first_row, 0, diagonal, query_length, key_length, offset, heads,
+                stride, factor, window, H, WIDTH, ROWS, CAUSAL, WINDOW, True,
             )  # fmt: skip
         sums = receive(
-            sums, k, q_base, lse_base, column, first_row, diagonal, full, query_length, key_length, offset, stride,
-            factor, window, H, WIDTH, ROWS, CAUSAL, WINDOW, False,
+            sums, k, q_base, lse_base, column, first_row, diagonal, full, query_length, key_length, offset, heads,
+            stride, factor, window, H, WIDTH, ROWS, CAUSAL, WINDOW, False,
         )  # fmt: skip
         sums = receive(
-            sums, k, q_base, lse_base, column, first_row, full, last, query_length, key_length, offset, stride,
-            factor, window, H, WIDTH, ROWS, CAUSAL, WINDOW, True,
+            sums, k, q_base, lse_base, column, first_row, full, last, query_length, key_length, offset, heads,
+            stride, factor, window, H, WIDTH, ROWS, CAUSAL, WINDOW, True,
         )  # fmt: skip
     at = (sequence.to(tl.int64) * (heads // together) + head) * keys_padded + column
     tl.store(out + at, tl.where(column < key_length, sums, 0.0), mask=column < keys_padded)

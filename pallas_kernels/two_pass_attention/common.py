@@ -3,13 +3,15 @@
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 HEAD_SIZES = (64, 96, 128, 256)
 LOG2E = math.log2(math.e)
-# Pass 2 loads a tile of keys once for all query heads of its group when that leaves this many blocks of threads, which
-# fill a GPU evenly, or when so few rows count that there is no more to do than to load the keys.
-_ENOUGH_BLOCKS = 512
+# Pass 2 loads a tile of keys once for all query heads of its group when there are so many keys, over all sequences and
+# key/value heads, that the tiles of up to 256 fill a GPU evenly, or when so few rows count that there is no more to do
+# than to load the keys. With less, each query head's sums are an array of their own before they are added up: memory
+# beside the results, below 256 KiB times the size of a group.
+_ENOUGH_KEYS = 1 << 16
 _FEW_ROWS = 512
 
 
@@ -37,11 +39,6 @@ def extents(query, key, query_lengths, key_value_lengths, query_offset, score_ro
     return jnp.stack([rows, columns, per_sequence(query_offset, 0), counted], axis=1).reshape(-1)
 
 
-def takes_whole_group(score_rows: int | str, tiles: int) -> bool:
-    """Whether a block of threads of pass 2 serves a whole group of query heads; `tiles` of keys over all kv heads."""
-    return (score_rows != "all" and score_rows <= _FEW_ROWS) or tiles >= _ENOUGH_BLOCKS
-
-
-def natural(lse2: Float[Array, "B N T"]) -> Float[Array, "B T N"]:
-    """The kernels' log-sum-exp: base 2, and +inf on rows that saw nothing, so that exp2(logit - lse) is 0 there."""
-    return jnp.swapaxes(jnp.where(jnp.isposinf(lse2), -jnp.inf, lse2 / LOG2E), 1, 2)
+def takes_whole_group(score_rows: int | str, keys: int) -> bool:
+    """Whether a block of threads of pass 2 serves a whole group of query heads; `keys` over all B and K."""
+    return (score_rows != "all" and score_rows <= _FEW_ROWS) or keys >= _ENOUGH_KEYS

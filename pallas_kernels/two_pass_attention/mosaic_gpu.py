@@ -53,7 +53,7 @@ from pallas_kernels import mosaic
 from pallas_kernels.two_pass_attention import common
 
 # Registers per thread of (a consumer, the producer) by number of consumers: 65536 in all, in steps of 8.
-_REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32), 4: (112, 24)}
+_REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32), 4: (112, 32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +129,13 @@ def _index(shape: tuple[int, int], axis: int) -> jax.Array:
 
 
 def _forward(
-    query, key, value, extent, *, scale: float, is_causal: bool, blocks: ForwardBlocks, interpret=None
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N P"]]:
+    query, key, value, last_values, extent, *, scale: float, is_causal: bool, blocks: ForwardBlocks, interpret=None
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Pass 1. extent [B * 4]: query length, key length, offset, first counted row of each sequence.
 
-    Returns the output [B, T, N, H], padding rows 0, and the base-2 log-sum-exp [B, N, P], P >= T, +inf on rows that
-    saw nothing, so that exp2(logit - lse) is 0 there.
+    Of a sequence whose key length is no multiple of `blocks.keys` the last values are read from `last_values`
+    [B, keys, K, H], zero beyond the length; None if every length is S.
+    Returns the output [B, T, N, H], padding rows 0, and the log-sum-exp [B, T, N], -inf on rows that saw nothing.
     """
     batch, t, heads, size = query.shape
     group = heads // key.shape[2]
@@ -145,7 +146,8 @@ def _forward(
     turns = wgs > 1
     factor = scale * common.LOG2E
 
-    def kernel(q_ref, k_ref, v_ref, extent_ref, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, p_smem, *barriers):
+    def kernel(q_ref, k_ref, v_ref, last_v_ref, extent_ref, out_ref, lse_ref, *scratch):
+        q_smem, k_smem, v_smem, lse_smem, p_smem, *barriers = scratch
         q_bar, k_bar, v_bar, k_free, v_free, turn = barriers
         b, h, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
         first_row = (tiles - 1 - lax.axis_index("tiles")) * tile
@@ -272,10 +274,22 @@ def _forward(
             q_smem.at[wg][...] = jnp.where(row < query_length, out, 0.0).astype(query.dtype)
             row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=mosaic.ROW_LAYOUT) + base
             seen = (row < query_length) & (total > 0)
-            lse_smem.at[wg][...] = jnp.where(seen, maximum + jnp.log2(filled), jnp.inf)
+            lse = jnp.where(seen, (maximum + jnp.log2(filled)) / common.LOG2E, -jnp.inf)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, pl.ds(base, rows), h])
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, pl.ds(base, rows)])
+
+            @pl.when(base + rows <= t)
+            def _():
+                lse_ref[b, pl.ds(base, rows), h] = lse
+
+            @pl.when((base < t) & (base + rows > t))
+            def _():  # the last rows one by one: a store to global memory has no bounds
+                lse_smem.at[wg][...] = lse
+
+                @pl.loop(0, t - base)
+                def _(i):
+                    lse_ref[b, base + i, h] = lse_smem[wg, i]
+
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
@@ -284,11 +298,22 @@ def _forward(
 
             def load(step, wait):
                 slot = mosaic.slot_of(step, stages)
-                for ref, smem, bar, free in ((k_ref, k_smem, k_bar, k_free), (v_ref, v_smem, v_bar, v_free)):
-                    if wait:
-                        plgpu.barrier_wait(free.at[slot])
-                    at = b, pl.ds(step * keys, keys), kv_head
-                    plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], bar.at[slot])
+                at = b, pl.ds(step * keys, keys), kv_head
+                if wait:
+                    plgpu.barrier_wait(k_free.at[slot])
+                plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[slot], k_bar.at[slot])
+                if wait:
+                    plgpu.barrier_wait(v_free.at[slot])
+
+                def load_values(ref):
+                    plgpu.copy_gmem_to_smem(ref, v_smem.at[slot], v_bar.at[slot])
+
+                if last_v_ref is None:
+                    load_values(v_ref.at[at])
+                else:
+                    whole = (step + 1) * keys <= key_length
+                    pl.when(whole)(lambda: load_values(v_ref.at[at]))
+                    pl.when(~whole)(lambda: load_values(last_v_ref.at[b, :, kv_head]))
 
             filled = jnp.minimum(steps, stages)
             pl.loop(0, filled)(lambda step: load(step, wait=False))
@@ -307,7 +332,7 @@ def _forward(
         kernel,
         out_type=(
             jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct((batch, heads, tiles * tile), jnp.float32),
+            jax.ShapeDtypeStruct((batch, t, heads), jnp.float32),
         ),
         scratch_types=[
             swizzled((wgs, rows, size)),
@@ -328,13 +353,13 @@ def _forward(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
-    )(query, key, value, extent)
+    )(query, key, value, last_values, extent)
 
 
 def _column_sums(
     query, key, lse, extent, *, scale: float, is_causal: bool, blocks: ScoreBlocks, interpret=None
 ) -> Float[Array, "B K S"]:
-    """Pass 2. lse [B, N, P] base 2 from `_forward`; extent [B * 4] as there."""
+    """Pass 2. lse [B, P, N] from `_forward`, P >= `blocks.rows`; extent [B * 4] as there."""
     batch, _, heads, size = query.shape
     _, s, kv_heads, _ = key.shape
     group = heads // kv_heads
@@ -346,7 +371,7 @@ def _column_sums(
     factor = scale * common.LOG2E
 
     def kernel(q_ref, k_ref, lse_ref, extent_ref, out_ref, k_smem, q_smem, lse_smem, out_smem, *barriers):
-        k_bar, q_bar, free = barriers
+        k_bar, q_bar, lse_bar, free = barriers
         b, h, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
         tile_base = lax.axis_index("tiles") * tile
         query_length, key_length, offset, counted = (extent_ref[b * 4 + i] for i in range(4))
@@ -375,6 +400,7 @@ def _column_sums(
                 def skip(step, _):
                     slot = mosaic.slot_of(start + step, stages)
                     plgpu.barrier_wait(q_bar.at[slot])
+                    plgpu.barrier_wait(lse_bar.at[slot])
                     plgpu.barrier_arrive(free.at[slot])
 
                 def body(step, sums, masked):
@@ -386,9 +412,8 @@ def _column_sums(
                         return mosaic.loaded(accumulator, 0)
 
                     logits = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(tall, jnp.float32))
-                    lse = plgpu.load(lse_smem.at[slot], layout=mosaic.COLUMN_LAYOUT)
-                    if interpret:  # its model of TMA wants a fence after a lane's read, beside the barrier
-                        plgpu.commit_smem()
+                    plgpu.barrier_wait(lse_bar.at[slot])
+                    lse = plgpu.load(lse_smem.at[slot, pl.ds(rows, rows)], layout=mosaic.COLUMN_LAYOUT)
                     plgpu.barrier_arrive(free.at[slot])
                     x = logits * factor - lax.broadcast_in_dim(lse, tall, [1])
                     if not masked:
@@ -425,7 +450,15 @@ def _column_sums(
                 row = first_row + (i - g * steps) * rows
                 q_head = h * together + g
                 plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, rows), q_head], q_smem.at[slot], q_bar.at[slot])
-                plgpu.copy_gmem_to_smem(lse_ref.at[b, q_head, pl.ds(row, rows)], lse_smem.at[slot], q_bar.at[slot])
+                # A load from global memory has no bounds: at the end it starts earlier, and so does its place.
+                inside = jnp.minimum(row, lse_ref.shape[1] - rows)
+                at = lse_ref.at[b, pl.ds(inside, rows), q_head]
+                lse = plgpu.load(at, layout=mosaic.ROW_LAYOUT, optimized=False)
+                # Base 2, and +inf on rows that saw nothing, so that exp2(logit - lse) is 0 there.
+                lse_smem[slot, pl.ds(rows - (row - inside), rows)] = jnp.where(
+                    lse == -jnp.inf, jnp.inf, lse * common.LOG2E
+                )
+                plgpu.barrier_arrive(lse_bar.at[slot])
 
             filled = jnp.minimum(total, stages)
             pl.loop(0, filled)(lambda i: load(i, wait=False))
@@ -441,14 +474,15 @@ def _column_sums(
     swizzled = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=_swizzled(size))
     sums = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((batch, heads // together, tiles * tile), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((batch, heads // together, s), jnp.float32),
         scratch_types=[
             swizzled((wgs, keys, size)),
             swizzled((stages, rows, size)),
-            plgpu.SMEM((stages, rows), jnp.float32),
+            plgpu.SMEM((stages, 2 * rows), jnp.float32),
             plgpu.SMEM((wgs, keys), jnp.float32),
             plgpu.Barrier(num_barriers=wgs),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         ],
         grid=(tiles, batch, heads // together),
@@ -458,7 +492,7 @@ def _column_sums(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
     )(query, key, lse, extent)
-    return sums.reshape(batch, kv_heads, group // together, -1)[..., :s].sum(axis=2)
+    return sums.reshape(batch, kv_heads, group // together, s).sum(axis=2)
 
 
 def _decline_what_it_cannot_run(query, key, value, scale, sliding_window, interpret):
@@ -494,6 +528,17 @@ def two_pass_attention(
     )  # fmt: skip
 
 
+def _last_values(value, lengths, size: int) -> Float[Array, "B size K H"]:
+    """The block of `size` values in which each sequence ends, zero beyond its length.
+
+    A probability of 0 times a NaN of padding would be NaN. Only this block mixes values and padding, so only this block
+    is copied: blocks before it are whole, and none behind it is read.
+    """
+    index = (lengths // size * size)[:, None] + jnp.arange(size)
+    block = jnp.take_along_axis(value, index[:, :, None, None], axis=1, mode="clip")
+    return jnp.where((index < lengths[:, None])[:, :, None, None], block, 0)
+
+
 @functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
 def _two_passes(
     query, key, value, query_lengths, key_value_lengths, query_offset, scale, is_causal, score_rows, blocks, interpret
@@ -502,17 +547,15 @@ def _two_passes(
     s, kv_heads = key.shape[1:3]
 
     extent = common.extents(query, key, query_lengths, key_value_lengths, query_offset, score_rows)
-    if key_value_lengths is not None:  # a probability of 0 times a NaN of padding would be NaN
-        value = jnp.where((jnp.arange(s) < key_value_lengths[:, None])[:, :, None, None], value, 0)
+    last_values = None if key_value_lengths is None else _last_values(value, key_value_lengths, blocks[0].keys)
     query, key, value = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in (query, key, value))
 
     run = functools.partial(dict, scale=scale, is_causal=is_causal, interpret=interpret)
-    output, lse2 = _forward(query, key, value, extent, **run(blocks=blocks[0]))
+    output, lse = _forward(query, key, value, last_values, extent, **run(blocks=blocks[0]))
     if score_rows == 0:
-        scores = jnp.zeros((b, kv_heads, s), jnp.float32)
-    else:
-        tiles = b * kv_heads * -(-s // (blocks[1].warpgroups * blocks[1].keys))
-        whole_group = blocks[1].whole_group or common.takes_whole_group(score_rows, tiles)
-        score_blocks = dataclasses.replace(blocks[1], whole_group=whole_group)
-        scores = _column_sums(query, key, lse2, extent, **run(blocks=score_blocks))[..., :s]
-    return output[:, :t], scores, common.natural(lse2[..., :t])
+        return output[:, :t], jnp.zeros((b, kv_heads, s), jnp.float32), lse[:, :t]
+    whole_group = blocks[1].whole_group or common.takes_whole_group(score_rows, b * kv_heads * s)
+    score_blocks = dataclasses.replace(blocks[1], whole_group=whole_group)
+    tall_lse = jnp.pad(lse, ((0, 0), (0, max(score_blocks.rows - lse.shape[1], 0)), (0, 0)))
+    scores = _column_sums(query, key, tall_lse, extent, **run(blocks=score_blocks))
+    return output[:, :t], scores[..., :s], lse[:, :t]

@@ -160,26 +160,25 @@ def _two_passes(query, key, value, extent, scale, is_causal, sliding_window, sco
             **constants(size, tile, is_causal, sliding_window),
         )
 
-    output, lse2 = launch(
+    output, lse = launch(
         kernels.forward_kernel,
         forward,
         (query, key, value),
-        [jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct((batch, heads, t), jnp.float32)],
+        [jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct((batch, t, heads), jnp.float32)],
         (heads, -(-t // forward.rows), batch),
         window,
     )
     if score_rows == 0:
-        return output, jnp.zeros((batch, kv_heads, s), jnp.float32), common.natural(lse2)
+        return output, jnp.zeros((batch, kv_heads, s), jnp.float32), lse
     key_tiles = -(-s // scores.keys)
-    group = heads // kv_heads
-    together = group if common.takes_whole_group(score_rows, batch * kv_heads * key_tiles) else 1
+    together = heads // kv_heads if common.takes_whole_group(score_rows, batch * kv_heads * s) else 1
     (sums,) = launch(
         kernels.scores_kernel,
         scores,
-        (query, key, lse2),
+        (query, key, lse),
         [jax.ShapeDtypeStruct((batch, heads // together, s), jnp.float32)],
         (heads // together, key_tiles, batch),
         -together,
         window,
     )
-    return output, sums.reshape(batch, kv_heads, -1, s).sum(axis=2), common.natural(lse2)
+    return output, sums.reshape(batch, kv_heads, -1, s).sum(axis=2), lse
