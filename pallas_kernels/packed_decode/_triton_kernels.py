@@ -79,22 +79,30 @@ def warp_barrier(lane):
 def read(pointer, valid):
     """Numbers of 16 or 32 bits from global memory, 0 where not `valid`.
 
-    As `tl.load`, and as `write` is `tl.store`, but out of the compiler's sight: its search for layouts in which accesses
-    coalesce looks at the whole kernel for each of them. A warp with an element a lane has no choice of layouts, and the
-    search was two thirds of the time to compile.
+    As `tl.load`, and as `write` is `tl.store`, but out of sight of the compiler's search for layouts in which accesses
+    coalesce: it looks at the whole kernel once for each of them, which was two thirds of the time to compile, and a
+    warp with one element a lane has no choice of layouts.
     """
-    WIDE: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth == 32
-    x = tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }"
-        if WIDE
-        else "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b16 $0, 0; @p ld.global.b16 $0, [$1]; }",
-        "=r,l,r" if WIDE else "=h,l,r",
-        [pointer.to(tl.int64), valid.to(tl.int32)],
-        dtype=tl.int32 if WIDE else tl.int16,
-        is_pure=False,
-        pack=1,
-    )
-    return x.to(pointer.dtype.element_ty, bitcast=True)
+    if pointer.dtype.element_ty.primitive_bitwidth == 32:
+        x = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
+            "=r,l,r",
+            [pointer.to(tl.int64), valid.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        return x.to(pointer.dtype.element_ty, bitcast=True)
+    else:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b16 $0, 0; @p ld.global.b16 $0, [$1]; }",
+            "=h,l,r",
+            [pointer.to(tl.int64), valid.to(tl.int32)],
+            dtype=tl.int16,
+            is_pure=False,
+            pack=1,
+        )
+        return y.to(pointer.dtype.element_ty, bitcast=True)
 
 
 @triton.jit
