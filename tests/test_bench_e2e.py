@@ -1,6 +1,10 @@
 """The end-to-end benchmark at a size for CPUs: its synthetic caches, its rows, and what is made of them."""
 
 import json
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import chex
 import jax
@@ -9,7 +13,7 @@ import pytest
 from flax import nnx
 from models import CONFIG, METHODS
 
-from minikv_jax import ConfigError, prefill
+from minikv_jax import ConfigError, MiniKVError, prefill
 from minikv_jax.bench import e2e, tables
 from minikv_jax.models.llama import Llama
 from minikv_jax.models.shapes import SHAPES
@@ -34,11 +38,51 @@ def test_a_synthetic_cache_is_like_a_real_one(method):
 @pytest.mark.slow
 def test_a_case_gives_the_figures_of_its_parts(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", TINY)
-    row = e2e.measure(e2e.Case("tiny", "minikv", 2, 200, ("decode", "prefill"), steps=3))
+    case = e2e.Case("tiny", "minikv", 2, 200, ("decode", "prefill"), steps=3)
+    row = e2e.rehearse(case)
+    assert row["decode_compile_s"] > row["decode_lower_s"] > 0 and row["prefill_compile_s"] > 0
+    turns = []
+    row = e2e.measure(case, lambda: turns.append(1))
     assert row["tokens_per_s"] == pytest.approx(2e3 / row["step_ms"]) and row["ttft_s"] > 0
-    assert 0 < row["compression_share"] < 1 and row["decode_compile_s"] > row["decode_lower_s"] > 0
+    assert 0 < row["compression_share"] < 1 and turns == [1]
     assert row["weights_bytes"] - row["weights_read_bytes"] == 2 * TINY.vocab_size * TINY.hidden_size
     assert row["planned_bytes"] > row["weights_bytes"] + row["cache_bytes"]
+
+
+def child(program: str, turn=None) -> dict:
+    return e2e._child(["-c", program], os.environ, threading.Lock() if turn is None else turn)
+
+
+def test_a_process_waits_for_its_turn():
+    turn = threading.Lock()
+    program = "print('noise'); print('ready', flush=True); input(); print(); print('{\"x\": 1}')"
+    with turn, ThreadPoolExecutor(1) as pool:
+        row = pool.submit(child, program, turn)
+        time.sleep(0.3)
+        assert not row.done()
+        turn.release()
+        assert row.result()["x"] == 1 and 0 < row.result()["gpu_s"] < 10
+        turn.acquire()
+
+
+@pytest.mark.parametrize("program", ["raise SystemExit('too big')", "print('ready', flush=True); input(); 1 / 0"])
+def test_a_process_that_fails_says_why_and_ends_its_turn(program):
+    turn = threading.Lock()
+    assert any(reason in child(program, turn)["failed"] for reason in ("too big", "ZeroDivisionError"))
+    assert not turn.locked()
+
+
+def test_without_a_gpu_nothing_is_started(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(MiniKVError, match="JAX sees none"):
+        e2e.run(tmp_path / "e2e.json", jobs=1)
+
+
+def test_layers_that_are_alike_share_their_memory():
+    model = e2e.random_model(TINY, alike=True)
+    chex.assert_trees_all_equal_shapes_and_dtypes(model, e2e.model_shapes(TINY))
+    assert model.layers[0].gate[...] is model.layers[1].gate[...]
+    assert e2e.random_model(TINY).layers[0].gate[...] is not e2e.random_model(TINY).layers[1].gate[...]
 
 
 def test_what_fits_is_counted_in_bytes():

@@ -3,7 +3,7 @@
     python _torch_e2e.py '{"shape": {...}, "cache": "dynamic" | "quanto-2bit", "batch": B, "prompt": S, "seconds": s}'
 
 Weights are random, and so is what the cache holds of a prompt: keys and values go through the cache's own `update`.
-Prints one JSON object. The quantised cache needs the package optimum-quanto.
+Prints "ready", waits for a line, and prints one JSON object. The quantised cache needs the package optimum-quanto.
 """
 
 import json
@@ -19,6 +19,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedC
 def main() -> None:
     case = json.loads(sys.argv[1])
     shape, batch, prompt = case["shape"], case["batch"], case["prompt"]
+    print("ready", flush=True)  # so far nothing is on the device; the benchmark says when it is this process's turn
+    sys.stdin.readline()
     config = LlamaConfig(**shape, tie_word_embeddings=False, attn_implementation="sdpa")
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"), transformers.initialization.no_init_weights():
