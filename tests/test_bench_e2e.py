@@ -28,7 +28,8 @@ def test_a_synthetic_cache_is_like_a_real_one(method):
     config = METHODS[method].replace(prompt_capacity=40, generated_capacity=20)
     model = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
     _, real = prefill(model, jnp.zeros((2, 40), jnp.int32), jnp.array([40, 40]), config)
-    made = e2e.synthetic_cache(model, config, 2, 40)
+    shapes = e2e.cache_shapes(model, config, 2, 40)
+    made = e2e.synthetic_cache(shapes, e2e.cache_counters(model.config, config, 2, 40))
     chex.assert_trees_all_equal_shapes_and_dtypes(made, real)
     counters = [[x for x in jax.tree.leaves(cache) if x.ndim == 1] for cache in (made, real)]
     chex.assert_trees_all_equal(*counters)

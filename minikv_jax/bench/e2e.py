@@ -202,24 +202,28 @@ def cache_shapes(model: Llama, config: CacheConfig, batch: int, prompt: int) -> 
     return jax.eval_shape(prefill, model, tokens, lengths, config)[1]
 
 
-def synthetic_cache(model: Llama, config: CacheConfig, batch: int, prompt: int) -> KVCache:
-    """What `prefill` leaves of a prompt, in shapes and counters, with random codes and rows."""
-    tokens, lengths = jnp.zeros((batch, prompt), jnp.int32), jnp.full((batch,), prompt, jnp.int32)
-    like = cache_shapes(model, config, batch, prompt)
-    # Counters depend on lengths alone: a tiny model has the same, and XLA drops what it takes to make the rest.
-    tiny = model.config.replace(vocab_size=8, hidden_size=8, intermediate_size=8, num_heads=1, num_kv_heads=1)
-    tiny = Llama(tiny, rngs=nnx.Rngs(params=0))
+def cache_counters(shape: ModelConfig, config: CacheConfig, batch: int, prompt: int) -> list[np.ndarray]:
+    """The counters, one a sequence, of the cache that `prefill` leaves, computed on the host."""
+    # They depend on lengths alone: a tiny model has the same, and XLA drops what it takes to make the rest.
+    tiny = shape.replace(vocab_size=8, hidden_size=8, intermediate_size=8, num_heads=1, num_kv_heads=1)
 
     @jax.jit
     def counters(tiny, tokens, lengths):
         return [x for x in jax.tree.leaves(prefill(tiny, tokens, lengths, config)[1]) if x.ndim == 1]
 
-    counted = iter(counters(tiny, tokens, lengths))
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        tokens, lengths = jnp.zeros((batch, prompt), jnp.int32), jnp.full((batch,), prompt, jnp.int32)
+        return jax.device_get(counters(Llama(tiny, rngs=nnx.Rngs(params=0)), tokens, lengths))
+
+
+def synthetic_cache(like: KVCache, counters: Sequence[np.ndarray]) -> KVCache:
+    """What `prefill` leaves of a prompt, in shapes and counters, with random codes and rows."""
+    counted = iter(counters)
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     filled = []
     for i, (path, x) in enumerate(leaves):
         if x.ndim == 1:
-            filled.append(next(counted))
+            filled.append(jnp.asarray(next(counted)))
         elif x.dtype == jnp.int32:  # positions of rows
             filled.append(jax.jit(jax.lax.broadcasted_iota, static_argnums=(0, 1, 2))(x.dtype, x.shape, x.ndim - 1))
         else:
@@ -234,28 +238,26 @@ def _stats() -> dict:
 
 
 class _Compilation:
-    """Seconds spent lowering and compiling, and programs that the persistent cache did not have."""
+    """Seconds spent lowering and compiling."""
 
     def __init__(self):
-        self.seconds, self.missed = 0.0, 0
+        self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._add)
-        jax.monitoring.register_event_listener(self._count)
 
     def _add(self, event: str, seconds: float, **_) -> None:
         if event.endswith(("backend_compile_duration", "jaxpr_to_mlir_module_duration")):
             self.seconds += seconds
 
-    def _count(self, event: str, **_) -> None:
-        self.missed += event.endswith("compilation_cache/cache_misses")
-
 
 class Setting(NamedTuple):
-    """What a case comes to on this device."""
+    """What a case comes to on this device; model and cache are abstract."""
 
     shape: ModelConfig
     config: CacheConfig
     batch: int
     prompt: int
+    model: Llama
+    cache: KVCache
 
     @classmethod
     def of(cls, case: Case) -> tuple["Setting", dict]:
@@ -278,9 +280,10 @@ class Setting(NamedTuple):
             batch, one = largest_batch(shape, config, prompt, limit - weights)
             row |= {"bytes_per_sequence": one, "bytes_of_one_more": weights + _RESERVE + (batch + 1) * one}
         layer = 2 * 2 * batch * prompt * shape.num_kv_heads * shape.head_dim
-        cache = nbytes(cache_shapes(model_shapes(shape), config, batch, prompt))
-        row |= {"cache_bytes": cache, "planned_bytes": weights + cache + layer + 256 * _MIB}
-        return cls(shape, config, batch, prompt), row | {"shape": {"B": batch, "S": prompt}}
+        model = model_shapes(shape)
+        cache = cache_shapes(model, config, batch, prompt)
+        row |= {"cache_bytes": nbytes(cache), "planned_bytes": weights + nbytes(cache) + layer + 256 * _MIB}
+        return cls(shape, config, batch, prompt, model, cache), row | {"shape": {"B": batch, "S": prompt}}
 
 
 def _decode_arguments(setting: Setting) -> tuple:
@@ -290,16 +293,13 @@ def _decode_arguments(setting: Setting) -> tuple:
 
 def _lower_decode(setting: Setting, steps: int) -> jax.stages.Lowered:
     """The decode loop for abstract arguments: the same program in every process, and nothing runs on the device."""
-    model = model_shapes(setting.shape)
-    cache = cache_shapes(model, *setting[1:])
     arguments = jax.eval_shape(functools.partial(_decode_arguments, setting))
-    return _decode_loop.lower(model, cache, *arguments, steps + 1, ())
+    return _decode_loop.lower(setting.model, setting.cache, *arguments, steps + 1, ())
 
 
-def _decode(model: Llama, setting: Setting, loop: Callable, case: Case) -> dict:
+def _decode(model: Llama, cache: KVCache, setting: Setting, loop: Callable, case: Case) -> dict:
     """The decode loop's figures."""
     steps, arguments = case.steps, _decode_arguments(setting)
-    cache = synthetic_cache(model, *setting[1:])
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -346,10 +346,10 @@ class _Rehearsed(Exception):
     """A layer has been read, so all programs of reading are there."""
 
 
-def _rehearse_prefill(model: Llama, setting: Setting) -> dict:
+def _rehearse_prefill(setting: Setting) -> dict:
     """Compiles what `prefill` needs by reading one layer; the time of doing so again is not compilation."""
+    model = random_model(setting.shape, alike=True)
     tokens, lengths = _prompt(setting)
-    jax.block_until_ready((jnp.array(lengths), jnp.full(lengths.shape, GENERATED, jnp.int32)))  # as its last lines do
 
     def stop(done: int, layers: int) -> None:
         raise _Rehearsed
@@ -432,7 +432,7 @@ def _import_kernels() -> None:
 
 
 def rehearse(case: Case, take_turn: Callable[[], None] = lambda: None) -> dict:
-    """Compiles the case's programs, into the persistent cache if there is one: seconds of compiling.
+    """Compiles the case's large programs, into the persistent cache if there is one: seconds of compiling.
 
     All that it costs on the device is after `take_turn()`.
     """
@@ -450,14 +450,10 @@ def rehearse(case: Case, take_turn: Callable[[], None] = lambda: None) -> dict:
     if lowered is not None:
         tuned = _tuned()
         start = time.perf_counter()
-        loop = lowered.compile()
+        temporary = lowered.compile().memory_analysis().temp_size_in_bytes
         row["decode_compile_s"] = row["decode_lower_s"] + time.perf_counter() - start
-        row["decode_products_tuned"] = _tuned() - tuned
-        row["decode_temporary_bytes"] = loop.memory_analysis().temp_size_in_bytes
-        del loop
-        jax.block_until_ready(synthetic_cache(model_shapes(setting.shape), *setting[1:]))
-    model = random_model(setting.shape, alike=True)
-    return row | (_rehearse_prefill(model, setting) if "prefill" in case.parts else {})
+        row |= {"decode_products_tuned": _tuned() - tuned, "decode_temporary_bytes": temporary}
+    return row | (_rehearse_prefill(setting) if "prefill" in case.parts else {})
 
 
 def _tuned() -> int:
@@ -474,25 +470,29 @@ def measure(case: Case, take_turn: Callable[[], None] = lambda: None) -> dict:
     compilation = _Compilation()
     setting, row = Setting.of(case)
     load = functools.partial(random_model, setting.shape) if row["weights"] == "random" else _read_model(case.model)
-    start = time.perf_counter()
-    lowered = _lower_decode(setting, case.steps) if "decode" in case.parts else None
-    lower_s = time.perf_counter() - start
+    lowered, counters, lower_s = None, [], 0.0
+    if "decode" in case.parts:
+        start = time.perf_counter()
+        lowered = _lower_decode(setting, case.steps)
+        lower_s = time.perf_counter() - start
+        counters = cache_counters(*setting[:4])
     if not case.fills_the_card:
         take_turn()
-    start = time.perf_counter()
-    if lowered is not None:
-        # Compiled before anything is there: if the cache misses, XLA tries products out on copies of their operands.
-        loop = lowered.compile()
+    tuned, start = _tuned(), time.perf_counter()
+    # Compiled before anything is there: if the cache misses, XLA tries products out on copies of their operands.
+    loop = None if lowered is None else lowered.compile()
+    if loop is not None:
         row["decode_cached_compile_s"] = lower_s + time.perf_counter() - start
     start = time.perf_counter()
     model = jax.block_until_ready(load())
     row["model_s"] = time.perf_counter() - start
-    if lowered is not None:
-        row |= _decode(model, setting, loop, case)
-        del loop
+    if loop is not None:
+        row |= _decode(model, synthetic_cache(setting.cache, counters), setting, loop, case)
+        del loop, lowered
     if "prefill" in case.parts:
         row |= _prefill(model, setting, compilation)
-    return row | {"programs_compiled_again": compilation.missed}
+    # Anything but 0 says that the rehearsal missed a program, and that time and memory of trials are in the figures.
+    return row | {"products_tuned_while_measured": _tuned() - tuned}
 
 
 def ceilings(take_turn: Callable[[], None] = lambda: None) -> dict:
