@@ -343,7 +343,7 @@ def _print_sizes(model_shape: str, prompt: int, generated: int, as_json: bool) -
 @click.option("--out", type=Path, required=True, help="The JSON file to write.")
 @click.option("--only", multiple=True, help="e2e: cases that contain this, as 'B8-S32768 minikv'; * is anything.")
 @click.option("--jobs", type=click.IntRange(1, 16), default=4, show_default=True, help="e2e: cases in work at once.")
-@click.option("--model-file", type=Path, help="e2e: a GGUF file or Hugging Face folder for the cases of a real model.")
+@click.option("--model-file", type=Path, help="e2e: weights of Qwen2.5-1.5B, a GGUF file or a folder; else random.")
 def bench(benchmark: str, out: Path, only: tuple[str, ...], jobs: int, model_file: Path | None) -> None:
     """Measure: attention with scores (prefill), over codes (decode) or whole models (e2e) on a GPU, or on the CPU."""
     import importlib

@@ -63,7 +63,7 @@ from minikv_jax.generate import (
 from minikv_jax.models import load_model, open_checkpoint
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.llama import Llama
-from minikv_jax.models.shapes import SHAPES, shape_of
+from minikv_jax.models.shapes import shape_of
 from minikv_jax.report import planned_report
 
 GENERATED = 512
@@ -78,12 +78,13 @@ class Case:
     """One row.
 
     Attributes:
-        model: a shape's name, or the path of a model file.
+        model: a shape's name.
         batch: sequences; 0: as many as fit beside the weights.
         prompt: tokens of each; 0: as many as fit, predicted from their bytes.
         parts: of "decode", "prefill" and "profile".
         steps: of the decode loop, which is timed three times.
         longest: the case belongs to the longest prompts.
+        file: a checkpoint of the model; without one its weights are random.
     """
 
     model: str
@@ -93,16 +94,13 @@ class Case:
     parts: tuple[str, ...] = ("decode",)
     steps: int = 128
     longest: bool = False
-
-    @property
-    def model_name(self) -> str:
-        return self.model if self.model in SHAPES else Path(self.model).stem
+    file: str | None = None
 
     @property
     def name(self) -> str:
         if self.longest:
-            return f"{self.model_name}-longest"
-        return f"{self.model_name}-" + (f"B{self.batch}-S{self.prompt}" if self.batch else f"S{self.prompt}-largest")
+            return f"{self.model}-longest"
+        return f"{self.model}-B{self.batch}-S{self.prompt}" if self.batch else f"{self.model}-S{self.prompt}-largest"
 
     @property
     def label(self) -> str:
@@ -113,14 +111,15 @@ class Case:
         return self.longest or not self.batch
 
 
-_8B, _7B, _FILE = "llama3-8b", "llama2-7b", "model-file"
+_8B, _7B, _REAL = "llama3-8b", "llama2-7b", "qwen2.5-1.5b"
 _BOTH = ("decode", "prefill")
 _SLOW = ("h2o", "mikv")  # score every token at every step: fewer steps say the same
 
 
 def _each(methods: Sequence[str], model: str, batch: int, prompt: int, *parts: str) -> Iterator[Case]:
     for method in methods:
-        yield Case(model, method, batch, prompt, parts or ("decode",), 16 if method in _SLOW else 128)
+        steps = 16 if method in _SLOW else 128 if batch else 64
+        yield Case(model, method, batch, prompt, parts or ("decode",), steps)
 
 
 # Most important first.
@@ -134,8 +133,8 @@ CASES = (
     *_each(("transformers-quanto-2bit", "transformers"), _8B, 8, 32768),
     Case(_7B, "minikv", 1, 400_000, _BOTH, steps=32, longest=True),
     Case(_7B, "full", 1, 0, _BOTH, steps=32, longest=True),
-    *_each(("minikv", "full", "minikv_plus"), _FILE, 8, 32256),
-    *_each(("minikv", "full"), _FILE, 1, 32256, *_BOTH),
+    *_each(("minikv", "full", "minikv_plus"), _REAL, 8, 32256),
+    *_each(("minikv", "full"), _REAL, 1, 32256, *_BOTH),
     *_each(("minikv_plus", "kivi", "snapkv", "minikv_pyramid", "mikv", "h2o"), _8B, 0, 32768),
     *_each(("minikv_plus", "kivi", "snapkv", "minikv_pyramid", "mikv", "h2o"), _8B, 1, 32768, "prefill"),
     *_each(("minikv", "full"), _8B, 8, 32768, "prefill"),
@@ -262,12 +261,11 @@ class Setting(NamedTuple):
     @classmethod
     def of(cls, case: Case) -> tuple["Setting", dict]:
         """The setting, and what there is to say of it."""
-        named = case.model in SHAPES
-        shape = shape_of(case.model) if named else open_checkpoint(case.model).config
+        shape = open_checkpoint(case.file).config if case.file else shape_of(case.model)
         weights = nbytes(model_shapes(shape))
         read = weights - (0 if shape.tie_word_embeddings else 2 * shape.vocab_size * shape.hidden_size)
         limit = _stats().get("bytes_limit", 1 << 62)
-        row = {"weights": "random" if named else "file", "weights_bytes": weights, "weights_read_bytes": read}
+        row = {"weights": "file" if case.file else "random", "weights_bytes": weights, "weights_read_bytes": read}
         row["bytes_limit"] = limit
         config, batch, prompt = presets.by_name(case.method), case.batch, case.prompt
         config = config.replace(generated_capacity=GENERATED)
@@ -437,16 +435,13 @@ def rehearse(case: Case, take_turn: Callable[[], None] = lambda: None) -> dict:
     All that it costs on the device is after `take_turn()`.
     """
     _import_kernels()
-    if case.fills_the_card:  # and so does the allocator
-        take_turn()
     setting, _ = Setting.of(case)
     row, lowered = {}, None
     if "decode" in case.parts:
         start = time.perf_counter()
         lowered = _lower_decode(setting, case.steps)
         row["decode_lower_s"] = time.perf_counter() - start
-    if not case.fills_the_card:
-        take_turn()
+    take_turn()
     if lowered is not None:
         tuned = _tuned()
         start = time.perf_counter()
@@ -465,11 +460,11 @@ def _tuned() -> int:
 def measure(case: Case, take_turn: Callable[[], None] = lambda: None) -> dict:
     """One case's figures, in this process; what it does to the device is after `take_turn()`."""
     _import_kernels()
-    if case.fills_the_card:
+    if case.fills_the_card:  # and so does the allocator, as soon as JAX starts
         take_turn()
     compilation = _Compilation()
     setting, row = Setting.of(case)
-    load = functools.partial(random_model, setting.shape) if row["weights"] == "random" else _read_model(case.model)
+    load = _read_model(case.file) if case.file else functools.partial(random_model, setting.shape)
     lowered, counters, lower_s = None, [], 0.0
     if "decode" in case.parts:
         start = time.perf_counter()
@@ -561,7 +556,7 @@ def _torch_command(case: Case) -> list[str]:
 
 def _row(case: Case, settings: Mapping[str, str], turn: AbstractContextManager) -> dict:
     """A case's figures, or {"failed": why not}."""
-    row = {"case": case.name, "model": case.model_name, "method": case.method}
+    row = {"case": case.name, "model": case.model, "method": case.method}
     if case.method.startswith("transformers"):
         row |= {"implementation": "transformers", "cache": "synthetic", "shape": {"B": case.batch, "S": case.prompt}}
         if "quanto" in case.method and importlib.util.find_spec("optimum") is None:
@@ -569,12 +564,11 @@ def _row(case: Case, settings: Mapping[str, str], turn: AbstractContextManager) 
         row |= _child(_torch_command(case), settings, turn)
         return row | ({"tokens_per_s": 1e3 * case.batch / row["step_ms"]} if "step_ms" in row else {})
     row["implementation"] = "minikv_jax"
-    if not case.fills_the_card:
-        settings = {**settings, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    frugal = {**settings, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     seconds = 0.0
     for part in ("rehearse", "measure"):
         command = ["-m", "minikv_jax.bench.e2e", part, json.dumps(dataclasses.asdict(case))]
-        row |= _child(command, settings, turn)
+        row |= _child(command, settings if part == "measure" and case.fills_the_card else frugal, turn)
         if "failed" in row:
             return row | {"failed": f"{part}: {row['failed']}"}
         seconds += row["gpu_s"]
@@ -612,18 +606,18 @@ def finish(row: dict, done: Sequence[dict], bandwidth: float) -> dict:
 
 
 def _chosen(only: Sequence[str], model_file: Path | None) -> list[Case]:
-    """The cases of the table that contain one of `only`, those of a model file only where there is one."""
+    """The cases of the table that contain one of `only`; those of the file's model take their weights from it."""
     cases = [case for case in CASES if case.method in presets.METHODS or case.method.startswith("transformers")]
-    if model_file is None:
-        cases = [case for case in cases if case.model != _FILE]
     chosen = [c for c in cases if not only or any(fnmatch.fnmatch(c.label, f"*{pattern}*") for pattern in only)]
     if not chosen:
         raise ConfigError(f"--only {' '.join(only)} names no case: they read like 'llama3-8b-B8-S32768 minikv decode'.")
     if model_file is None:
         return chosen
-    limit = open_checkpoint(model_file).config.max_position_embeddings - GENERATED
-    of_file = {"model": str(model_file.resolve())}
-    return [c if c.model != _FILE else dataclasses.replace(c, **of_file, prompt=min(c.prompt, limit)) for c in chosen]
+    given, expected = open_checkpoint(model_file).config, shape_of(_REAL)
+    if (given.num_layers, given.hidden_size) != (expected.num_layers, expected.hidden_size):
+        raise ConfigError(f"--model-file {model_file} is not of the shape of {_REAL}, whose cases it is for.")
+    file = str(model_file.resolve())
+    return [dataclasses.replace(case, file=file) if case.model == _REAL else case for case in chosen]
 
 
 def _merged(rows: Sequence[dict], row: dict) -> list[dict]:
@@ -644,7 +638,7 @@ def run(out: Path, only: Sequence[str] = (), jobs: int = 4, model_file: Path | N
         out: the JSON file.
         only: patterns.
         jobs: cases in work at once. Those that wait for their turn take about half a gigabyte of the device each.
-        model_file: a checkpoint for the cases of a real model; they are left out without one.
+        model_file: a checkpoint for the cases of Qwen2.5-1.5B, whose weights are random without one.
     """
     cases = _chosen(only, model_file)
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
