@@ -103,7 +103,8 @@ def results(folder):
         for case in ("llama3-8b-B8-S32768", "llama3-8b-S32768-largest")
         for method, ms, peak in (("full", 20.0, 2**36), ("minikv", 8.0, 2**35))
     ]  # fmt: skip
-    rows[1]["kernels"] = [{"kernel": "gemm", "calls": 225.0, "us": 6000.0}, {"kernel": "others", "calls": 9, "us": 8.0}]
+    gemm = {"kernel": "gemm", "calls": 225.0, "us": 6000.0, "bytes": 2_700_000_000}
+    rows[1]["kernels"] = [gemm, {"kernel": "others", "calls": 9, "us": 8.0}]
     rows.append({"case": rows[0]["case"], "method": "mikv", "implementation": "minikv_jax", "failed": "Error: too big"})
     rows = [e2e.finish(row, rows, 2.7e12) for row in rows]
     path = folder / "e2e.json"
@@ -122,7 +123,7 @@ def test_rows_are_compared_with_the_full_cache(tmp_path):
 def test_results_become_a_table_and_a_picture(tmp_path):
     path, _ = results(tmp_path)
     text = tables.e2e(tmp_path)
-    assert "2.50" in text and "gemm" in text and "mikv" not in text
+    assert "2.50" in text and "gemm" in text and "1,000 µs" in text and "mikv" not in text
     e2e.main(["--plot", str(path), str(tmp_path / "e2e.png")])
     assert (tmp_path / "e2e.png").read_bytes().startswith(b"\x89PNG")
 
@@ -131,3 +132,22 @@ def test_cases_are_chosen_by_what_their_label_holds(tmp_path):
     with pytest.raises(ConfigError, match="names no case"):
         e2e.run(tmp_path / "e2e.json", ["no such case"])
     assert len({(case.name, case.method, case.parts) for case in e2e.CASES}) == len(e2e.CASES)
+
+
+def test_bytes_of_products_are_read_from_the_program():
+    text = """
+  %p.1 = bf16[8,64]{1,0} parameter(0)
+  %weights = bf16[64,256]{1,0} get-tuple-element(%p), index=1
+  %gemm_fusion_dot.7 = bf16[8,256]{1,0} fusion(%p.1, %weights), kind=kCustom, calls=%gemm_fusion_dot.7_computation
+  %add = bf16[8,256]{1,0} fusion(%p.1), kind=kLoop"""
+    assert e2e.product_bytes(text) == {"gemm_fusion_dot_7": 2 * (8 * 64 + 64 * 256 + 8 * 256)}
+
+
+def test_a_part_that_fails_leaves_the_others_figures():
+    old = {"case": "llama3-8b-B8-S32768", "method": "full", "shape": {"B": 8}, "step_ms": 9.0}
+    first = {"case": "llama3-8b-B8-S32768", "method": "minikv", "failed": "no"}
+    rows = e2e._merged([old], first)
+    assert rows == [first, old]  # in the table's order
+    rows = e2e._merged(rows, {"case": old["case"], "method": "full", "failed": "too big"})
+    assert rows[1] == old | {"failed_part": "too big"}
+    assert e2e._merged(rows, old | {"step_ms": 8.0})[1] == old | {"step_ms": 8.0}

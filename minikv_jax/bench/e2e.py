@@ -25,6 +25,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import statistics
@@ -316,18 +317,37 @@ def _decode(model: Llama, cache: KVCache, setting: Setting, loop: Callable, case
     }
     if "profile" in case.parts:
         kernels = traced_kernels(lambda: jax.block_until_ready(loop(model, cache, *arguments)[0]))
-        row["kernels"] = _by_name(kernels, steps)
+        row["kernels"] = _by_name(kernels, steps, product_bytes(loop.as_text()))
     return row
 
 
-def _by_name(kernels: Sequence[tuple[str, float]], steps: int) -> list[dict]:
-    """Device time of each kernel in one step, the longest first; those under a microsecond together."""
+def product_bytes(text: str) -> dict[str, int]:
+    """Bytes that each kernel of a matrix product reads and writes, by its name, from the text of a compiled program."""
+    sizes, products = {}, {}
+    for name, dtype, shape, rest in re.findall(r"%?([\w.-]+) = \(?(\w+?)\[([\d,]*)\]([^\n]*)", text):
+        bits = int((re.search(r"\d+", dtype) or ["8"])[0])
+        sizes[name] = math.prod(int(n) for n in shape.split(",") if n) * bits // 8
+        operands = re.search(r" fusion\(([^)]*)\)", rest)
+        if operands and "dot" in name:
+            products[name] = re.findall(r"%([\w.-]+)", operands[1])
+    return {
+        re.sub(r"\W", "_", name): sizes[name] + sum(sizes.get(x, 0) for x in operands)
+        for name, operands in products.items()
+    }
+
+
+def _by_name(kernels: Sequence[tuple[str, float]], steps: int, read: Mapping[str, int]) -> list[dict]:
+    """Device time of each kernel in one step, the longest first, those under a microsecond together; bytes if known."""
     sums: dict[str, list[float]] = {}
     for name, seconds in kernels:
         entry = sums.setdefault(name, [0, 0.0])
         entry[0] += 1
         entry[1] += seconds
-    rows = [{"kernel": n, "calls": round(c / steps, 2), "us": 1e6 * s / steps} for n, (c, s) in sums.items()]
+    rows = [
+        {"kernel": n, "calls": round(c / steps, 2), "us": 1e6 * s / steps}
+        | ({"bytes": round(read[n] * c / steps)} if n in read else {})
+        for n, (c, s) in sums.items()
+    ]
     rows.sort(key=lambda row: -row["us"])
     rest = [row for row in rows if row["us"] < 1]
     return [row for row in rows if row["us"] >= 1] + [
@@ -580,8 +600,8 @@ def _peak(row: dict) -> int:
 
 
 def finish(row: dict, done: Sequence[dict], bandwidth: float) -> dict:
-    """The row with what follows from it, from its full-cache neighbour, and from the bandwidth."""
-    row = dict(row)
+    """The row with what follows from it, from its full-cache neighbour, and from the bandwidth (its own, if known)."""
+    row, bandwidth = dict(row), row.get("copy_bandwidth", bandwidth)
     peak = _peak(row)
     if peak:
         row["peak_bytes"] = peak
@@ -623,7 +643,9 @@ def _chosen(only: Sequence[str], model_file: Path | None) -> list[Case]:
 def _merged(rows: Sequence[dict], row: dict) -> list[dict]:
     """The rows with one more. What was measured before of its case and method stays where it says nothing else."""
     same = [x for x in rows if (x["case"], x["method"]) == (row["case"], row["method"])]
-    before = {key: x for key, x in (same[0] if same else {}).items() if key != "failed"}
+    before = {key: x for key, x in (same[0] if same else {}).items() if not key.startswith("failed")}
+    if "failed" in row and "shape" in before:  # another part of the case stands
+        row = {"failed_part": row["failed"]}
     place = {(case.name, case.method): i for i, case in reversed(list(enumerate(CASES)))}
     rows = [*(x for x in rows if x not in same), before | row]
     return sorted(rows, key=lambda x: place.get((x["case"], x["method"]), len(place)))
@@ -642,8 +664,8 @@ def run(out: Path, only: Sequence[str] = (), jobs: int = 4, model_file: Path | N
     """
     cases = _chosen(only, model_file)
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
-    command = f"minikv bench e2e --out {out}" + "".join(f" --only '{pattern}'" for pattern in only)
-    command += f" --model-file {model_file.name}" if model_file else ""
+    # Rows of several runs may meet in a file, so its command names no patterns.
+    command = f"minikv bench e2e --out {out}" + (f" --model-file {model_file.name}" if model_file else "")
     turn, futures = threading.Lock(), []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         settings = _SETTINGS | {"JAX_COMPILATION_CACHE_DIR": folder} | os.environ
@@ -662,13 +684,13 @@ def run(out: Path, only: Sequence[str] = (), jobs: int = 4, model_file: Path | N
         del about["gpu_s"]
         bandwidth = about.pop("copy_bandwidth")
         for future in as_completed(futures):
-            row = future.result()
+            today = time.strftime("%Y-%m-%d")
+            row = future.result() | {"copy_bandwidth": bandwidth, "date": today}
             rows = _merged(rows, row)
             finished = [finish(x, rows, bandwidth) for x in rows]
-            today = time.strftime("%Y-%m-%d")
             write_results(out, "e2e", command, today, finished, about=about, copy_bandwidth=bandwidth)
-            (shown,) = (x for x in finished if (x["case"], x["method"]) == (row["case"], row["method"]))
-            print(_line(shown), flush=True)
+            whole = next(x for x in finished if (x["case"], x["method"]) == (row["case"], row["method"]))
+            print(_line(row if "failed" in row else whole), flush=True)
 
 
 _SETTINGS = {
