@@ -75,6 +75,11 @@ def warp_barrier(lane):
     tl.inline_asm_elementwise("bar.warp.sync -1; mov.u32 $0, 0;", "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1)
 
 
+@triton.constexpr_function
+def read_text(bits):
+    return f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b{bits} $0, 0; @p ld.global.b{bits} $0, [$1]; }}"
+
+
 @triton.jit
 def read(pointer, valid):
     """Numbers of 16 or 32 bits from global memory, 0 where not `valid`.
@@ -83,26 +88,16 @@ def read(pointer, valid):
     coalesce: it looks at the whole kernel once for each of them, which was two thirds of the time to compile, and a
     warp with one element a lane has no choice of layouts.
     """
-    if pointer.dtype.element_ty.primitive_bitwidth == 32:
-        x = tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
-            "=r,l,r",
-            [pointer.to(tl.int64), valid.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-        return x.to(pointer.dtype.element_ty, bitcast=True)
-    else:
-        y = tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b16 $0, 0; @p ld.global.b16 $0, [$1]; }",
-            "=h,l,r",
-            [pointer.to(tl.int64), valid.to(tl.int32)],
-            dtype=tl.int16,
-            is_pure=False,
-            pack=1,
-        )
-        return y.to(pointer.dtype.element_ty, bitcast=True)
+    BITS: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth
+    x = tl.inline_asm_elementwise(
+        read_text(BITS),
+        "=r,l,r" if BITS == 32 else "=h,l,r",
+        [pointer.to(tl.int64), valid.to(tl.int32)],
+        dtype=tl.int32 if BITS == 32 else tl.int16,
+        is_pure=False,
+        pack=1,
+    )
+    return x.to(pointer.dtype.element_ty, bitcast=True)
 
 
 @triton.jit
