@@ -6,7 +6,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,31 +29,42 @@ def _model(params: Params) -> Llama:
     return params if isinstance(params, Llama) else nnx.merge(*params)
 
 
-# Rows of all sequences together that a layer works on at once: what bounds queries and MLP activations. Enough for the
-# products to run at full rate.
-_ROWS = 8192
+# Rows of all sequences together that a layer works on at once, outside of attention: what bounds MLP activations.
+# Enough for the products to run at full rate.
+_ROWS = 4096
+# Rows of all sequences together whose queries and attention exist at once, 512 MiB for 4096 channels: few calls of
+# attention, for each reads all keys before it, yet no more memory than the weights' tenth that a peak may have.
+_ATTENDED_ROWS = 1 << 15
 # Numbers of a layer's keys that are compressed at once.
 _COMPRESSED = 1 << 26
 
 
-def _chunk_rows(batch: int, tokens: int) -> int:
-    """Rows of each sequence that a layer works on at once: all, or an even share, a multiple of 128."""
-    most = max(_ROWS // batch // 128, 1) * 128
-    if tokens <= most:
-        return tokens
-    chunks = -(-tokens // most)
-    return -(-tokens // chunks // 128) * 128
+class Chunks(NamedTuple):
+    """Rows of each sequence that are worked on at once, by one call of attention and by the products around it."""
+
+    attention: int
+    products: int
+
+
+def _chunk_rows(batch: int, tokens: int) -> Chunks:
+    """All rows, or even shares: products a multiple of 128, attention a multiple of products."""
+    products, attention = (max(most // batch // 128, 1) * 128 for most in (_ROWS, _ATTENDED_ROWS))
+    if tokens <= products:
+        return Chunks(tokens, tokens)
+    share = -(-tokens // -(-tokens // attention))
+    pieces = -(-share // products)
+    products = -(-share // pieces // 128) * 128
+    return Chunks(pieces * products, products)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "score_rows", "sliding_window"), donate_argnames="x")
-def _read_layer(layer: LlamaLayer, x, lengths, rows, score_rows, sliding_window):
+def _read_layer(layer: LlamaLayer, x, lengths, rows: Chunks, score_rows, sliding_window):
     """One layer over the whole prompt. Jitted on its own: called outside `jit`, it compiles once for all layers.
 
-    x has a whole number of chunks of `rows`. One chunk is one piece of work; of more, first every chunk's keys and
-    values are made, then each chunk's result takes its rows' place in x. Nothing but keys, values, x and scores is ever
-    as long as the prompt.
+    x has a whole number of chunks. One chunk is one piece of work; of more, each chunk's result takes its rows' place
+    in x. Nothing but keys, values, x and scores is ever as long as the prompt.
     """
-    if rows < x.shape[1]:
+    if rows.products < x.shape[1]:
         return _read_layer_in_chunks(layer, x, lengths, rows, score_rows, sliding_window)
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     query, key, value = layer.before_attention(x, positions)
@@ -71,61 +82,69 @@ def _read_layer(layer: LlamaLayer, x, lengths, rows, score_rows, sliding_window)
     return layer.after_attention(x, attention), key, value, scores, queries
 
 
-def _read_layer_in_chunks(layer: LlamaLayer, x, lengths, rows, score_rows, sliding_window):
+def _read_layer_in_chunks(layer: LlamaLayer, x, lengths, rows: Chunks, score_rows, sliding_window):
     b, tokens, _ = x.shape
     config = layer.config
-    starts = jnp.arange(0, tokens, rows)
+    heads, head_size = config.num_kv_heads, config.head_dim
+    pieces = jnp.arange(0, rows.attention, rows.products)
 
-    def chunk_of(x, start):
-        positions = jnp.broadcast_to(start + jnp.arange(rows), (b, rows))
-        return jax.lax.dynamic_slice_in_dim(x, start, rows, axis=1), positions
+    def rows_of(whole, start):
+        return jax.lax.dynamic_slice_in_dim(whole, start, rows.products, axis=1)
 
     def put(whole, part, start):
         return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, axis=1)
 
-    def remember(keys_and_values, start):
-        part, positions = chunk_of(x, start)
-        _, *new = layer.before_attention(part, positions)
-        # Zeros instead of padding: the attention then needs no lengths of keys, and makes no cleaned copy.
-        present = (positions < lengths[:, None])[..., None, None]
-        return [put(whole, jnp.where(present, y, 0), start) for whole, y in zip(keys_and_values, new)], None
-
-    empty = jnp.zeros((b, tokens, config.num_kv_heads, config.head_dim), x.dtype)
-    (key, value), _ = jax.lax.scan(remember, [empty, empty], starts)
-
-    def attend(query, start, counts, score_rows):
+    def attend(query, key, value, first, counts, score_rows):
+        # Keys after a chunk's rows are zeros so far, and causal attention does not look at them.
         return two_pass_attention(
             query,
             key,
             value,
             query_lengths=counts,
-            query_offset=jnp.broadcast_to(start, (b,)).astype(jnp.int32),
+            query_offset=jnp.broadcast_to(first, (b,)).astype(jnp.int32),
             score_rows=score_rows,
             sliding_window=sliding_window,
         )
 
-    scores = jnp.zeros((b, config.num_kv_heads, tokens), jnp.float32)
-    if score_rows not in ("all", 0):
-        # The last rows of each sequence may lie in different chunks: they are asked on their own.
+    def chunk(state, first):
+        x, key, value, scores, queries = state
+
+        def before(state, start):
+            query, key, value, queries = state
+            positions = jnp.broadcast_to(first + start + jnp.arange(rows.products), (b, rows.products))
+            present = positions < lengths[:, None]
+            new = layer.before_attention(rows_of(x, first + start), positions)
+            queries = queries.join(QueryStatistics.of(new[0], heads, present))
+            # Zeros instead of padding: the attention then needs no lengths of keys, and makes no cleaned copy.
+            new = [jnp.where(present[..., None, None], y, 0) for y in new]
+            key, value = (put(whole, y, first + start) for whole, y in zip((key, value), new[1:]))
+            return (put(query, new[0], start), key, value, queries), None
+
+        query = jnp.zeros((b, rows.attention, config.num_heads, head_size), x.dtype)
+        (query, key, value, queries), _ = jax.lax.scan(before, (query, key, value, queries), pieces)
+        counts = jnp.clip(lengths - first, 0, rows.attention)
+        attention, received, _ = attend(query, key, value, first, counts, "all" if score_rows == "all" else 0)
+
+        def after(x, start):
+            part = layer.after_attention(rows_of(x, first + start), rows_of(attention, start))
+            return put(x, part, first + start), None
+
+        x, _ = jax.lax.scan(after, x, pieces)
+        return (x, key, value, scores + received, queries), None
+
+    last = score_rows not in ("all", 0)
+    if last:  # each sequence's last rows may lie in different chunks: they are asked on their own, when all keys exist
         first = jnp.maximum(lengths - score_rows, 0)
         positions = first[:, None] + jnp.arange(score_rows)
-        last = jnp.take_along_axis(x, positions[..., None], axis=1, mode="clip")
-        query, _, _ = layer.before_attention(last, positions)
-        _, scores, _ = attend(query, first, jnp.minimum(lengths, score_rows), "all")
+        their_x = jnp.take_along_axis(x, positions[..., None], axis=1, mode="clip")
+        their_query, _, _ = layer.before_attention(their_x, positions)
 
-    def work(state, start):
-        x, scores, queries = state
-        part, positions = chunk_of(x, start)
-        query, _, _ = layer.before_attention(part, positions)
-        counts = jnp.clip(lengths - start, 0, rows)
-        attention, received, _ = attend(query, start, counts, "all" if score_rows == "all" else 0)
-        more = QueryStatistics.of(query, config.num_kv_heads, positions < lengths[:, None])
-        x = put(x, layer.after_attention(part, attention), start)
-        return (x, scores + received, queries.join(more)), None
-
-    shape = b, config.num_kv_heads, config.head_dim
-    queries = QueryStatistics(jnp.zeros(shape), jnp.zeros((*shape, config.head_dim)))
-    (x, scores, queries), _ = jax.lax.scan(work, (x, scores, queries), starts)
+    empty = jnp.zeros((b, tokens, heads, head_size), x.dtype)
+    queries = QueryStatistics(jnp.zeros((b, heads, head_size)), jnp.zeros((b, heads, head_size, head_size)))
+    state = x, empty, empty, jnp.zeros((b, heads, tokens), jnp.float32), queries
+    (x, key, value, scores, queries), _ = jax.lax.scan(chunk, state, jnp.arange(0, tokens, rows.attention))
+    if last:
+        _, scores, _ = attend(their_query, key, value, first, jnp.minimum(lengths, score_rows), "all")
     return x, key, value, scores, queries
 
 
@@ -181,9 +200,9 @@ def _shrink(layer: LayerCache, like) -> LayerCache:
 
 
 @functools.partial(jax.jit, static_argnames="rows")
-def _embed(model: Llama, tokens, rows):
-    """Embeddings, padded to whole chunks of `rows`."""
-    return model.embed(jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % rows))))
+def _embed(model: Llama, tokens, rows: Chunks):
+    """Embeddings, padded to whole chunks."""
+    return model.embed(jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % rows.attention))))
 
 
 @jax.jit

@@ -1,6 +1,10 @@
 """The end-to-end benchmark at a size for CPUs: its synthetic caches, its rows, and what is made of them."""
 
 import json
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import chex
 import jax
@@ -9,7 +13,7 @@ import pytest
 from flax import nnx
 from models import CONFIG, METHODS
 
-from minikv_jax import ConfigError, prefill
+from minikv_jax import ConfigError, MiniKVError, prefill
 from minikv_jax.bench import e2e, tables
 from minikv_jax.models.llama import Llama
 from minikv_jax.models.shapes import SHAPES
@@ -24,7 +28,8 @@ def test_a_synthetic_cache_is_like_a_real_one(method):
     config = METHODS[method].replace(prompt_capacity=40, generated_capacity=20)
     model = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
     _, real = prefill(model, jnp.zeros((2, 40), jnp.int32), jnp.array([40, 40]), config)
-    made = e2e.synthetic_cache(model, config, 2, 40)
+    shapes = e2e.cache_shapes(model, config, 2, 40)
+    made = e2e.synthetic_cache(shapes, e2e.cache_counters(model.config, config, 2, 40))
     chex.assert_trees_all_equal_shapes_and_dtypes(made, real)
     counters = [[x for x in jax.tree.leaves(cache) if x.ndim == 1] for cache in (made, real)]
     chex.assert_trees_all_equal(*counters)
@@ -34,11 +39,51 @@ def test_a_synthetic_cache_is_like_a_real_one(method):
 @pytest.mark.slow
 def test_a_case_gives_the_figures_of_its_parts(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", TINY)
-    row = e2e.measure(e2e.Case("tiny", "minikv", 2, 200, ("decode", "prefill"), steps=3))
+    case = e2e.Case("tiny", "minikv", 2, 200, ("decode", "prefill"), steps=3)
+    row = e2e.rehearse(case)
+    assert row["decode_compile_s"] > row["decode_lower_s"] > 0 and row["prefill_compile_s"] > 0
+    turns = []
+    row = e2e.measure(case, lambda: turns.append(1))
     assert row["tokens_per_s"] == pytest.approx(2e3 / row["step_ms"]) and row["ttft_s"] > 0
-    assert 0 < row["compression_share"] < 1 and row["decode_compile_s"] > row["decode_lower_s"] > 0
+    assert 0 < row["compression_share"] < 1 and turns == [1]
     assert row["weights_bytes"] - row["weights_read_bytes"] == 2 * TINY.vocab_size * TINY.hidden_size
     assert row["planned_bytes"] > row["weights_bytes"] + row["cache_bytes"]
+
+
+def child(program: str, turn=None) -> dict:
+    return e2e._child(["-c", program], os.environ, threading.Lock() if turn is None else turn)
+
+
+def test_a_process_waits_for_its_turn():
+    turn = threading.Lock()
+    program = "print('noise'); print('ready', flush=True); input(); print(); print('{\"x\": 1}')"
+    with turn, ThreadPoolExecutor(1) as pool:
+        row = pool.submit(child, program, turn)
+        time.sleep(0.3)
+        assert not row.done()
+        turn.release()
+        assert row.result()["x"] == 1 and 0 < row.result()["gpu_s"] < 10
+        turn.acquire()
+
+
+@pytest.mark.parametrize("program", ["raise SystemExit('too big')", "print('ready', flush=True); input(); 1 / 0"])
+def test_a_process_that_fails_says_why_and_ends_its_turn(program):
+    turn = threading.Lock()
+    assert any(reason in child(program, turn)["failed"] for reason in ("too big", "ZeroDivisionError"))
+    assert not turn.locked()
+
+
+def test_without_a_gpu_nothing_is_started(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(MiniKVError, match="JAX sees none"):
+        e2e.run(tmp_path / "e2e.json", jobs=1)
+
+
+def test_layers_that_are_alike_share_their_memory():
+    model = e2e.random_model(TINY, alike=True)
+    chex.assert_trees_all_equal_shapes_and_dtypes(model, e2e.model_shapes(TINY))
+    assert model.layers[0].gate[...] is model.layers[1].gate[...]
+    assert e2e.random_model(TINY).layers[0].gate[...] is not e2e.random_model(TINY).layers[1].gate[...]
 
 
 def test_what_fits_is_counted_in_bytes():
@@ -58,7 +103,8 @@ def results(folder):
         for case in ("llama3-8b-B8-S32768", "llama3-8b-S32768-largest")
         for method, ms, peak in (("full", 20.0, 2**36), ("minikv", 8.0, 2**35))
     ]  # fmt: skip
-    rows[1]["kernels"] = [{"kernel": "gemm", "calls": 225.0, "us": 6000.0}, {"kernel": "others", "calls": 9, "us": 8.0}]
+    gemm = {"kernel": "gemm", "calls": 225.0, "us": 6000.0, "bytes": 2_700_000_000}
+    rows[1]["kernels"] = [gemm, {"kernel": "others", "calls": 9, "us": 8.0}]
     rows.append({"case": rows[0]["case"], "method": "mikv", "implementation": "minikv_jax", "failed": "Error: too big"})
     rows = [e2e.finish(row, rows, 2.7e12) for row in rows]
     path = folder / "e2e.json"
@@ -77,7 +123,7 @@ def test_rows_are_compared_with_the_full_cache(tmp_path):
 def test_results_become_a_table_and_a_picture(tmp_path):
     path, _ = results(tmp_path)
     text = tables.e2e(tmp_path)
-    assert "2.50" in text and "gemm" in text and "mikv" not in text
+    assert "2.50" in text and "gemm" in text and "1,000 µs" in text and "mikv" not in text
     e2e.main(["--plot", str(path), str(tmp_path / "e2e.png")])
     assert (tmp_path / "e2e.png").read_bytes().startswith(b"\x89PNG")
 
@@ -86,3 +132,22 @@ def test_cases_are_chosen_by_what_their_label_holds(tmp_path):
     with pytest.raises(ConfigError, match="names no case"):
         e2e.run(tmp_path / "e2e.json", ["no such case"])
     assert len({(case.name, case.method, case.parts) for case in e2e.CASES}) == len(e2e.CASES)
+
+
+def test_bytes_of_products_are_read_from_the_program():
+    text = """
+  %p.1 = bf16[8,64]{1,0} parameter(0)
+  %weights = bf16[64,256]{1,0} get-tuple-element(%p), index=1
+  %gemm_fusion_dot.7 = bf16[8,256]{1,0} fusion(%p.1, %weights), kind=kCustom, calls=%gemm_fusion_dot.7_computation
+  %add = bf16[8,256]{1,0} fusion(%p.1), kind=kLoop"""
+    assert e2e.product_bytes(text) == {"gemm_fusion_dot_7": 2 * (8 * 64 + 64 * 256 + 8 * 256)}
+
+
+def test_a_part_that_fails_leaves_the_others_figures():
+    old = {"case": "llama3-8b-B8-S32768", "method": "full", "shape": {"B": 8}, "step_ms": 9.0}
+    first = {"case": "llama3-8b-B8-S32768", "method": "minikv", "failed": "no"}
+    rows = e2e._merged([old], first)
+    assert rows == [first, old]  # in the table's order
+    rows = e2e._merged(rows, {"case": old["case"], "method": "full", "failed": "too big"})
+    assert rows[1] == old | {"failed_part": "too big"}
+    assert e2e._merged(rows, old | {"step_ms": 8.0})[1] == old | {"step_ms": 8.0}

@@ -30,7 +30,7 @@ from minikv_jax import (
     presets,
 )
 from minikv_jax.cache import QueryStatistics, Shape
-from minikv_jax.generate import _compress, sample, stream
+from minikv_jax.generate import _chunk_rows, _compress, sample, stream
 from minikv_jax.models.llama import Llama
 
 MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
@@ -278,11 +278,25 @@ def test_every_kind_of_model_runs_every_kind_of_cache(architecture, method):
     assert np.abs(logits - expected).max() < tolerance
 
 
-@pytest.mark.parametrize("method", ["minikv", "snapkv", pytest.param("mikv", marks=pytest.mark.slow)])
-def test_a_prompt_read_in_chunks_of_rows_is_the_prompt(method, monkeypatch):
+def in_chunks_of(monkeypatch, rows: int, attended: int):
+    """Reads prompts in pieces of so many rows, and so many in a call of attention."""
+    for name, value in (("_ROWS", rows), ("_ATTENDED_ROWS", attended)):
+        monkeypatch.setattr(sys.modules["minikv_jax.generate"], name, value)
+
+
+@pytest.mark.parametrize(
+    ("method", "attended"),
+    [
+        ("minikv", 128),
+        ("minikv", 512),
+        ("snapkv", 256),
+        *(pytest.param("mikv", n, marks=pytest.mark.slow) for n in (128, 512)),
+    ],
+)
+def test_a_prompt_read_in_chunks_of_rows_is_the_prompt(method, attended, monkeypatch):
     text, lengths, later, config = tokens(3, 300), jnp.array([300, 40, 131]), tokens(3, 4), METHODS[method]
     whole, _ = follow(config, text, lengths, later)
-    monkeypatch.setattr(sys.modules["minikv_jax.generate"], "_ROWS", 3 * 128)
+    in_chunks_of(monkeypatch, 3 * 128, 3 * attended)
     in_chunks, _ = follow(config, text, lengths, later)
     assert nearly_equal(whole, in_chunks)
     np.testing.assert_allclose(whole[:, 0], in_chunks[:, 0], atol=2e-5)
@@ -291,7 +305,7 @@ def test_a_prompt_read_in_chunks_of_rows_is_the_prompt(method, monkeypatch):
 def test_logits_everywhere_are_the_same_in_chunks_of_rows(monkeypatch):
     model, text = Llama(CONFIG.replace(sliding_window=50), rngs=nnx.Rngs(params=0)), tokens(1, 300)
     whole = forward(model, text, jnp.array([290]))[:, :290]
-    monkeypatch.setattr(sys.modules["minikv_jax.generate"], "_ROWS", 128)
+    in_chunks_of(monkeypatch, 128, 256)
     np.testing.assert_allclose(whole, forward(model, text, jnp.array([290]))[:, :290], atol=2e-5)
 
 
@@ -342,3 +356,12 @@ generate(MODEL, tokens(1, 40), jnp.array([40]), METHODS["minikv"], 4)[0].block_u
         subprocess.run([sys.executable, "-c", program], env=os.environ | settings, check=True)
         programs.append({path.name for path in tmp_path.iterdir() if path.name.endswith("-cache")})
     assert programs[0] == programs[1] and len(programs[0]) > 5
+
+
+@given(batch=st.integers(1, 64), tokens=st.integers(1, 400_000))
+def test_chunks_cover_a_prompt_with_little_padding(batch, tokens):
+    chunks = _chunk_rows(batch, tokens)
+    assert chunks.attention % chunks.products == 0
+    assert -tokens % chunks.attention <= 128 * -(-tokens // chunks.products)
+    assert chunks.products <= max(4096 // batch, 128)
+    assert chunks.attention <= max((1 << 15) // batch, 128) + 128 * (chunks.attention // chunks.products)

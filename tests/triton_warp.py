@@ -136,6 +136,8 @@ def _instructions(shared):
 
     return {
         "limit_registers": lambda count: None,
+        "read": lambda pointer, valid: _load(pointer, _lanes(valid)),
+        "write": lambda pointer, x, valid: _store(pointer, x, valid),
         "ring": shared.reserve,
         "copy16": shared.copy,
         "close_group": shared.close,

@@ -1,6 +1,6 @@
 """Decode attention over packed caches beside cuDNN in bfloat16 and XLA, in one run on one GPU.
 
-    minikv bench decode --out FILE [--only CASE ...]
+    minikv bench decode --out FILE
 
 `us` is device time: the sum of the durations of all kernels of one call, the merge of the splits included, by the
 profiler. `chained_us`, where present, is a call's share of a chain of 32 inside one jit and holds launch gaps too:
@@ -8,7 +8,7 @@ where a call is shorter than its launch takes the host, that figure is the host'
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from minikv_jax.bench.timing import copy_bandwidth, device_seconds, kernel_seconds, write_results
-from minikv_jax.errors import ConfigError
 from pallas_kernels.packed_decode.api import Part, decode_attention, packed_decode_attention
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 
@@ -152,8 +151,8 @@ def dense_seconds(case: Case, chained: bool) -> dict:
     return row
 
 
-def rows(bandwidth: float, cases: Sequence[Case]):
-    """All rows of some cases, one at a time."""
+def rows(bandwidth: float):
+    """All rows, one at a time."""
 
     def finish(case, method, row, baseline, form=None):
         shape = {"B": case.batch, "S": case.length, "N": case.kv_heads * case.group, "K": case.kv_heads, "H": _HEAD}
@@ -167,7 +166,7 @@ def rows(bandwidth: float, cases: Sequence[Case]):
         out["share_of_bandwidth"] = row["bytes"] / (row["us"] * 1e-6) / bandwidth
         return {key: round(x, 4) if isinstance(x, float) else x for key, x in out.items()}
 
-    for case in cases:
+    for case in (*CASES, *SHORT):
         full = case in CASES
         baseline = baseline_seconds(case, chained=full)
         yield finish(case, "cudnn", baseline, baseline)
@@ -190,18 +189,13 @@ def _elements(case: Case) -> int:
     return case.batch * case.kv_heads * _HEAD
 
 
-def run(out: Path, only: Sequence[str] = ()) -> None:
-    """Measures all cases, or the `only` ones, and writes `out` after every row: a run cut short leaves what it has."""
-    cases = [case for case in (*CASES, *SHORT) if not only or case.name in only]
-    if len(cases) < len(only):
-        names = ", ".join(case.name for case in (*CASES, *SHORT))
-        raise ConfigError(f"No case of bench decode is called {', '.join(only)}: there are {names}.")
+def run(out: Path) -> None:
+    """Measures everything and writes `out` after every row, so that a run cut short leaves what it has."""
     bandwidth = copy_bandwidth()
     done = []
-    command = " ".join([f"minikv bench decode --out {out}", *(f"--only {name}" for name in only)])
-    for row in rows(bandwidth, cases):
+    for row in rows(bandwidth):
         done.append(row)
         note = {"copy_bandwidth": bandwidth, "timing": "sum of kernel durations, inputs rotating beyond the cache"}
-        write_results(out, "decode", command, time.strftime("%Y-%m-%d"), done, **note)
+        write_results(out, "decode", f"minikv bench decode --out {out}", time.strftime("%Y-%m-%d"), done, **note)
         print(f"{row['case']:28} {row['implementation']:10} {row.get('format', 'bfloat16'):52}"
               f"{row['us']:9.1f} us {row['speedup']:6.2f}x {row['share_of_bandwidth']:6.1%}", flush=True)  # fmt: skip

@@ -132,8 +132,11 @@ def e2e(folder: Path) -> str:
         ("times `full`", lambda row: f"{row.get('speedup_vs_full') or row['throughput_vs_full']:.2f}"),
         ("first token", lambda row: f"{row['ttft_s']:.2f} s"),
         ("peak", lambda row: f"{row['peak_bytes'] / 2**30:.1f} GiB"),
+        ("peak / planned", lambda row: f"{row['peak_over_planned']:.2f}"),
         ("cache", lambda row: f"{row['cache_bytes'] / 2**30:.2f} GiB"),
     )
+    bandwidths = sorted({round(row.get("copy_bandwidth", results["copy_bandwidth"]) / 1e12, 2) for row in good})
+    bandwidths = bandwidths[:: max(len(bandwidths) - 1, 1)]  # the ends
     rows = []
     for row in good:
         shape = row["shape"]
@@ -147,27 +150,40 @@ def e2e(folder: Path) -> str:
         rows.append([name, f"`{row['method']}`", *cells])
     text = (
         "Random weights in bfloat16, the real decode loop with sampling; prompts are not counted as throughput, and "
-        "the caches decoded from are synthetic. The floor is what a step must read over the bandwidth of a copy, "
-        f"{results['copy_bandwidth'] / 1e12:.2f} TB/s. {_source(results)}\n\n"
+        "the caches decoded from are synthetic. The floor is what a step must read over the bandwidth of a copy in the "
+        f"same run, {' to '.join(f'{x:.2f}' for x in bandwidths)} TB/s. Planned are weights, exact cache, one layer's "
+        f"keys and values in bfloat16 and 256 MiB.{_compiling(good)} {_source(results)}\n\n"
         + _table(["model: batch x prompt", "method", *(title for title, _ in columns)], rows)
     )
     for row in good:
         if "kernels" in row and row["method"] == "minikv":
-            text += f"\n\n{_kernels(row, results['copy_bandwidth'])}"
+            text += f"\n\n{_kernels(row, row.get('copy_bandwidth', results['copy_bandwidth']))}"
     return text
 
 
+def _compiling(rows: Sequence[dict]) -> str:
+    """The longest times to compile."""
+    longest = [max((row[f"{part}_compile_s"] for row in rows if f"{part}_compile_s" in row), default=0)
+               for part in ("prefill", "decode")]  # fmt: skip
+    return (
+        f" Compiling took at most {longest[0]:.1f} s (prompt) and {longest[1]:.1f} s (decode)." if all(longest) else ""
+    )
+
+
 def _kernels(row: dict, bandwidth: float) -> str:
-    """Where one step's device time goes, beside the floors of its two streams of bytes."""
+    """Where one step's device time goes, beside the floors of what reads much."""
     total = sum(x["us"] for x in row["kernels"])
     floors = [1e6 * row[name] / bandwidth for name in ("weights_read_bytes", "cache_bytes")]
     title = (
         f"Device time of one step of `{row['method']}`, {row['shape']['B']} x {row['shape']['S']:,}: {total:,.0f} µs "
         f"in kernels. All weight products have a floor of {floors[0]:,.0f} µs, reading the cache {floors[1]:,.0f} µs."
     )
-    rows = [[f"`{x['kernel']}`", f"{x['calls']:g}", f"{x['us']:,.0f} µs", f"{x['us'] / total:.0%}"]
-            for x in row["kernels"][:12]]  # fmt: skip
-    return f"{title}\n\n{_table(['kernel', 'calls', 'time', 'share'], rows)}"
+    rows = []
+    for x in row["kernels"][:12]:
+        size = row["cache_bytes"] if x["kernel"] == "decode_kernel" else x.get("bytes")
+        floor = f"{1e6 * size / bandwidth:,.0f} µs" if size else "-"
+        rows.append([f"`{x['kernel']}`", f"{x['calls']:g}", f"{x['us']:,.0f} µs", floor, f"{x['us'] / total:.0%}"])
+    return f"{title}\n\n{_table(['kernel', 'calls', 'time', 'floor', 'share'], rows)}"
 
 
 def quality(folder: Path) -> str:

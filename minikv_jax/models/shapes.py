@@ -8,7 +8,9 @@ SHAPES: dict[str, ModelConfig] = {
     "llama2-7b": ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, max_position_embeddings=4096),
     "llama3-8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 5e5, max_position_embeddings=131072),
     "mistral-7b": ModelConfig(32000, 4096, 14336, 32, 32, 8, 128, 1e6, max_position_embeddings=32768),
-    "qwen2.5-1.5b": ModelConfig(151936, 1536, 8960, 28, 12, 2, 128, 1e6, max_position_embeddings=32768),
+    "qwen2.5-1.5b": ModelConfig(151936, 1536, 8960, 28, 12, 2, 128, 1e6, max_position_embeddings=32768).replace(
+        tie_word_embeddings=True, query_key_value_bias=True
+    ),
 }
 
 

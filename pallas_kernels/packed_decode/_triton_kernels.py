@@ -75,6 +75,44 @@ def warp_barrier(lane):
     tl.inline_asm_elementwise("bar.warp.sync -1; mov.u32 $0, 0;", "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1)
 
 
+@triton.constexpr_function
+def read_text(bits):
+    return f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b{bits} $0, 0; @p ld.global.b{bits} $0, [$1]; }}"
+
+
+@triton.jit
+def read(pointer, valid):
+    """Numbers of 16 or 32 bits from global memory, 0 where not `valid`.
+
+    As `tl.load`, and as `write` is `tl.store`, but out of sight of the compiler's search for layouts in which accesses
+    coalesce: it looks at the whole kernel once for each of them, which was two thirds of the time to compile, and a
+    warp with one element a lane has no choice of layouts.
+    """
+    BITS: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth
+    x = tl.inline_asm_elementwise(
+        read_text(BITS),
+        "=r,l,r" if BITS == 32 else "=h,l,r",
+        [pointer.to(tl.int64), valid.to(tl.int32)],
+        dtype=tl.int32 if BITS == 32 else tl.int16,
+        is_pure=False,
+        pack=1,
+    )
+    return x.to(pointer.dtype.element_ty, bitcast=True)
+
+
+@triton.jit
+def write(pointer, x, valid):
+    """Writes float32 to global memory where `valid`; see `read`."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,f,r",
+        [pointer.to(tl.int64), x, valid.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit
 def load1(address):
     return tl.inline_asm_elementwise(
@@ -642,7 +680,7 @@ def store_logits(logits, to, rows, row_size, left, g, NARROW: tl.constexpr):
         for b in tl.static_range(2):
             token = 32 * (tile // 2) + row_of(g, tile % 2, b, NARROW)
             for i in tl.static_range(2):
-                tl.store(to + i * row_size + token, logits[4 * tile + 2 * b + i], mask=(token < left) & (i < rows))
+                write(to + i * row_size + token, logits[4 * tile + 2 * b + i], (token < left) & (i < rows))
 
 
 @triton.jit
@@ -771,7 +809,7 @@ def load_queries(q, row, t, valid, UNIT: tl.constexpr, H: tl.constexpr):
     x = ()
     largest = tl.zeros([32], tl.float32)
     for i in tl.static_range(H // 4):
-        y = tl.load(q + row + 64 * (i // 16) + 16 * t + i % 16, mask=valid, other=0.0).to(tl.float32)
+        y = read(q + row + 64 * (i // 16) + 16 * t + i % 16, valid).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(y))
         x = x + (y,)
     lane = tl.arange(0, 32)
@@ -897,16 +935,16 @@ def decode_kernel(
                     zero = shuffle(zero, t + 4 * ((16 * tile // VGROUP) * 8 // VGROUPS))
                 for b in tl.static_range(2):
                     x = (acc[tile][2 * b + i] * 16777216.0 + zero) * (to_maximum[i] * UNIT)
-                    tl.store(out + base + 16 * tile + 8 * b + g, x, mask=query < rows)
+                    write(out + base + 16 * tile + 8 * b + g, x, query < rows)
         sums = (sums[0], sums[1], sums[2] * to_maximum[0], sums[3] * to_maximum[1])
     else:
         for i in tl.static_range(H // 4):
             empty_row = first_row + i // (H // 32)
             nowhere = ((head * splits + split) * rows + empty_row).to(tl.int64) * H + 32 * (i % (H // 32))
-            tl.store(out + nowhere + lane, nil, mask=empty_row < rows)
+            write(out + nowhere + lane, nil, empty_row < rows)
 
     for i in tl.static_range(2):
         query = first_row + 2 * t + i
         place = ((head * splits + split) * rows + query) * 2
-        tl.store(stats + place, maximum[i], mask=(query < rows) & (g == 0))
-        tl.store(stats + place + 1, sums[2 + i], mask=(query < rows) & (g == 0))
+        write(stats + place, maximum[i], (query < rows) & (g == 0))
+        write(stats + place + 1, sums[2 + i], (query < rows) & (g == 0))
