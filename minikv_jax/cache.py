@@ -184,8 +184,8 @@ def compress(
     friendliness = _friendliness(key, value, present, config) if config.rank.attention_weight < 1 else None
     kept = jnp.minimum(budget.total, lengths)
     if config.selects or config.evict != "never" or config.retained is not None:
-        best_first = _order(scores, friendliness, present, lengths, budget, config)
-        rows = rank.in_text_order(best_first, jnp.zeros_like(kept), kept, min(shape.segment, tokens), tokens)
+        chosen = _best(scores, friendliness, present, lengths, budget, kept, config)
+        rows = rank.in_text_order(chosen, min(shape.segment, tokens))
         first_key, first_value = _gather(key, rows), _gather(value, rows)
     else:
         rows, first_key, first_value = None, key, value
@@ -201,7 +201,7 @@ def compress(
         row = jnp.where(row < sinks, row, row + whole[:, None, None])
         window = DenseSegment(*(_gather(x, row).astype(dtype) for x in (first_key, first_value)), kept - whole)
     if config.retained is not None:
-        rest = rank.in_text_order(best_first, kept, lengths, min(max(shape.retained, 1), tokens), tokens)
+        rest = rank.in_text_order(present & ~chosen, min(max(shape.retained, 1), tokens))
         retained = segments.build(
             config.retained, _gather(key, rest), _gather(value, rest), lengths - kept, shape.retained, dtype, balance
         )
@@ -251,14 +251,13 @@ def _gather(x: Float[Array, "B K T H"], rows: Int[Array, "B K R"]) -> Float[Arra
     return jnp.take_along_axis(x, rows[..., None], axis=2, mode="fill", fill_value=0)
 
 
-def _order(scores, friendliness, present, lengths, budget: Budget, config: CacheConfig) -> Int[Array, "B K T"]:
-    tokens = scores.shape[-1]
+def _best(scores, friendliness, present, lengths, budget: Budget, kept, config: CacheConfig) -> Bool[Array, "B K T"]:
     if friendliness is not None:
-        candidates = present & (jnp.arange(tokens) < (lengths - budget.recent)[:, None])[:, None]
+        candidates = present & (jnp.arange(scores.shape[-1]) < (lengths - budget.recent)[:, None])[:, None]
         protected = _protected(lengths, budget, config)
         weight = config.rank.attention_weight
         scores = rank.mix(scores, friendliness, candidates, jnp.broadcast_to(present, scores.shape), protected, weight)
-    return rank.order(scores, lengths, budget.recent, config.allocation.sinks, tokens)
+    return rank.best(scores, lengths, budget.recent, config.allocation.sinks, kept)
 
 
 def _protected(lengths, budget: Budget, config: CacheConfig) -> Int[Array, "B"]:

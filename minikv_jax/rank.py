@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minikv_jax.config import Rank
 
@@ -61,29 +61,46 @@ def mix(
     return jnp.where(place < protected[:, None, None], 2.0, mixed)
 
 
-def order(
+def best(
     scores: Float[Array, "B K T"],
     lengths: Int[Array, "B"],
     recent: Int[Array, "B"],
     sinks: int,
-    most: int,
-) -> Int[Array, "B K most"]:
-    """The best `most` positions, best first: sinks and recent tokens, then by score (equal scores: the earlier token).
-
-    Positions past a prompt's end come last.
-    """
+    count: Int[Array, "B"],
+) -> Bool[Array, "B K T"]:
+    """The `count` <= lengths tokens to keep: sinks and recent ones, then by score (equal scores: the earlier token)."""
     position = jnp.arange(scores.shape[-1])
     always = (position < sinks) | (position >= (lengths - recent)[:, None])
     priority = jnp.where(always[:, None], jnp.inf, scores)
     priority = jnp.where((position < lengths[:, None])[:, None], priority, -jnp.inf)
-    return jax.lax.top_k(priority, most)[1]
+    keys = _sortable(priority)
+    count = count[:, None, None]
+    last = _largest(keys, count)[..., None]
+    above, equal = keys > last, keys == last
+    missing = count - above.sum(axis=-1, keepdims=True)
+    return above | (equal & (jnp.cumsum(equal, axis=-1) <= missing))
 
 
-def in_text_order(
-    best_first: Int[Array, "B K most"], first: Int[Array, "B"], last: Int[Array, "B"], capacity: int, tokens: int
-) -> Int[Array, "B K capacity"]:
-    """Places `first` <= i < `last` of an order, sorted by position. Entries past them hold `tokens`, which is none."""
-    place = jnp.arange(best_first.shape[-1])
-    chosen = (place >= first[:, None, None]) & (place < last[:, None, None])
-    rows = jnp.sort(jnp.where(chosen, best_first, tokens), axis=-1)[..., :capacity]
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, capacity - rows.shape[-1])), constant_values=tokens)
+def _sortable(x: Float[Array, "B K T"]) -> UInt32[Array, "B K T"]:
+    """Integers in the order of float32 numbers; NaN beyond infinity."""
+    x = jnp.where(x == 0, 0.0, x.astype(jnp.float32))  # one zero
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest(keys: UInt32[Array, "B K T"], count: Int[Array, "B 1 1"]) -> UInt32[Array, "B K"]:
+    """The key that `count` keys reach or exceed. Found digit by digit: eight times counting where a sort moves all."""
+    found = jnp.zeros(keys.shape[:-1], jnp.uint32)
+    for shift in range(28, -4, -4):
+        steps = found[..., None] | (jnp.arange(1, 16, dtype=jnp.uint32) << shift)
+        reached = (keys[:, :, None] >= steps[..., None]).sum(axis=-1) >= count
+        found |= reached.sum(axis=-1).astype(jnp.uint32) << shift
+    return found
+
+
+def in_text_order(chosen: Bool[Array, "B K T"], capacity: int) -> Int[Array, "B K capacity"]:
+    """Positions of the chosen tokens, in order. Entries past them hold T, which is none."""
+    tokens = chosen.shape[-1]
+    place = jnp.where(chosen, jnp.cumsum(chosen, axis=-1) - 1, capacity)
+    write = jax.vmap(jax.vmap(lambda rows, place: rows.at[place].set(jnp.arange(tokens), mode="drop")))
+    return write(jnp.full((*chosen.shape[:-1], capacity), tokens), place)

@@ -52,12 +52,13 @@ def test_pyramidkv_budgets_are_the_references(length, budget, layers):
 )
 def test_selection_is_sinks_recent_tokens_and_the_best_others(seed, length, heavy, recent, sinks):
     recent = min(recent, length)
-    scores = np.random.default_rng(seed).random((1, 2, 64)).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    scores = rng.random((1, 2, 64)).astype(np.float32)
+    scores[0, 1] = rng.choice(np.array([-0.0, 0.0, 1e-30, 1.0, 1e30, -2.0], np.float32), 64)  # ties of every size
     always = set(range(min(sinks, length))) | set(range(length - recent, length))
     total = min(len(always) + heavy, length)
-    best_first = rank.order(jnp.asarray(scores), jnp.array([length]), jnp.array([recent]), sinks, 64)
-    rows = rank.in_text_order(best_first, jnp.array([0]), jnp.array([total]), 80, 64)
-    rest = rank.in_text_order(best_first, jnp.array([total]), jnp.array([length]), 80, 64)
+    chosen = rank.best(jnp.asarray(scores), jnp.array([length]), jnp.array([recent]), sinks, jnp.array([total]))
+    rows, rest = (rank.in_text_order(x, 80) for x in (chosen, ~chosen & (jnp.arange(64) < length)))
     for head in range(2):
         others = sorted(set(range(length)) - always, key=lambda i: (-scores[0, head, i], i))
         expected = sorted([*always, *others[: total - len(always)]])
