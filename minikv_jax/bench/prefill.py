@@ -181,7 +181,8 @@ def run(out: Path) -> None:
         row = rows[-1]
         print(
             f"{case.name:20s} {row['us']:9.0f} us = {row['ratio_to_flash']:.3f} x flash ({row['flash_us']:.0f} us);"
-            f" pass 1 {row['forward_share_of_limit']:.2f}, whole {row['share_of_limit']:.2f} of the matmul rate",
+            f" pass 1 {row['forward_share_of_limit']:.2f}, whole {row['share_of_limit']:.2f} of the matmul rate;"
+            f" memory beyond the output {row['extra_bytes']}, lse and scores {row['lse_and_scores_bytes']} bytes",
             flush=True,
         )
     uniform = next(row for row in rows if row["case"] == "S8192")

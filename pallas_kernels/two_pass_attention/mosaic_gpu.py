@@ -3,9 +3,11 @@
 Why two passes. A flash attention kernel never holds a finished probability: while it walks over the keys, the maximum
 and the sum of a row still change, so it cannot add up what each key received. Pass 1 is therefore an ordinary flash
 forward that also writes the log-sum-exp of every row in float32; pass 2 computes the logits once more, and this time
-every probability is final: p = exp2(logit * log2(e) - lse2).
+every probability is final: p = exp(logit - lse). Between the passes lies one array, the log-sum-exp as the caller gets
+it: [B, T, N], natural. The producer of pass 2 reads a column of it, 4 bytes in every N * 4 (4 KiB of L2 lines beside 32
+KiB of rows), turns it to base 2 and lays it into shared memory, a step or more before it is needed.
 
-Layout. One block of threads is `warpgroups` consumers and one producer that only starts TMA copies:
+Layout. One block of threads is `warpgroups` consumers and one producer that starts TMA copies:
 
     pass 1  one (sequence, query head, tile of rows)        pass 2  one (sequence, query head(s), tile of keys)
 
@@ -36,7 +38,8 @@ Of a large matrix product's rate (790 TFLOP/s, measured) pass 1 reaches 0.69 at 
 pass 2 0.65 and 0.76, cuDNN's flash 0.65 and 0.77: what is missing is products and exponentials waiting for each other.
 
 Edges. TMA fills what lies outside an array with zeros and drops stores there, in whole groups of 8 rows; T and S that
-are no multiple of 8 are padded by the wrapper. Padding may hold NaN: logits outside are replaced, never multiplied.
+are no multiple of 8 are padded by the wrapper. Padding may hold NaN: logits outside are replaced, never multiplied, and
+the one block of values in which a sequence ends is read from a cleaned copy, [B, keys, K, H].
 """
 
 import dataclasses
@@ -72,7 +75,7 @@ class ScoreBlocks:
 
     With `whole_group` a tile of keys is loaded once for all query heads of its group, and nothing is left to add up
     after the kernel; the wrapper turns it on once that leaves enough blocks of threads to fill the GPU evenly.
-    `rows` is a multiple of 32: TMA wants the log-sum-exps of a stage to start at a multiple of 128 bytes.
+    `rows` is a multiple of 64, the rows over which a warpgroup spreads a vector.
     """
 
     warpgroups: int = 4
