@@ -152,6 +152,8 @@ def _high_bytes(words: jax.Array, interpret) -> jax.Array:
     return shifted(words)
 
 
+# Lowering takes seconds: calls outside of a program share theirs.
+@functools.partial(jax.jit, static_argnames=("splits", "blocks", "interpret"))
 def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *, splits: int, blocks: Blocks,
             interpret=None):  # fmt: skip
     """The shares of every sequence.
