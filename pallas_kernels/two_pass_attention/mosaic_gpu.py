@@ -131,6 +131,27 @@ def _index(shape: tuple[int, int], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
+def _store(place, start, end: int, x: jax.Array, smem) -> None:
+    """place(start + i) = x[i] where start + i < end, from registers.
+
+    A store to global memory has no bounds. Nor has a copy of an unswizzled vector: it is no TMA box, and what lies
+    beyond a row of the array goes to the next one. So the last elements, where fewer than x holds, go one by one.
+    """
+    size = x.shape[0]
+
+    @pl.when(start + size <= end)
+    def _():
+        mosaic.store(place(pl.ds(start, size)), x)
+
+    @pl.when((start < end) & (start + size > end))
+    def _():
+        smem[...] = x
+
+        @pl.loop(0, end - start)
+        def _(i):
+            place(start + i)[...] = smem[i]
+
+
 def _forward(
     query, key, value, last_values, extent, *, scale: float, is_causal: bool, blocks: ForwardBlocks, interpret=None
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
@@ -280,19 +301,7 @@ def _forward(
             lse = jnp.where(seen, (maximum + jnp.log2(filled)) / common.LOG2E, -jnp.inf)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, pl.ds(base, rows), h])
-
-            @pl.when(base + rows <= t)
-            def _():
-                lse_ref[b, pl.ds(base, rows), h] = lse
-
-            @pl.when((base < t) & (base + rows > t))
-            def _():  # the last rows one by one: a store to global memory has no bounds
-                lse_smem.at[wg][...] = lse
-
-                @pl.loop(0, t - base)
-                def _(i):
-                    lse_ref[b, base + i, h] = lse_smem[wg, i]
-
+            _store(lambda at: lse_ref.at[b, at, h], base, t, lse, lse_smem.at[wg])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
@@ -436,10 +445,8 @@ def _column_sums(
             sums = lax.fori_loop(0, together, head, _zeros((keys, 8))).sum(axis=1)
             # A key of padding may have been NaN: what it received is dropped, not multiplied by zero.
             column = plgpu.broadcasted_iota(jnp.int32, (keys,), 0, layout=mosaic.ROW_LAYOUT) + base
-            out_smem.at[wg][...] = jnp.where(column < key_length, sums, 0.0)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, h, pl.ds(base, keys)])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            sums = jnp.where(column < key_length, sums, 0.0)
+            _store(lambda at: out_ref.at[b, h, at], base, s, sums, out_smem.at[wg])
 
         def produce():
             plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
