@@ -127,6 +127,13 @@ def test_padding_may_hold_anything(bad):
     assert (np.asarray(dirty[0])[1, 13:] == 0).all() and (np.asarray(dirty[1])[0, :, 21:] == 0).all()
 
 
+def test_a_length_beyond_the_array_means_the_array():
+    q, k, v = draw(7, 2, 24, 30, 4, 2, 64)
+    want = two_pass_attention(q, k, v, score_rows=5)
+    got = two_pass_attention(q, k, v, query_lengths=ints(25, 999), key_value_lengths=ints(31, 999), score_rows=5)
+    compare(got, want, 1e-6)
+
+
 def test_scores_add_up_to_the_rows():
     q, k, v = draw(2, 1, 100, 100, 6, 2, 64)
     _, scores, _ = two_pass_attention(q, k, v)
