@@ -51,8 +51,8 @@ def two_pass_attention(
 
     The score of a key is the sum of its softmax probabilities over the chosen query rows and over the query heads of
     its group (MiniKV, arXiv 2411.18077, Algorithm 1; with the last W rows: SnapKV, arXiv 2404.14469).
-    Rows and columns of padding contribute exactly nothing, whatever they hold. On a GPU no array beside the results grows
-    with T or S, but where one is no multiple of 8 "mosaic_gpu" copies query, key and value into padded arrays.
+    Rows and columns of padding contribute exactly nothing, whatever they hold. On a GPU no array beside the results
+    grows with T or S, but where one is no multiple of 8 "mosaic_gpu" copies query, key and value into padded arrays.
 
     Args:
         query: [B, T, N, H]. Row i of sequence b stands at position `query_offset[b] + i`.
