@@ -590,17 +590,18 @@ def _decode_loop(params, cache, token, key, sampling, max_new_tokens, eos_token_
 
     def step(state, i):
         cache, ended, token = state
+        cache = _counted_in_every_layer(cache)
         # Where all have ended, or past the last token, no sequence has room and the step changes nothing.
         room = jnp.where(ended.all() | (i >= max_new_tokens), 0, cache.room)
         logits, stepped = decode_step(params, dataclasses.replace(cache, room=room), token)
         cache = dataclasses.replace(stepped, room=cache.room - (stepped.lengths - cache.lengths))
         token = jnp.where(ended, token, sample(logits, jax.random.fold_in(key, i), sampling))
-        return (cache, ended | jnp.isin(token, ends), token), token
+        return (_counted_once(cache), ended | jnp.isin(token, ends), token), token
 
-    state = cache, jnp.isin(token, ends), token
+    state = _counted_once(cache), jnp.isin(token, ends), token
     if not eos_token_ids:
         (cache, _, _), tokens = jax.lax.scan(step, state, jnp.arange(1, max_new_tokens))
-        return jnp.concatenate([token[None], tokens]).T, cache
+        return jnp.concatenate([token[None], tokens]).T, _counted_in_every_layer(cache)
 
     chunks = -(-(max_new_tokens - 1) // _STEPS)
     tokens = jnp.zeros((1 + chunks * _STEPS, token.shape[0]), jnp.int32).at[0].set(token)
@@ -616,7 +617,29 @@ def _decode_loop(params, cache, token, key, sampling, max_new_tokens, eos_token_
 
     done, tokens, (cache, _, token) = jax.lax.while_loop(more, chunk, (jnp.int32(1), tokens, state))
     written = jnp.arange(max_new_tokens)[:, None] < done
-    return jnp.where(written, tokens[:max_new_tokens], token).T, cache
+    return jnp.where(written, tokens[:max_new_tokens], token).T, _counted_in_every_layer(cache)
+
+
+def _counted_once(cache: KVCache) -> KVCache:
+    """Without the numbers that sequences have in every layer but the first, where layers keep the same.
+
+    A loop copies each number that it carries once a step: for 32 layers that took as long as attending to a window.
+    """
+    allocation = cache.config.allocation
+    if allocation.pyramid_depth is not None or allocation.pyramid_beta is not None:
+        return cache
+    others = jax.tree.map(lambda x: None if x.ndim == 1 else x, cache.layers[1:])
+    return dataclasses.replace(cache, layers=(cache.layers[0], *others))
+
+
+def _counted_in_every_layer(cache: KVCache) -> KVCache:
+    """What `_counted_once` left out, filled in again."""
+    first, *others = cache.layers
+    others = [
+        jax.tree.map(lambda x, of_first: of_first if x is None else x, layer, first, is_leaf=lambda x: x is None)
+        for layer in others
+    ]
+    return dataclasses.replace(cache, layers=(first, *others))
 
 
 def generate(

@@ -41,3 +41,11 @@ def swizzled(columns: int):
 def loaded(accumulator, in_flight: int) -> jax.Array:
     """The accumulator once at most `in_flight` younger products run. The barrier keeps its uses behind the wait."""
     return lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight))
+
+
+def store(ref, x: jax.Array) -> None:
+    """ref[...] = x for a reference to global memory of any strides."""
+    if hasattr(plgpu, "store"):  # JAX 0.12 wants to hear that lanes need not write whole sectors
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x

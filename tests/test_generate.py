@@ -179,12 +179,20 @@ def test_a_broken_sequence_stays_alone(method):
     np.testing.assert_allclose(together[1][:, columns], alone[0][:, columns], atol=1e-5)
 
 
-def test_generate_is_decode_step_after_decode_step():
-    text, lengths, config = tokens(2, 24), jnp.array([24, 9]), METHODS["minikv"].replace(generated_capacity=40)
+@pytest.mark.parametrize("method", EVERY)
+def test_generate_is_decode_step_after_decode_step(method):
+    text, lengths, config = tokens(2, 24), jnp.array([24, 9]), METHODS[method].replace(generated_capacity=40)
     written, cache = generate(MODEL, text, lengths, config, 30)
-    streamed = np.stack([np.asarray(token) for token, _ in stream(MODEL, text, lengths, config, 30)], 1)
-    np.testing.assert_array_equal(written, streamed)
+    *streamed, (last, after) = stream(MODEL, text, lengths, config, 30)
+    np.testing.assert_array_equal(written, np.stack([token for token, _ in streamed] + [last], 1))
     assert cache.lengths.tolist() == [24 + 29, 9 + 29]
+
+    def counters(cache):
+        return [[x for x in jax.tree.leaves(layer) if x.ndim == 1] for layer in cache.layers]
+
+    chex.assert_trees_all_equal(counters(cache), counters(after))
+    if method not in ("pyramidkv", "minikv_pyramid"):  # the loop counts once for all layers
+        chex.assert_trees_all_equal(*counters(after))
 
 
 @pytest.mark.parametrize("count", [12, 30])

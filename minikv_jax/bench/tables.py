@@ -86,17 +86,26 @@ def cpu(folder: Path) -> str:
 
 
 def prefill(folder: Path) -> str:
-    """Two-pass attention beside cuDNN."""
+    """Two-pass attention beside cuDNN, and what share of a large product's rate each part reaches."""
     path = folder / "prefill.json"
     if not path.exists():
         return _NOT_YET
     results = json.loads(path.read_text(encoding="utf-8"))
     rows = []
     for row in results["rows"]:
+        rate = row["tflops"] / row["share_of_limit"]
         times = [f"{row[name] / 1e3:.2f} ms" for name in ("flash_us", "forward_us", "us")]
-        rows.append([row["case"], *times, f"{row['ratio_to_flash']:.2f}"])
+        parts = (row.get(f"{part}share_of_limit") for part in ("flash_", "forward_", "scores_", ""))
+        shares = ["-" if share is None else f"{share * rate:.0f} ({share:.2f})" for share in parts]
+        rows.append([row["case"], *times, f"{row['ratio_to_flash']:.2f}", *shares])
     header = ["prompt", "cuDNN, no scores", "ours, no scores", "ours, with scores", "with scores / cuDNN"]
-    return f"{_shape(results['rows'][0])}{_source(results)}\n\n{_table(header, rows)}"
+    header += ["TFLOP/s of cuDNN", "of pass 1", "of pass 2", "of both"]
+    title = (
+        f"{_shape(results['rows'][0])}In brackets the share of {rate:.0f} TFLOP/s, the rate of a large bfloat16 "
+        "product; operations are those of the causal half alone, and pass 2 is what scores add. "
+        f"{_source(results)}"
+    )
+    return f"{title}\n\n{_table(header, rows)}"
 
 
 def decode(folder: Path) -> str:

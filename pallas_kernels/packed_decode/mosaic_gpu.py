@@ -34,6 +34,10 @@ stores of probabilities a unit takes about 1700 instructions a warp. The tensor 
 one for values, which it refills as soon as a unit's are read, two programs or three share a processor, and two tiles
 of logits are multiplied at a time.
 
+Measured there (`minikv bench decode`): 8 x 32k tokens in 85 us, three quarters of the copy bandwidth and 4.2 times as
+fast as cuDNN over bfloat16, and 41 us for one sequence; Triton's kernel takes 68 and 16. A unit of 512 tokens is too
+coarse a share of one sequence, and compiling takes five times as long. So `triton` goes first.
+
 More than four query rows of a head take further programs, which unpack the same codes again.
 """
 
@@ -148,6 +152,8 @@ def _high_bytes(words: jax.Array, interpret) -> jax.Array:
     return shifted(words)
 
 
+# Lowering takes seconds: calls outside of a program share theirs.
+@functools.partial(jax.jit, static_argnames=("splits", "blocks", "interpret"))
 def _attend(query, factor, keys: PackedTensor, values: PackedTensor, lengths, *, splits: int, blocks: Blocks,
             interpret=None):  # fmt: skip
     """The shares of every sequence.

@@ -51,14 +51,15 @@ def two_pass_attention(
 
     The score of a key is the sum of its softmax probabilities over the chosen query rows and over the query heads of
     its group (MiniKV, arXiv 2411.18077, Algorithm 1; with the last W rows: SnapKV, arXiv 2404.14469).
-    Rows and columns of padding contribute exactly nothing, whatever they hold.
+    Rows and columns of padding contribute exactly nothing, whatever they hold. On a GPU no array beside the results
+    grows with T or S, but where one is no multiple of 8 "mosaic_gpu" copies query, key and value into padded arrays.
 
     Args:
         query: [B, T, N, H]. Row i of sequence b stands at position `query_offset[b] + i`.
         key: [B, S, K, H]. Column j stands at position j.
         value: [B, S, K, H].
-        query_lengths: [B] real rows; default T.
-        key_value_lengths: [B] real columns; default S.
+        query_lengths: [B] real rows; default T, and more than T means T.
+        key_value_lengths: [B] real columns; default S, and more than S means S.
         query_offset: [B] position of the first row; default 0. With it a prompt is read in chunks.
         scale: of the logits; default H ** -0.5.
         is_causal: a row sees only columns at or before its position.
@@ -82,6 +83,11 @@ def two_pass_attention(
         raise ValueError(f"score_rows={score_rows!r}: give 'all' or a number of rows >= 0.")
     if sliding_window is not None and (sliding_window < 1 or not is_causal):
         raise ValueError(f"sliding_window={sliding_window} needs is_causal=True and at least 1 column.")
+    # Kernels derive addresses from lengths.
+    query_lengths, key_value_lengths = (
+        None if lengths is None else jnp.clip(lengths, 0, x.shape[1])
+        for lengths, x in ((query_lengths, query), (key_value_lengths, key))
+    )
     return first_that_accepts(
         "two_pass_attention",
         _IMPLEMENTATIONS,

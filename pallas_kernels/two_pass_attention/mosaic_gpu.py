@@ -37,9 +37,10 @@ together with P V of the step before and computes its softmax meanwhile; the con
 Of a large matrix product's rate (790 TFLOP/s, measured) pass 1 reaches 0.69 at S = 8192 and 0.75 to 0.79 at S = 32768,
 pass 2 0.65 and 0.76, cuDNN's flash 0.65 and 0.77: what is missing is products and exponentials waiting for each other.
 
-Edges. TMA fills what lies outside an array with zeros and drops stores there, in whole groups of 8 rows; T and S that
-are no multiple of 8 are padded by the wrapper. Padding may hold NaN: logits outside are replaced, never multiplied, and
-the one block of values in which a sequence ends is read from a cleaned copy, [B, keys, K, H].
+Edges. TMA fills what lies outside an array with zeros and drops stores there, in whole groups of 8 rows; if T or S is
+no multiple of 8, the wrapper copies query, key and value into padded arrays. Log-sum-exps and scores leave by stores
+from registers, which have no bounds: `_store` keeps them. Padding may hold NaN: logits outside are replaced, never
+multiplied, and the one block of values in which a sequence ends is read from a cleaned copy, [B, keys, K, H].
 """
 
 import dataclasses
@@ -95,6 +96,9 @@ class ScoreBlocks:
 # Three stages 536 (heads 32/32: 561 against 574, S = 32768: 7470 against 7635); at H = 64 five stages 433 against 434
 # with four (5631 against 5823). Pass 1, 1003 us: sums of probabilities by lane 1035, 132 blocks of threads 1033 (15293
 # against 14913).
+# Later still, pass 2 of a whole group at S = 8192 and 32768, on a card that spreads 5 to 10 %: 563 and 7940 us; keys in
+# registers and 64 rows per step 580 and 8063, 128 rows 690 and 9628; products with the rows on the left, two consumers
+# of 128 keys, 640 and 9237.
 _BLOCKS = {
     64: (ForwardBlocks(3, 64, 128), ScoreBlocks(stages=5)),
     96: (ForwardBlocks(), ScoreBlocks(stages=3)),
@@ -129,6 +133,27 @@ def _lane_sums(x: jax.Array) -> jax.Array:
 
 def _index(shape: tuple[int, int], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def _store(place, start, end: int, x: jax.Array, smem) -> None:
+    """place(start + i) = x[i] where start + i < end, from registers.
+
+    A store to global memory has no bounds. Nor has a copy of an unswizzled vector: it is no TMA box, and what lies
+    beyond a row of the array goes to the next one. So the last elements, where fewer than x holds, go one by one.
+    """
+    size = x.shape[0]
+
+    @pl.when(start + size <= end)
+    def _():
+        mosaic.store(place(pl.ds(start, size)), x)
+
+    @pl.when((start < end) & (start + size > end))
+    def _():
+        smem[...] = x
+
+        @pl.loop(0, end - start)
+        def _(i):
+            place(start + i)[...] = smem[i]
 
 
 def _forward(
@@ -280,19 +305,7 @@ def _forward(
             lse = jnp.where(seen, (maximum + jnp.log2(filled)) / common.LOG2E, -jnp.inf)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, pl.ds(base, rows), h])
-
-            @pl.when(base + rows <= t)
-            def _():
-                lse_ref[b, pl.ds(base, rows), h] = lse
-
-            @pl.when((base < t) & (base + rows > t))
-            def _():  # the last rows one by one: a store to global memory has no bounds
-                lse_smem.at[wg][...] = lse
-
-                @pl.loop(0, t - base)
-                def _(i):
-                    lse_ref[b, base + i, h] = lse_smem[wg, i]
-
+            _store(lambda at: lse_ref.at[b, at, h], base, t, lse, lse_smem.at[wg])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
@@ -436,10 +449,8 @@ def _column_sums(
             sums = lax.fori_loop(0, together, head, _zeros((keys, 8))).sum(axis=1)
             # A key of padding may have been NaN: what it received is dropped, not multiplied by zero.
             column = plgpu.broadcasted_iota(jnp.int32, (keys,), 0, layout=mosaic.ROW_LAYOUT) + base
-            out_smem.at[wg][...] = jnp.where(column < key_length, sums, 0.0)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, h, pl.ds(base, keys)])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            sums = jnp.where(column < key_length, sums, 0.0)
+            _store(lambda at: out_ref.at[b, h, at], base, s, sums, out_smem.at[wg])
 
         def produce():
             plgpu.set_max_registers(_REGISTERS[wgs][1], action="decrease")
