@@ -125,8 +125,8 @@ class Shape(NamedTuple):
         left = allocate.retained_capacity(config, layer, layers, prompt) if config.retained else 0
         if config.evict == "never":
             # What a window encodes touches whole blocks, even at the end of the segment.
-            touched = BLOCK * segments.touched_blocks(config.window) if config.window else 0
-            return cls(max(kept - config.first_encoded + generated, touched), left)
+            touched = BLOCK * segments.touched_blocks(config.window - config.window_keeps) if config.window else 0
+            return cls(max(kept - config.first_encoded - config.window_keeps + generated, touched), left)
         # A tier counted in tokens grows up to its size; one more row holds the token a step gives up.
         size = int(allocate.budget(config, layer, layers, prompt).total)
         return cls(min(max(kept, size), prompt + generated) + 1, left + generated if config.retained else 0)
@@ -190,9 +190,9 @@ def compress(
     else:
         rows, first_key, first_value = None, key, value
 
-    # Exact sinks and tokens that do not fill a group are not encoded: they start the window.
+    # Exact sinks, the newest tokens and those that do not fill a group are not encoded: they start the window.
     sinks, group = config.first_encoded, config.codec.token_group
-    whole = jnp.maximum(kept - sinks, 0) // group * group if config.window else kept
+    whole = jnp.maximum(kept - sinks - config.window_keeps, 0) // group * group if config.window else kept
     first = first_key[:, :, sinks:], first_value[:, :, sinks:]
     segment = segments.build(config.codec, *first, whole, shape.segment, dtype, balance, moment)
     window = retained = ledger = None
@@ -360,7 +360,7 @@ def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig,
         window = kivi.arrive(layer.window, key, value, position, accept)
         return dataclasses.replace(layer, window=window)
     if layer.window is not None:
-        return _arrive_in_window(layer, key, value, accept, config.first_encoded)
+        return _arrive_in_window(layer, key, value, accept, config.first_encoded, config.window_keeps)
     if config.evict == "before":
         layer = _give_up(layer, position, accept & (layer.segment.length >= layer.ledger.size), config)
     ledger = layer.ledger
@@ -369,32 +369,43 @@ def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig,
     return dataclasses.replace(layer, segment=segments.append(layer.segment, key, value, accept), ledger=ledger)
 
 
-def _arrive_in_window(layer: LayerCache, key, value, accept, first: int) -> LayerCache:
-    """A window that is full with the new token is encoded at once from row `first` on (MiniKV Algorithm 1)."""
+def _arrive_in_window(layer: LayerCache, key, value, accept, first: int, keeps: int) -> LayerCache:
+    """A window that is full with the new token is encoded at once (MiniKV Algorithm 1), from row `first` on and but for
+    the newest `keeps`."""
     try:
-        segment, window = segments.append_to_window(layer.segment, layer.window, key, value, accept, first)
+        segment, window = segments.append_to_window(layer.segment, layer.window, key, value, accept, first, keeps)
         return dataclasses.replace(layer, segment=segment, window=window)
     except NotImplementedError:
         pass  # Not on this device, or not this codec. A CPU takes the condition for next to nothing.
     window = segments.append(layer.window, key, value, accept)
     full = window.length == window.capacity
     segment, window = jax.lax.cond(
-        full.any(), lambda s, w: _flush(s, w, full, first), lambda s, w: (s, w), layer.segment, window
+        full.any(), lambda s, w: _flush(s, w, full, first, keeps), lambda s, w: (s, w), layer.segment, window
     )
     return dataclasses.replace(layer, segment=segment, window=window)
 
 
 def _flush(
-    segment: PackedSegment, window: DenseSegment, full: Bool[Array, "B"], first: int
+    segment: PackedSegment, window: DenseSegment, full: Bool[Array, "B"], first: int, keeps: int
 ) -> tuple[PackedSegment, DenseSegment]:
-    """Encodes the windows, from row `first` on, of the sequences that are `full` behind their segment's last token."""
-    codes = segments.encode(segment, window.key[:, :, first:], window.value[:, :, first:])
+    """Encodes the windows of the sequences that are `full` behind their segment's last token.
+
+    Rows before `first` stay, and the newest `keeps` move behind them.
+    """
+    last = window.capacity - keeps
+    codes = segments.encode(segment, window.key[:, :, first:last], window.value[:, :, first:last])
     start = jnp.broadcast_to(segment.length[:, None], window.key.shape[:2])
-    moved = jnp.where(full, window.capacity - first, 0)
+    count = jnp.where(full, last - first, 0)
+
+    def moved(rows):
+        if keeps == 0:
+            return rows
+        return jnp.where(full[:, None, None, None], rows.at[:, :, first : first + keeps].set(rows[:, :, last:]), rows)
+
     segment = segments.put_codes(segment, start, *codes, full)
     return (
-        dataclasses.replace(segment, length=segment.length + moved),
-        dataclasses.replace(window, length=window.length - moved),
+        dataclasses.replace(segment, length=segment.length + count),
+        DenseSegment(moved(window.key), moved(window.value), window.length - count),
     )
 
 

@@ -215,6 +215,7 @@ class CacheConfig:
         window: newest tokens kept dense until they are encoded; None: new tokens go straight into the first tier.
         window_style: "block" encodes a full window at once, before the step's attention (MiniKV); "kivi" encodes a
             full window of keys after it, and values one by one as they grow older than the window.
+        window_keeps: newest tokens of a "block" window that stay dense when the others are encoded, and of a prompt.
         exact_sinks: the allocation's sinks are not encoded, nor do they stretch any group's range: they stay dense, in
             front of the window.
         rotate_keys: hold keys, and ask with queries, after a Hadamard rotation, which spreads outlier channels.
@@ -234,6 +235,7 @@ class CacheConfig:
     retained: Codec | None = None
     window: int | None = None
     window_style: Literal["block", "kivi"] = "block"
+    window_keeps: int = 0
     exact_sinks: bool = False
     rotate_keys: bool = False
     rotate_values: bool = False
@@ -270,7 +272,12 @@ class CacheConfig:
             not self.exact_sinks or (self.window is not None and self.window_style == "block"),
             "exact_sinks keeps sinks in the window of an encoded tier: give it a window, of the block style.",
         )
-        group = self.codec.token_group
+        group, keeps = self.codec.token_group, self.window_keeps
+        _require(
+            keeps == 0 or (self.window is not None and self.window_style == "block" and 0 < keeps <= self.window // 2),
+            f"window_keeps={keeps}: give at most half of a window of the block style.",
+        )
+        _require(keeps % group == 0, f"window_keeps={keeps} must be a multiple of the key group {group}.")
         if self.codec.dense or self.evict != "never":
             _require(self.window is None, f"window={self.window}: only tokens that are encoded together need one.")
             _require(group == 1, "A tier that gives up single tokens needs key_axis='channels'.")

@@ -170,6 +170,7 @@ def minikv_plus(
     group_size: int = 64,
     residual: int = 128,
     sinks: int = 4,
+    keeps: int | None = None,
 ) -> CacheConfig:
     """MiniKV's cache with what measurement adds to it: every token in 2.25 bits, or fewer tokens in fewer bytes.
 
@@ -184,9 +185,12 @@ def minikv_plus(
         key_bits: 3 halves what error is left, for half a bit.
         value_bits: of values.
         group_size: tokens (keys) or channels (values) that share a scale.
-        residual: tokens of the window that is encoded as one when it is full.
+        residual: tokens of the window, whose older ones are encoded when it is full.
         sinks: first tokens that stay dense.
+        keeps: newest tokens that always stay dense; by default half of the window, where that is whole groups.
     """
+    if keeps is None:
+        keeps = residual // 2 if residual % (2 * group_size) == 0 else 0
     mild = (0.95, 0.9, 0.85)
     return CacheConfig(
         name="minikv_plus",
@@ -203,6 +207,7 @@ def minikv_plus(
             key_feedback=True,
         ),
         window=residual,
+        window_keeps=keeps,
         exact_sinks=True,
         rotate_keys=True,
         rotate_values=True,

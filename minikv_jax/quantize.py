@@ -139,26 +139,29 @@ def encode_with_feedback(
 
     def step(error, run):
         x, coupling, start = run
-        added = jnp.einsum("bksh,bkhw->bksw", error, coupling)
+        added = jnp.einsum("bkhs,bkhw->bkws", error, coupling)
         own = jax.lax.dynamic_slice_in_dim(coupling, start, width, axis=2)
         # Where the run's numbers would end up if rounding them cost nothing more: what their scales must span.
-        ahead = jnp.einsum("bksw,bkwv->bksv", added, jnp.linalg.inv(own + jnp.eye(width)))
-        grids = encode(x + ahead, bits, group_size, "tokens", metadata_dtype, clip)
-        scale, zero = (jnp.repeat(y.astype(jnp.float32), group_size, axis=2) for y in grids[1:])
+        ahead = jnp.einsum("bkws,bkwv->bkvs", added, jnp.linalg.inv(own + jnp.eye(width)))
+        grids = encode(x + ahead, bits, group_size, "channels", metadata_dtype, clip)
+        scale, zero = (jnp.repeat(y.astype(jnp.float32), group_size, axis=3) for y in grids[1:])
         rounded, errors = [], []
         for i in range(width):
-            wanted = x[..., i] + added[..., i] + sum(e * own[:, :, j, i, None] for j, e in enumerate(errors))
-            size = scale[..., i]
-            code = jnp.where(size > 0, (wanted - zero[..., i]) / jnp.where(size > 0, size, 1), 0)
+            wanted = x[:, :, i] + added[:, :, i] + sum(e * own[:, :, j, i, None] for j, e in enumerate(errors))
+            size = scale[:, :, i]
+            code = jnp.where(size > 0, (wanted - zero[:, :, i]) / jnp.where(size > 0, size, 1), 0)
             rounded.append(jnp.round(jnp.clip(code, 0, (1 << bits) - 1)))
-            errors.append(x[..., i] - (rounded[-1] * size + zero[..., i]))
-        error = jax.lax.dynamic_update_slice_in_dim(error, jnp.stack(errors, axis=-1), start, axis=3)
-        return error, grids._replace(codes=jnp.stack(rounded, axis=-1).astype(jnp.uint8))
+            errors.append(x[:, :, i] - (rounded[-1] * size + zero[:, :, i]))
+        error = jax.lax.dynamic_update_slice_in_dim(error, jnp.stack(errors, axis=2), start, axis=2)
+        return error, grids._replace(codes=jnp.stack(rounded, axis=2).astype(jnp.uint8))
 
-    x = x.astype(jnp.float32)
-    runs = [jnp.moveaxis(y.reshape(*y.shape[:-1], h // width, width), -2, 0) for y in (x, coupling)]
+    # A channel's tokens lie together here, for the groups over them and for what every step reads and writes.
+    x = jnp.swapaxes(x.astype(jnp.float32), -1, -2)
+    b, k, _, s = x.shape
+    runs = x.reshape(b, k, -1, width, s), coupling.reshape(b, k, h, -1, width)
+    runs = jnp.moveaxis(runs[0], 2, 0), jnp.moveaxis(runs[1], 3, 0)
     _, codes = jax.lax.scan(step, jnp.zeros_like(x), (*runs, jnp.arange(0, h, width)))
-    return Codes(*(jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], h) for y in codes))
+    return Codes(*(jnp.moveaxis(y, 0, 2).reshape(b, k, h, -1).swapaxes(-1, -2) for y in codes))
 
 
 def _coupling(moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:

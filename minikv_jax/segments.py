@@ -252,16 +252,17 @@ def put_codes(segment: PackedSegment, start, keys: Codes, values: Codes, accept:
 
 
 def append_to_window(
-    segment: PackedSegment, window: DenseSegment, key, value, accept: Bool[Array, "B"], first: int
+    segment: PackedSegment, window: DenseSegment, key, value, accept: Bool[Array, "B"], first: int, keeps: int = 0
 ) -> tuple[PackedSegment, DenseSegment]:
-    """A window with one more token, and, from row `first` on, what is full with it in the segment, by one kernel.
+    """A window with one more token, and what is full with it in the segment, by one kernel: from row `first` on and but
+    for the newest `keeps`.
 
     Raises:
         NotImplementedError: there is no kernel for this codec or this device.
     """
     new = packed_append(
         key, value, accept, window.key, window.value, window.length, segment.keys, segment.values, segment.length,
-        first=first, options=_kernel_options(segment),
+        first=first, keeps=keeps, options=_kernel_options(segment),
     )  # fmt: skip
     return (
         dataclasses.replace(segment, keys=new.keys, values=new.values, length=new.length),

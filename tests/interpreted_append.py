@@ -19,9 +19,13 @@ def _as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
-@pytest.mark.parametrize(("first", "name"), [(0, name) for name in CODECS] + [(4, list(CODECS)[2])])
-def test_append(name, first):
-    check_append(packed_append, np.random.default_rng(), CODECS[name], heads=1, first=first, window=128 + first)
+FIRST_AND_KEEPS = [(0, 0, name) for name in CODECS] + [(4, 0, list(CODECS)[2]), (4, 64, list(CODECS)[2])]
+
+
+@pytest.mark.parametrize(("first", "keeps", "name"), FIRST_AND_KEEPS)
+def test_append(name, first, keeps):
+    sizes = dict(heads=1, first=first, keeps=keeps, window=128 + first)
+    check_append(packed_append, np.random.default_rng(), CODECS[name], **sizes)
 
 
 def test_write():

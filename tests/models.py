@@ -30,7 +30,8 @@ def small(config: CacheConfig) -> CacheConfig:
     codec = config.codec
     if config.window is None:
         return config
-    return config.replace(codec=dataclasses.replace(codec, key_group=8, value_group=8), window=16)
+    codec = dataclasses.replace(codec, key_group=8, value_group=8)
+    return config.replace(codec=codec, window=16, window_keeps=config.window_keeps // 8)
 
 
 METHODS = {name: small(preset()) for name, preset in presets.METHODS.items()}

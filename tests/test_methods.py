@@ -38,11 +38,11 @@ CASES = {
     ),
     "minikv_plus": (
         presets.minikv_plus(group_size=8, residual=16),
-        functools.partial(reference.MiniKVPlus, heavy=1.0, group=8, residual=16),
+        functools.partial(reference.MiniKVPlus, heavy=1.0, group=8, residual=16, keeps=8),
     ),
     "minikv_plus, half the tokens": (
         presets.minikv_plus(0.3, 0.2, group_size=8, residual=16),
-        functools.partial(reference.MiniKVPlus, heavy=0.3, recent=0.2, group=8, residual=16),
+        functools.partial(reference.MiniKVPlus, heavy=0.3, recent=0.2, group=8, residual=16, keeps=8),
     ),
     "streaming_llm": (presets.streaming_llm(recent=20), functools.partial(reference.StreamingLLM, recent=20)),
     "h2o": (presets.h2o(), reference.H2O),
@@ -177,7 +177,7 @@ DRAWN = {
     ),
     "minikv_plus": lambda a, b, g: (
         presets.minikv_plus(a, b, key_bits=3, value_bits=3, group_size=g, residual=2 * g, sinks=g // 4 + 1),
-        reference.MiniKVPlus(heavy=a, recent=b, code_bits=3, group=g, residual=2 * g, sinks=g // 4 + 1),
+        reference.MiniKVPlus(heavy=a, recent=b, code_bits=3, group=g, residual=2 * g, sinks=g // 4 + 1, keeps=g),
     ),
     "mikv": lambda a, b, g: (presets.mikv(a, b), reference.MiKV(ratio=a, recent_share=b)),
 }

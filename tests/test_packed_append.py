@@ -59,15 +59,20 @@ def expected_write(packed, key, value):
     return keys, segments.write_codes(packed.values, codes[1], per_head(value.start), value.when)
 
 
-def expected_append(new, accept, window, filled, packed, length, first) -> Appended:
+def expected_append(new, accept, window, filled, packed, length, first, keeps) -> Appended:
     b, heads, rows, _ = window[0].shape
     slot = jnp.broadcast_to(filled[:, None], (b, heads))
     window = [segments.put_row(x, slot, y, accept) for x, y in zip(window, new)]
     full = accept & (filled + 1 == rows)
     start = jnp.full((b,), first, jnp.int32)
-    runs = (Run(x, start, length, full, rows - first) for x in window)
+    count = rows - first - keeps
+    runs = (Run(x, start, length, full, count) for x in window)
     keys, values = expected_write(packed, *runs)
-    moved = jnp.where(full, rows - first, 0)
+    moved = jnp.where(full, count, 0)
+    window = [np.array(x) for x in window]
+    for x in window:
+        for i in np.flatnonzero(full):
+            x[i, :, first : first + keeps] = x[i, :, first + count :].copy()
     return Appended(*window, filled + accept - moved, keys, values, length + moved)
 
 
@@ -101,16 +106,17 @@ def draw_append(rng, codec, h=64, heads=2, window=128, first=0, dtype=jnp.float3
     return new, jnp.asarray([True, True, False]), rows, filled, packed, length
 
 
-def check_append(run, rng, codec, first=0, **sizes):
+def check_append(run, rng, codec, first=0, keeps=0, **sizes):
     new, accept, rows, filled, packed, length = draw_append(rng, codec, first=first, **sizes)
-    want = expected_append(new, accept, rows, filled, packed, length, first)
-    got = run(*new, accept, *rows, filled, packed.keys, packed.values, length, first=first, options=options(packed))
+    want = expected_append(new, accept, rows, filled, packed, length, first, keeps)
+    rest = packed.keys, packed.values, length
+    got = run(*new, accept, *rows, filled, *rest, first=first, keeps=keeps, options=options(packed))
     for name in ("window_key", "window_value", "window_length", "length"):
         np.testing.assert_array_equal(np.asarray(getattr(got, name)), np.asarray(getattr(want, name)))
     full = accept & (filled + 1 == rows[0].shape[2])
     for name in ("keys", "values"):
         same_codes(getattr(got, name), getattr(want, name))
-        untouched(getattr(got, name), getattr(packed, name), length, rows[0].shape[2] - first, full)
+        untouched(getattr(got, name), getattr(packed, name), length, rows[0].shape[2] - first - keeps, full)
 
 
 def check_write(run, rng, codec, h=64, ring=129, window=128):
@@ -138,10 +144,10 @@ def test_append_matches_the_cache_on_a_gpu(name, h, dtype):
 
 @pytest.mark.gpu
 @settings(max_examples=10)
-@given(seed=st.integers(0, 1 << 30), first=st.sampled_from([0, 4]))
-def test_append_takes_every_length_on_a_gpu(seed, first):
+@given(seed=st.integers(0, 1 << 30), first=st.sampled_from([0, 4]), keeps=st.sampled_from([0, 64]))
+def test_append_takes_every_length_on_a_gpu(seed, first, keeps):
     name = "3 and 2 bits, fp8, clipped"
-    check_append(packed_append, np.random.default_rng(seed), CODECS[name], first=first, window=128 + first)
+    check_append(packed_append, np.random.default_rng(seed), CODECS[name], first=first, keeps=keeps, window=128 + first)
 
 
 @pytest.mark.gpu
@@ -190,6 +196,8 @@ def test_shapes_that_contradict_each_other_are_refused():
         packed_append(*new, accept[:2], *rows, *rest)
     with pytest.raises(ValueError, match="first=128"):
         packed_append(*new, accept, *rows, *rest, first=128)
+    with pytest.raises(ValueError, match="keeps=65"):
+        packed_append(*new, accept, *rows, *rest, keeps=65)
 
 
 COMPILED = [
@@ -217,7 +225,7 @@ def test_compiles_for(capability, name, kernel):
     metadata |= {f"_{key}": value for key, value in metadata.items()} | dict.fromkeys(("heads", "blocks"), "i32")
     scratch = dict.fromkeys(("key_scratch", "value_scratch"), "*u8")
     if kernel == "append_kernel":
-        constants |= {"WINDOW": 128, "FIRST": 0}
+        constants |= {"WINDOW": 128, "FIRST": 0, "KEEPS": 64 if packed.keys.group_size <= 64 else 0}
         names = ("new_key", "new_value", "_window_key", "_window_value", "window_key", "window_value")
         types = dict.fromkeys(names, "*bf16")
         counters = ("accept", "window_length", "length")

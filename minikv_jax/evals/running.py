@@ -49,6 +49,8 @@ def reduce(lab: Lab, case: Case, found: list[Figures]) -> Values:
     stretches = np.array_split(kl, min(_STRETCHES, len(kl)))
     return {
         "run_kl": float(kl.mean()),
+        "run_kl_p99": float(np.percentile(kl, 99)),
+        "run_ppl": float((one.nll - one.nll_full)[:-1].mean()),
         "run_top1": float(same.mean()),
         "run_same": float(same.argmin() if not same.all() else len(same)),
         "run_kl_path": [float(part.mean()) for part in stretches],
@@ -59,6 +61,8 @@ TASK = Task(
     "the full model's own greedy text, read token by token",
     {
         "run_kl": Metric("mean KL along it, nats"),
+        "run_kl_p99": Metric("99th percentile of the KL along it, nats"),
+        "run_ppl": Metric("perplexity of it against the full cache", "growth"),
         "run_top1": Metric("its next token is the most likely one"),
         "run_same": Metric("tokens before the first that is not"),
         "run_kl_path": Metric("mean KL over each eighth of it, nats", "profile"),

@@ -144,6 +144,7 @@ _DEFAULTS = _lines(
     "h2o:heavy=0.25,recent=0.25",
     "snapkv:budget=0.5",
     "minikv_plus",
+    "minikv_plus:key_bits=3",
 )
 _LONG = _lines("full", "kivi", "minikv", "mikv", "minikv_plus")
 

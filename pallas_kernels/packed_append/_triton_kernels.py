@@ -274,19 +274,36 @@ def write_values(
 
 
 @triton.jit
+def move_rows(rows, COUNT: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr):
+    """KEEPS rows from row COUNT on to row 0 on, once everyone has read what was there; the two do not overlap."""
+    ROWS: tl.constexpr = 16
+    tl.debug_barrier()
+    channel = tl.arange(0, H)
+    for i in range((KEEPS + ROWS - 1) // ROWS):
+        row = i * ROWS + tl.arange(0, ROWS)
+        here = (row < KEEPS)[:, None]
+        at = row[:, None] * H + channel[None, :]
+        x = tl.load(rows + COUNT * H + at, mask=here)
+        tl.store(rows + at, x, mask=here)
+
+
+@triton.jit
 def append_kernel(
     new_key, new_value, accept, window_length, length, key_factor,
     _window_key, _window_value, _kc, _ks, _kz, _vc, _vs, _vz,
     heads, blocks,
     window_key, window_value, kc, ks, kz, vc, vs, vz,
     key_scratch, value_scratch,
-    WINDOW: tl.constexpr, FIRST: tl.constexpr, H: tl.constexpr,
+    WINDOW: tl.constexpr, FIRST: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr,
     KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
     VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VCLIP: tl.constexpr,
 ):  # fmt: skip
-    """A new token into the window of each accepting sequence; windows full with it are encoded from row FIRST on."""
+    """A new token into the window of each accepting sequence; windows full with it are encoded from row FIRST on.
+
+    The last KEEPS rows are not, and move to row FIRST.
+    """
     heads, blocks = -heads, -blocks
-    COUNT: tl.constexpr = WINDOW - FIRST
+    COUNT: tl.constexpr = WINDOW - FIRST - KEEPS
     head = tl.program_id(0)
     part = tl.program_id(1)
     batch = head // heads
@@ -306,6 +323,7 @@ def append_kernel(
                     window_key + rows + FIRST * H, key_factor, key_scratch, kc, ks, kz, start, head, blocks,
                     COUNT, KBITS, KGROUP, KKIND, H, KCLIP, KFACTOR,
                 )  # fmt: skip
+                move_rows(window_key + rows + FIRST * H, COUNT, KEEPS, H)
         else:
             x = tl.load(new_value + head * H + channel)
             tl.store(window_value + rows + filled * H + channel, x.to(window_value.dtype.element_ty))
@@ -315,6 +333,7 @@ def append_kernel(
                     window_value + rows + FIRST * H, value_scratch, vc, vs, vz, start, head, blocks,
                     COUNT, VBITS, VGROUP, VKIND, H, VCLIP,
                 )  # fmt: skip
+                move_rows(window_value + rows + FIRST * H, COUNT, KEEPS, H)
 
 
 @triton.jit

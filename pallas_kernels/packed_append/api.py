@@ -25,6 +25,7 @@ def packed_append(
     length: Int[Array, "B"],
     *,
     first: int = 0,
+    keeps: int = 0,
     options: Options = PLAIN,
     implementation: Implementation = None,
 ) -> Appended:
@@ -33,8 +34,8 @@ def packed_append(
     Codes are value = code * scale + minimum with scale = (max - min) / (2**bits - 1) of each group, computed in float32
     against scale and minimum as they are stored (KIVI, arXiv 2402.02750, equation 1). Metadata shorter than float16 is
     also tried rounded outwards, so that codes reach the whole range. A full window's rows from `first`
-    on become tokens `length` and on of the segment, and its length becomes `first`. Donate what changes: under `jit`
-    it is then changed in place.
+    on, but for the last `keeps`, become tokens `length` and on of the segment; those move to row `first`, behind which
+    the window then ends. Donate what changes: under `jit` it is then changed in place.
 
     Args:
         new_key, new_value: [B, K, 1, H].
@@ -42,6 +43,7 @@ def packed_append(
         window_key, window_value: [B, K, W, H] dense rows, of which `window_length` [B] < W are there.
         keys, values: packed (`layout.py`), with `length` [B] tokens; a multiple of the keys' group.
         first: rows of the window that are never encoded; static.
+        keeps: rows that stay dense when the others are encoded, at most half of those behind `first`; static.
         options: `key_clip` and `value_clip` are shrink factors of a group's range to try beside 1; the one with the
             smallest squared error is kept. `key_factor` [B, K, H] multiplies keys before they are encoded.
         implementation: None or "triton". There is no other: what XLA does well here depends on the device, see
@@ -60,10 +62,12 @@ def packed_append(
     _check(keys, values, window_key.shape, accept, window_length, length)
     if not 0 <= first < window:
         raise ValueError(f"first={first} must be a row of the window of {window}.")
+    if not 0 <= 2 * keeps <= window - first:
+        raise ValueError(f"keeps={keeps} must be at most half of the {window - first} rows behind first={first}.")
     return first_that_accepts(
         "packed_append", _APPEND, implementation, _DEFAULT,
         new_key, new_value, accept, window_key, window_value, window_length, keys, values, length,
-        first=first, options=options,
+        first=first, keeps=keeps, options=options,
     )  # fmt: skip
 
 

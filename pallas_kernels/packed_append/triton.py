@@ -131,17 +131,19 @@ def packed_append(
     length: Int[Array, "B"],
     *,
     first: int,
+    keeps: int,
     options: Options,
 ) -> Appended:
     b, heads, window, h = window_key.shape
     rows = (new_key, new_value, window_key, window_value)
-    _require(rows, keys, values, window - first)
+    count = window - first - keeps
+    _require(rows, keys, values, count)
     from pallas_kernels.packed_append import _triton_kernels as kernels
 
     changed = [window_key, window_value, *_arrays(keys, values)]
     counters = [x.astype(jnp.int32) for x in (accept, window_length, length)]
     inputs = [new_key, new_value, *counters, _factor(options, counters[0]), *changed]
-    scratch = _scratch(b, heads, window - first, h)
+    scratch = _scratch(b, heads, count, h)
     window_key, window_value, *packed, _, _ = triton_call.call(
         *inputs,
         -heads,
@@ -153,13 +155,14 @@ def packed_append(
         input_output_aliases={len(inputs) - len(changed) + i: i for i in range(len(changed))},
         WINDOW=window,
         FIRST=first,
+        KEEPS=keeps,
         **constants(keys, values, options),
     )
     keys, values = _restored(packed, (keys, values))
     # Not the kernel's work: XLA counts for all layers in one launch, and needs no copy of what a kernel returned.
     full = accept & (window_length + 1 == window)
-    window_length = jnp.where(full, first, window_length + accept)
-    length = jnp.where(full, length + (window - first), length)
+    window_length = jnp.where(full, first + keeps, window_length + accept)
+    length = jnp.where(full, length + count, length)
     return Appended(window_key, window_value, window_length, keys, values, length)
 
 

@@ -535,10 +535,12 @@ class MiniKV(Method):
 class MiniKVPlus(MiniKV):
     """MiniKV with additions. The first `sinks` tokens are kept on top of the others, and stay dense for good. Keys,
     values and queries are rotated by a Hadamard matrix. Grids of the groups are searched and have metadata of four
-    significant bits. The prompt's keys are rounded by GPTQ with the second moments of its queries.
+    significant bits. The prompt's keys are rounded by GPTQ with the second moments of its queries. Of a prompt, and
+    of each full buffer, the newest `keeps` tokens stay dense.
     """
 
     sinks: int = 4
+    keeps: int = 0
     factors: tuple[float, ...] = (0.95, 0.9, 0.85)
     feedback: bool = True
     metadata: str = "float8_e4m3fn"
@@ -556,14 +558,14 @@ class MiniKVPlus(MiniKV):
             self._keep(h, sorted(always | {int(others[i]) for i in best}))
             body = self.heads[h][self.sinks :]
             asked = grouped[:, h].reshape(-1, key.shape[2]) @ turn
-            self._encode(body[: len(body) - len(body) % self.group], asked.T @ asked)
+            self._encode(body[: max(len(body) - self.keeps, 0) // self.group * self.group], asked.T @ asked)
 
     def _arrive(self, key, value):
         Method._arrive(self, key, value)
         for head in self.heads:
             buffer = [token for token in head[self.sinks :] if not token.key.packed]
             if len(buffer) == self.residual:
-                self._encode(buffer, None)
+                self._encode(buffer[: self.residual - self.keeps], None)
 
     def _encode(self, tokens: list[Token], moment: np.ndarray | None) -> None:
         if not tokens:
