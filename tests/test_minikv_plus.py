@@ -93,7 +93,8 @@ def test_short_metadata_reaches_all_of_a_group(x, offset, bits):
     low, high = x[0, 0].min(axis=0), x[0, 0].max(axis=0)
     for c in range(4):
         minimum = reference.short_floats(low[c], 4)[0] if abs(low[c]) > 2**-6 else low[c] - 2**-9
-        step = max((high[c] - minimum) / (2**bits - 1) * 9 / 8, 2**-9)
+        step = (high[c] - minimum) / (2**bits - 1)
+        step += max(step / 8, 2**-9)  # rounded up: to four significant bits, below 2 ** -6 to a multiple of 2 ** -9
         assert np.square(restored - x)[..., c].mean() <= (step / 2) ** 2 * 1.001
 
 
