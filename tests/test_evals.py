@@ -16,6 +16,7 @@ from models import CONFIG, METHODS, MODEL, tokens
 from tiny import lab
 
 from minikv_jax import ConfigError, MiniKVError, decode_step, nbytes, prefill, presets
+from minikv_jax.bench import timing
 from minikv_jax.evals import engine, known, parallel, picture, records, run, shared, store, summary, task, texts
 from minikv_jax.evals.kl import TASK as KL
 from minikv_jax.evals.tasks import METRICS, TASKS, by_names
@@ -282,16 +283,19 @@ def test_a_run_writes_everything_and_goes_on_after_a_kill(tmp_path, monkeypatch)
     assert (tmp_path / "cut" / "items.jsonl").read_bytes() == again
 
 
-def test_processes_measure_what_one_does(tmp_path):
+def test_processes_measure_what_one_does(tmp_path, monkeypatch):
     asked = dataclasses.replace(LAB.settings, limit=1)
     methods = {"snapkv": METHODS["snapkv"]}
     todo = parallel.orders("first", ["kl"], methods | {"minikv": METHODS["minikv"]}, asked)
     assert [list(order.methods) for order in todo] == [["full"], ["snapkv"], ["minikv"]]
     todo = todo[:2]
     todo = todo[1:] + parallel.orders("second", ["spread", "longbench"], methods, asked)[:2]
-    with pytest.raises(MiniKVError, match="longbench under full"):  # it has no data
+    with pytest.raises(MiniKVError, match="longbench under full"), monkeypatch.context() as patch:  # it has no data
+        patch.setattr(timing, "environment", lambda: {"device": "where nothing is measured"})
         parallel.run_orders(todo, 2, tiny.loaded, "tiny", tmp_path / "many", "a command")
-    rows = json.loads((tmp_path / "many" / "results.json").read_text())["rows"]
+    results = json.loads((tmp_path / "many" / "results.json").read_text())
+    rows = results["rows"]
+    assert results["device"] == jax.devices()[0].device_kind
     one = run.run(
         dataclasses.replace(LAB, settings=asked), "tiny", methods, by_names("kl,spread"), tmp_path / "one", ""
     )

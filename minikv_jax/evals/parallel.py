@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from minikv_jax.bench.timing import environment
 from minikv_jax.config import CacheConfig
 from minikv_jax.errors import MiniKVError
 from minikv_jax.evals import run, store
@@ -80,7 +81,7 @@ def run_orders(
     """
     settings = todo[0].settings
     items = store.begin(out, run.identity(name, settings))
-    waiting, failures, finished = list(todo), [], 0
+    waiting, failures, finished, about = list(todo), [], 0, None
     with _workers(jobs, load) as workers:
         seen: dict[Connection, set[CacheConfig]] = {worker: set() for worker in workers}
         busy: dict[Connection, Order] = {}
@@ -96,7 +97,7 @@ def run_orders(
                     break
                 for worker in wait(list(busy)):
                     try:
-                        new, error = worker.recv()
+                        new, error, about = worker.recv()
                     except EOFError:
                         new, error = None, "the process ended"
                         del seen[worker]
@@ -111,9 +112,9 @@ def run_orders(
                         store.add(out, new)
                         items += new
         except KeyboardInterrupt:
-            run.write(out, items, name, command)
+            run.write(out, items, name, command, about)
             raise
-    rows = run.write(out, items, name, command)
+    rows = run.write(out, items, name, command, about)
     if failures:
         raise MiniKVError("Not measured:\n" + "\n".join(failures))
     return rows
@@ -170,16 +171,17 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 def _serve(connection: Connection, load: Callable[[], tuple[Any, Any]]) -> None:
-    """Answers orders with items as they come, as (items, error); (None, ...) ends an order."""
+    """Answers orders with items as they come, as (items, error, where); (None, ...) ends an order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
     model, tokenizer = load()
+    about = environment()
     while True:
         order, done = connection.recv()
         try:
             lab = Lab(model, tokenizer, order.settings)
             for new in run.measured(lab, order.title, order.methods, done):
-                connection.send((new, None))
-            connection.send((None, None))
+                connection.send((new, None, about))
+            connection.send((None, None, about))
         except Exception as error:  # whatever it is, other orders can go on
             traceback.print_exc(file=sys.stderr)
-            connection.send((None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))
+            connection.send((None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", about))

@@ -90,11 +90,11 @@ def measured(
             ]
 
 
-def write(out: Path, items: Sequence[Mapping], name: str, command: str) -> list[dict]:
-    """What the items say, as files in `out`."""
+def write(out: Path, items: Sequence[Mapping], name: str, command: str, about: dict | None = None) -> list[dict]:
+    """What the items say, as files in `out`. `about` is where they were measured, default in this process."""
     rows = summary.rows(items, METRICS, name)
     date = datetime.date.today().isoformat()
-    write_results(out / "results.json", "quality", command, date, rows)
+    write_results(out / "results.json", "quality", command, date, rows, about)
     parts = [f"# {name}", summary.table(rows, METRICS)]
     for case in dict.fromkeys(row["case"] for row in rows if row["case"] != summary.ALL and "depth" not in row):
         parts += [f"## {case}", summary.table(rows, METRICS, case=case)]
