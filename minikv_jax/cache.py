@@ -131,6 +131,11 @@ class Shape(NamedTuple):
         size = int(allocate.budget(config, layer, layers, prompt).total)
         return cls(min(max(kept, size), prompt + generated) + 1, left + generated if config.retained else 0)
 
+    @classmethod
+    def largest(cls, config: CacheConfig, layers: int) -> "Shape":
+        """Room for any of the layers: one program compresses them all."""
+        return cls(*map(max, zip(*(cls.of(config, i, layers) for i in range(layers)))))
+
 
 def nbytes(cache: Any) -> int:
     """Bytes of every array a cache, or any part of one, holds: codes, scales, minima, windows and counters."""

@@ -117,8 +117,13 @@ class Allocation:
         )
 
     @property
+    def is_pyramid(self) -> bool:
+        """Whether layers keep different numbers of tokens."""
+        return self.pyramid_depth is not None or self.pyramid_beta is not None
+
+    @property
     def keeps_everything(self) -> bool:
-        if self.pyramid_depth is not None or self.pyramid_beta is not None:
+        if self.is_pyramid:
             return False
         if self.budget is not None:
             return isinstance(self.budget, float) and self.budget >= 1

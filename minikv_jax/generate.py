@@ -281,8 +281,7 @@ def prefill(
     lengths = jnp.asarray(lengths, jnp.int32)
     cache_config = _fitting(model, tokens, lengths, cache_config)
     layers = model.config.num_layers
-    shapes = [Shape.of(cache_config, i, layers) for i in range(layers)]
-    largest = Shape(*map(max, zip(*shapes)))
+    largest = Shape.largest(cache_config, layers)
 
     rows = _chunk_rows(*tokens.shape)
     x = _embed(model, tokens, rows)
@@ -292,8 +291,9 @@ def prefill(
         budget = allocate.budgets(cache_config, i, layers, lengths, tokens.shape[1])
         # Every layer is compressed at the largest layer's capacity and then cut: one program for a whole pyramid.
         cache = _compress(*attended, lengths, budget, config=cache_config, shape=largest)
-        if shapes[i] != largest:
-            compress_to = functools.partial(compress, config=cache_config, shape=shapes[i])
+        shape = Shape.of(cache_config, i, layers)
+        if shape != largest:
+            compress_to = functools.partial(compress, config=cache_config, shape=shape)
             like = jax.eval_shape(compress_to, *attended, lengths, budget)
             cache = _shrink(cache, tuple(leaf.shape for leaf in jax.tree.leaves(like)))
         caches.append(cache)
@@ -625,8 +625,7 @@ def _counted_once(cache: KVCache) -> KVCache:
 
     A loop copies each number that it carries once a step: for 32 layers that took as long as attending to a window.
     """
-    allocation = cache.config.allocation
-    if allocation.pyramid_depth is not None or allocation.pyramid_beta is not None:
+    if cache.config.allocation.is_pyramid:
         return cache
     others = jax.tree.map(lambda x: None if x.ndim == 1 else x, cache.layers[1:])
     return dataclasses.replace(cache, layers=(cache.layers[0], *others))

@@ -7,8 +7,8 @@ measures: its allocator's peak is the case's alone. First the real decode loop, 
     case 1   start, trace ─► [compile] ─► start, trace ─► [measure]
     case 2   start, trace ────────────► [compile] ─► start, trace ─► [measure]      [ ]: has the GPU to itself
 
-`jobs` cases are in work at once; whatever uses the GPU's time or memory waits for its turn, so figures do not depend on
-their number.
+`jobs` cases are in work at once; whatever uses the GPU's time or memory waits for its turn, so times of steps
+and prompts and peaks do not depend on their number. Seconds of compiling do: they hold tracing, beside other cases.
 
 Weights are random in bfloat16, or those of a model file. The cache that is decoded from is filled with random codes in
 the shapes and with the counters that `prefill` would leave (`"cache": "synthetic"`), so that a row costs seconds; time
@@ -409,7 +409,7 @@ def _layer_seconds(model: Llama, config: CacheConfig, tokens, lengths) -> dict:
     """Seconds of the first layer and of its compression, with the programs that `prefill` has compiled."""
     rows, layers = _chunk_rows(*tokens.shape), model.config.num_layers
     config = config.replace(prompt_capacity=tokens.shape[1])
-    shapes = [Shape.of(config, i, layers) for i in range(layers)]
+    largest = Shape.largest(config, layers)
     budget = allocate.budgets(config, 0, layers, lengths, tokens.shape[1])
     times = []
     for _ in range(3):
@@ -419,7 +419,6 @@ def _layer_seconds(model: Llama, config: CacheConfig, tokens, lengths) -> dict:
             _read_layer(model.layers[0], x, lengths, rows, score_rows=config.score_rows, sliding_window=None)
         )
         middle = time.perf_counter()
-        largest = Shape(*map(max, zip(*shapes)))
         jax.block_until_ready(_compress(*attended, lengths, budget, config=config, shape=largest))
         times.append((middle - start, time.perf_counter() - middle))
     layer, compression = (statistics.median(x) for x in zip(*times[1:]))

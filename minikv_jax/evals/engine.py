@@ -64,10 +64,7 @@ def read_prompt(
     lengths = jnp.asarray(lengths, jnp.int32)
     methods = {name: _fitting(model, tokens, lengths, config) for name, config in methods.items()}
     layers = model.config.num_layers
-    largest = {
-        name: Shape(*map(max, zip(*(Shape.of(config, i, layers) for i in range(layers)))))
-        for name, config in methods.items()
-    }
+    largest = {name: Shape.largest(config, layers) for name, config in methods.items()}
     held: dict[str, list[LayerCache]] = {name: [] for name in methods}
     x = None
     for i, read in enumerate(_read_layers(model, tokens, lengths, _rows(methods))):
