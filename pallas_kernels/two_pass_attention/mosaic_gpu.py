@@ -34,8 +34,9 @@ tensor cores of an SM busy for 1024 cycles (4096 FLOP per cycle) and its special
 exponentials per cycle), so pass 2 lives on overlapping the two: four consumers of 64 keys, each free to run ahead, do
 that better than two of 128. At H = 64 the exponentials alone are the limit. In pass 1 a consumer starts Q K^T of a step
 together with P V of the step before and computes its softmax meanwhile; the consumers take turns on the tensor cores.
-Of a large matrix product's rate (790 TFLOP/s, measured) pass 1 reaches 0.69 at S = 8192 and 0.75 to 0.79 at S = 32768,
-pass 2 0.65 and 0.76, cuDNN's flash 0.65 and 0.77: what is missing is products and exponentials waiting for each other.
+Of a large matrix product's rate (790 TFLOP/s, measured) pass 1 reaches 0.69 at S = 8192 and 0.77 at S = 32768, pass 2
+0.69 and 0.75, cuDNN's flash 0.63 and 0.74 (`minikv bench prefill`): what is missing is products and exponentials
+waiting for each other.
 
 Edges. TMA fills what lies outside an array with zeros and drops stores there, in whole groups of 8 rows; if T or S is
 no multiple of 8, the wrapper copies query, key and value into padded arrays. Log-sum-exps and scores leave by stores
