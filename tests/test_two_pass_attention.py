@@ -201,6 +201,16 @@ def test_no_scores_is_one_kernel():
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
 
 
+@given(st.integers(1, 300), st.integers(1, 1 << 27), st.integers(1, 2048))
+def test_heads_in_work_fill_the_gpu_before_they_crowd_its_cache(heads, streamed, blocks):
+    cohort = mosaic_gpu._cohort(heads, streamed, blocks)
+    assert heads % cohort == 0
+    fills = cohort * blocks >= mosaic_gpu._EVEN or cohort == heads
+    smaller = [n for n in range(1, cohort) if heads % n == 0]
+    crowded = cohort * streamed > mosaic_gpu._STREAMED
+    assert fills and not (crowded and any(n * blocks >= mosaic_gpu._EVEN for n in smaller))
+
+
 INTERPRETED = """
 import sys, numpy as np, jax, jax.numpy as jnp
 sys.path.insert(0, "tests")
@@ -212,6 +222,7 @@ q, k, v = draw(0, 1, 136, 141, 2, 1, 64, jnp.bfloat16)
 rows, columns, offset = 131, 133, 9
 q = q.at[:, rows:].set(jnp.nan)
 k, v = k.at[:, columns:].set(jnp.nan), v.at[:, columns:].set(jnp.nan)
+m._EVEN, m._STREAMED = 1, 1  # one head after the other
 blocks = m.ForwardBlocks(2, 64, 64, 2), m.ScoreBlocks(2, 64, 64, 2, **case["blocks"])
 got = m.two_pass_attention(
     q, k, v, ints(rows), ints(columns), ints(offset), scale=0.125, is_causal=case["causal"], sliding_window=None,

@@ -22,11 +22,12 @@ In pass 2 a warpgroup multiplies [keys, H] by [H, rows], so that a column sum of
 own registers: no atomics, one owner per key, and the same bits on every run.
 
 Schedule. One block of threads fills one of 132 processors, and tiles differ: 2 to 64 steps in pass 2 at S = 8192. The
-heavy ones (last rows in pass 1, first keys in pass 2) of all heads start before any lighter one, and the light ones
-fill the end. Head after head instead, the last head's heavy tiles start when nothing is left to run beside them.
-Measured on an H100 at S = 8192, against cuDNN's flash alone: 1.45 head after head, 1.37 by weight (heads 32/8 of 128;
-pass 2 627 and 551 us), 1.40 and 1.32 (heads 32/32), 1.61 and 1.48 (heads 32/8 of 64). At S = 32768, 16 times the tiles,
-the gain is within the 10 to 20 % that a throttling card's figures spread.
+heavy ones (last rows in pass 1, first keys in pass 2) start before any lighter one, and the light ones fill the end.
+Head after head instead, the last head's heavy tiles start when nothing is left to run beside them. Measured on an H100
+at S = 8192, against cuDNN's flash alone: 1.45 head after head, 1.37 by weight (heads 32/8 of 128; pass 2 627 and 551
+us), 1.40 and 1.32 (heads 32/32), 1.61 and 1.48 (heads 32/8 of 64). All heads at once, though, stream more than L2
+holds: at S = 32768 and heads 32/32 the queries of pass 2 are 256 MiB, read again by every wave of tiles. So heads go in
+cohorts that fit L2, as long as a cohort has blocks enough to come out even (`_cohort`).
 
 Limit. Causal flash is 2 * T * S * H multiply-adds per query head over the lower triangle (two products), pass 2 one
 more: 1.5 times flash alone is the arithmetic of exact column sums. At H = 128 a 128 x 128 tile of pass 2 keeps the
@@ -108,6 +109,27 @@ _BLOCKS = {
 }
 
 
+# Bytes that tiles may stream from L2 at a time, of an H100's 50 MB; blocks of threads that fill the GPU evenly, four on
+# each processor.
+_STREAMED = 32 << 20
+_EVEN = 512
+
+
+def _cohort(heads: int, streamed: int, blocks: int) -> int:
+    """How many of B x heads are in work at a time: as many as stay in L2, enough to fill the GPU; a divisor of them.
+
+    `streamed` are the bytes that each head's tiles read over and over, `blocks` its blocks of threads.
+    """
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0 and (n * blocks >= _EVEN or n == heads)]
+    return max((n for n in divisors if n * streamed <= _STREAMED), default=divisors[0])
+
+
+def _head_of(heads: int, cohort: int):
+    """Sequence and head of this block of threads."""
+    index = lax.axis_index("cohorts") * cohort + lax.axis_index("heads")
+    return lax.div(index, mosaic.integer(heads)), lax.rem(index, mosaic.integer(heads))
+
+
 def _swizzled(head_size: int):
     return mosaic.swizzled(64 if head_size % 64 == 0 else 32)
 
@@ -174,11 +196,13 @@ def _forward(
     tall = (rows, keys)
     turns = wgs > 1
     factor = scale * common.LOG2E
+    key_bytes = 2 * key.shape[1] * size * key.dtype.itemsize
+    cohort = _cohort(batch * key.shape[2], key_bytes, group * tiles) * group
 
     def kernel(q_ref, k_ref, v_ref, last_v_ref, extent_ref, out_ref, lse_ref, *scratch):
         q_smem, k_smem, v_smem, lse_smem, p_smem, *barriers = scratch
         q_bar, k_bar, v_bar, k_free, v_free, turn = barriers
-        b, h, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
+        (b, h), wg = _head_of(heads, cohort), lax.axis_index("wg")
         first_row = (tiles - 1 - lax.axis_index("tiles")) * tile
         query_length, key_length, offset = (extent_ref[b * 4 + i] for i in range(3))
         end = key_length
@@ -364,8 +388,8 @@ def _forward(
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
             plgpu.Barrier(num_barriers=wgs),
         ],
-        grid=(tiles, batch, heads),  # the last varies fastest
-        grid_names=("tiles", "batch", "heads"),
+        grid=(batch * heads // cohort, tiles, cohort),  # the last varies fastest
+        grid_names=("cohorts", "tiles", "heads"),
         num_threads=wgs + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
@@ -386,10 +410,12 @@ def _column_sums(
     tiles = -(-s // tile)
     tall = (keys, rows)
     factor = scale * common.LOG2E
+    query_bytes = query.shape[1] * size * query.dtype.itemsize
+    cohort = _cohort(batch * heads // together, query_bytes, tiles)
 
     def kernel(q_ref, k_ref, lse_ref, extent_ref, out_ref, k_smem, q_smem, lse_smem, out_smem, *barriers):
         k_bar, q_bar, lse_bar, free = barriers
-        b, h, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
+        (b, h), wg = _head_of(heads // together, cohort), lax.axis_index("wg")
         tile_base = lax.axis_index("tiles") * tile
         query_length, key_length, offset, counted = (extent_ref[b * 4 + i] for i in range(4))
         first_row = jnp.maximum(counted, tile_base - offset) if is_causal else counted
@@ -500,8 +526,8 @@ def _column_sums(
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         ],
-        grid=(tiles, batch, heads // together),
-        grid_names=("tiles", "batch", "heads"),
+        grid=(batch * heads // together // cohort, tiles, cohort),
+        grid_names=("cohorts", "tiles", "heads"),
         num_threads=wgs + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
