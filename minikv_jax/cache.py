@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import allocate, kivi, rank, segments
 from minikv_jax.allocate import Budget
-from minikv_jax.config import CacheConfig
+from minikv_jax.config import CacheConfig, Codec
 from minikv_jax.kivi import KiviWindow
 from minikv_jax.segments import DenseSegment, PackedSegment, Segment
 from pallas_kernels import Partial, decode_attention, dense_decode_attention, merge_partials, two_pass_attention
@@ -186,6 +186,8 @@ def compress(
         tiers = kivi.compress(key, value, lengths, config, shape.segment, dtype, balance, moment)
         return LayerCache(*tiers, units=units)
 
+    if config.quantized_first is not None:
+        key, value = _quantized(config.quantized_first, key, value, lengths)
     friendliness = _friendliness(key, value, present, config) if config.rank.attention_weight < 1 else None
     kept = jnp.minimum(budget.total, lengths)
     if config.selects or config.evict != "never" or config.retained is not None:
@@ -272,12 +274,24 @@ def _protected(lengths, budget: Budget, config: CacheConfig) -> Int[Array, "B"]:
 
 def _friendliness(key, value, valid, config: CacheConfig) -> Float[Array, "B K T"]:
     """How well tokens survive the codec: (2 - e_K - e_V) / 2 with errors scaled to 0..1 (Q-Hitter)."""
-    codec = config.codec
-    codes = segments.encode_keys(codec, key, None), segments.encode_values(codec, value)
-    coded = segments.decode(codec, *codes, None)
+    coded = _through(config.codec, key, value)
     valid = jnp.broadcast_to(valid, key.shape[:3])
     errors = (jnp.linalg.norm(a - b.astype(jnp.float32), axis=-1) for a, b in zip(coded, (key, value)))
     return (2 - sum(rank.to_unit(error, valid) for error in errors)) / 2
+
+
+def _quantized(codec: Codec, key, value, lengths: Int[Array, "B"]):
+    """A prompt [B, K, T, H] as the codec gives it back; tokens at its end that fill no group stay as they are."""
+    tokens, group = key.shape[2], codec.token_group
+    padded = -(-tokens // group) * group
+    back = _through(codec, segments.fit(key, padded), segments.fit(value, padded))
+    whole = (jnp.arange(tokens) < (lengths // group * group)[:, None])[:, None, :, None]
+    return tuple(jnp.where(whole, new[:, :, :tokens].astype(x.dtype), x) for x, new in zip((key, value), back))
+
+
+def _through(codec: Codec, key, value):
+    """Keys and values as the codec gives them back, float32."""
+    return segments.decode(codec, segments.encode_keys(codec, key, None), segments.encode_values(codec, value), None)
 
 
 def _ledger(rows, scores, friendliness, budget: Budget, lengths, config: CacheConfig, capacity: int) -> Ledger:

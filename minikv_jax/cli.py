@@ -417,7 +417,7 @@ def evaluate(
     else:
         loaded, tokenizer = _load(model, dtype)
         for title, (piece, tasks_of) in work.items():
-            lab = Lab(loaded, tokenizer, piece.settings(asked))
+            lab = Lab(loaded, tokenizer, piece.settings(loaded.config, asked))
             with _progress_bar(title or tasks) as progress:
                 run(lab, name, piece.methods(loaded.config, lab.settings), tasks_of, out, command, progress)
     print((out / "table.md").read_text(encoding="utf-8"))
@@ -434,7 +434,7 @@ def _evaluate_in_parallel(jobs: int, model: str, dtype: str | None, name: str, w
     path = locate(model)
     config, todo = open_checkpoint(path).config, []
     for title, (piece, tasks) in work.items():
-        settings = piece.settings(asked)
+        settings = piece.settings(config, asked)
         todo += parallel.orders(title, list(tasks), piece.methods(config, settings), settings)
     with _progress_bar(f"{len(todo)} orders, {jobs} jobs") as progress:
         parallel.run_orders(todo, jobs, functools.partial(load, path, dtype), name, out, command, progress)

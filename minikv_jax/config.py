@@ -225,6 +225,9 @@ class CacheConfig:
             front of the window.
         rotate_keys: hold keys, and ask with queries, after a Hadamard rotation, which spreads outlier channels.
         rotate_values: likewise for values; the output is rotated back.
+        quantized_first: a codec that a prompt's keys and values go through before any tokens are chosen. The tiers hold
+            what it gives back, so that dense ones have the numbers (not the bytes) of a cache that quantises first and
+            then selects codes, whose groups keep the ranges of neighbours that left.
         evict: "never": chosen tokens stay and new ones are added. "after": each step adds its attention to the scores
             and then gives up the first tier's lowest token (H2O, MiKV). "before": makes room before the step, for
             ranks by position (StreamingLLM). What is given up goes to the retained tier, or away.
@@ -244,6 +247,7 @@ class CacheConfig:
     exact_sinks: bool = False
     rotate_keys: bool = False
     rotate_values: bool = False
+    quantized_first: Codec | None = None
     evict: Literal["never", "before", "after"] = "never"
     dtype: str | None = None
     prompt_capacity: int | None = None

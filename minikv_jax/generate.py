@@ -342,7 +342,7 @@ def _fitting(model: Llama, tokens, lengths, config: CacheConfig) -> CacheConfig:
 def _check_codecs(config: CacheConfig, head_size: int) -> None:
     if (config.rotate_keys or config.rotate_values) and head_size & (head_size - 1):
         raise ConfigError(f"A Hadamard rotation needs a head size that is a power of two, not {head_size}.")
-    for codec in (config.codec, config.retained):
+    for codec in (config.codec, config.retained, config.quantized_first):
         if codec is None or codec.dense:
             continue
         groups = [codec.value_group] + ([codec.key_group] if codec.key_axis == "channels" else [])

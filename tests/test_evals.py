@@ -334,6 +334,14 @@ def test_retrieval_is_mapped_over_depth_and_length(tmp_path):
     assert picture.save_heatmap([], tmp_path / "none.png") is None and not (tmp_path / "none.png").exists()
 
 
+def test_paths_of_long_answers_are_drawn(tmp_path):
+    items = [_item(method, [0.1, 0.2, 0.4], metric="run_kl_path") for method in ("full", "kivi", "minikv")]
+    rows = summary.rows(items, METRICS, "m")
+    drawn = picture.save_paths(rows, tmp_path / "paths.svg").read_text()
+    assert "kivi (4.00 bits)" in drawn and "minikv (4.00 bits)" in drawn and "full (" not in drawn
+    assert picture.save_paths([], tmp_path / "none.png") is None and not (tmp_path / "none.png").exists()
+
+
 def test_another_run_in_the_same_folder_is_refused(tmp_path):
     _run(tmp_path, tasks="kl")
     with pytest.raises(ConfigError, match="seed=0"):

@@ -1,6 +1,8 @@
 """Benchmarks from a user's folders: their metrics, their formats, and what is said of files that do not fit."""
 
+import dataclasses
 import difflib
+import itertools
 import json
 import os
 import subprocess
@@ -244,11 +246,25 @@ def test_methods_are_fitted_to_a_share_of_bfloat16(name, share):
 def test_pieces_name_tasks_and_methods_that_exist():
     from minikv_jax.evals.tasks import by_names
 
-    for piece in study.STUDY.values():
+    for title, piece in study.STUDY.items():
         assert by_names(piece.tasks)
-        if piece is not study.STUDY["budgets"]:
+        if title not in ("budgets", "few"):  # those fit methods to a real model
             assert "full" in piece.methods(CONFIG, Settings())
-    assert study.STUDY["long"].settings(Settings(new_tokens=256)).new_tokens == 2048
+    few = study.STUDY["few"].methods(shape_of("qwen2.5-1.5b"), Settings(lengths=(2048,)))
+    assert {"full", "minikv", "minikv_plus", "minikv_plus:key_bits=3", "mikv"} < few.keys() and len(few) == 15
+    assert study.STUDY["long"].settings(CONFIG, Settings(new_tokens=256)).new_tokens == 2048
+
+
+@given(st.integers(16, 2048), st.integers(1, 512), st.sampled_from([2048, 8192, 32768]))
+def test_lengths_grow_to_the_models_context(longest, new_tokens, context):
+    model = dataclasses.replace(CONFIG, max_position_embeddings=context)
+    lengths = study.STUDY["lengths"].settings(model, Settings(lengths=(longest,), new_tokens=new_tokens)).lengths
+    assert lengths[0] == max(longest // 2, 16) and list(lengths) == sorted(set(lengths))
+    assert all(b <= 2 * a for a, b in itertools.pairwise(lengths))
+    assert len(lengths) == 1 or context - 128 <= lengths[-1] + new_tokens + 1 <= context
+
+
+def test_unknown_pieces_are_named():
     with pytest.raises(ConfigError, match="'nothing'"):
         study.by_names("main,nothing")
 

@@ -31,6 +31,27 @@ def test_a_codec_knob_changes_rounding_only(method, knob):
     assert "clip" in knob or not np.array_equal(plain, turned)
 
 
+def test_quantised_first_keeps_the_ranges_of_neighbours_that_left():
+    # Heads with few enough tokens that groups of 8 break, and an end that fills no group.
+    prompt, stream = draw(np.random.default_rng(), 2, 64, 3, 2, 2, 16)
+    dense, lengths = presets.minikv(0.3, 0.2, bits=16), np.array([64, 43])
+    codec = presets.minikv(group_size=8).codec
+    plain, coded = (run(c, *prompt, lengths, stream).prompt for c in (dense, dense.replace(quantized_first=codec)))
+    rounded = [np.asarray(x).copy() for x in prompt[1:]]
+    for b, length in enumerate(lengths):
+        whole = length // 8 * 8
+        keys, values = (x[b, :whole] for x in prompt[1:])  # groups of 8 tokens, and of 8 channels
+        rounded[0][b, :whole] = np.moveaxis(reference.roundtrip_per_token(np.moveaxis(keys, 0, -1), 2, 8), -1, 0)
+        rounded[1][b, :whole] = reference.roundtrip_per_token(values, 2, 8)
+    for b, head in np.ndindex(2, 2):
+        held = int(plain.segment.length[b])
+        keys = prompt[1][b, :, head]
+        rows = [int(np.abs(keys - row).sum(-1).argmin()) for row in plain.segment.key[b, head, :held]]
+        assert len(set(rows)) == held == int(coded.segment.length[b]) < lengths[b]
+        np.testing.assert_allclose(coded.segment.key[b, head, :held], rounded[0][b, rows, head], atol=1e-4)
+        np.testing.assert_allclose(coded.segment.value[b, head, :held], rounded[1][b, rows, head], atol=1e-4)
+
+
 def test_rotation_helps_where_one_channel_is_loud():
     # Groups over channels share the loud channel's range; rotated, every channel has a quarter of it.
     x = np.random.default_rng().standard_normal((1, 2, 128, 16)) * np.where(np.arange(16) == 5, 30, 1)

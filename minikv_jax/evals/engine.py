@@ -96,10 +96,11 @@ _RUN = 16
 def fitted(
     model: Llama, prompts: Sequence[Sequence[int]], room: int, step: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
-    """Prompts padded to a multiple of `step` tokens, where the model has positions for that, and their lengths."""
+    """Prompts padded to a multiple of `step` tokens, or as near as the model's positions let, and their lengths."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     longest = int(lengths.max())
-    padded = max(min(-(-longest // step) * step, model.config.max_position_embeddings - room), longest)
+    most = (model.config.max_position_embeddings - room) // 128 * 128  # whole tiles of attention
+    padded = max(min(-(-longest // step) * step, most), longest)
     tokens = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt

@@ -31,7 +31,8 @@ def measure(
     lab: Lab, cases: Sequence[Case], methods: Mapping[str, CacheConfig], reduce: Reduce
 ) -> dict[str, list[Measured]]:
     """Compresses the prompts once, reads each follow on a copy of its own, and reduces its figures."""
-    room = max(lab.settings.new_tokens, *(len(follow.tokens) for case in cases for follow in case.follows))
+    # One more than the new tokens is what texts take: with it for all tasks, they share programs.
+    room = max(lab.settings.new_tokens + 1, *(len(follow.tokens) for case in cases for follow in case.follows))
     prompts = fitted(lab.model, [case.prompt for case in cases], room, lab.prompt_step)
     follows = [padded([case.follows[i].tokens for case in cases]) for i in range(len(cases[0].follows))]
     hidden = read_follows(lab.model, *prompts, _held(methods, room), follows)

@@ -1,4 +1,4 @@
-"""Pictures of results: quality against bits per element, and retrieval over depth and length.
+"""Pictures of results: quality against bits per element, retrieval over depth and length, and KL along long answers.
 
 python -m minikv_jax.evals.picture examples/results/quality-*.json --out examples/results/quality.png
 """
@@ -17,6 +17,7 @@ from minikv_jax.evals.tasks import METRICS
 # What a picture shows where it is there, and the scale of its axis.
 _PANELS = {"kl": "log", "top1": "linear", "ppl": "linear", "run_kl": "log", "lines": "linear", "shared": "linear"}
 _MAPPED = ("passkey", "needle")
+_PATH = "run_kl_path"
 
 
 def _canvas(columns: int, rows: int, wide: float, high: float):
@@ -29,7 +30,10 @@ def _canvas(columns: int, rows: int, wide: float, high: float):
 
 
 def save_quality(rows: Sequence[Mapping], path: Path, panels: Sequence[str] = ()) -> Path | None:
-    """One panel a metric and model, one line a method over its settings. Nothing to show: no file, and None."""
+    """One panel a metric and model, one colour a method. Nothing to show: no file, and None.
+
+    A line joins those of a method's settings that no smaller or equal one of it beats; the others are dots.
+    """
     mine = [row for row in rows if row["case"] == ALL and row["value"] is not None and not row.get("cannot")]
     models = list(dict.fromkeys(row["model"] for row in mine))
     there = {row["task"] for row in mine if row["method"] != "full"}
@@ -62,17 +66,27 @@ def _family(row: Mapping) -> str:
 
 
 def _lines(axis, rows: Sequence[Mapping], methods: Sequence[str]) -> None:
+    full = next((row["value"] for row in rows if row["method"] == "full"), 0)
     for i, method in enumerate(methods):
-        mine = sorted((row for row in rows if _family(row) == method), key=lambda row: row["bits_per_element"])
-        x, y = [row["bits_per_element"] for row in mine], [row["value"] for row in mine]
-        error = None
-        if mine and all(row["low"] is not None for row in mine):
-            error = [
-                [max(row["value"] - row["low"], 0) for row in mine],
-                [max(row["high"] - row["value"], 0) for row in mine],
-            ]
+        best, others = [], []
+        for row in sorted((row for row in rows if _family(row) == method), key=lambda row: row["bits_per_element"]):
+            beaten = best and abs(row["value"] - full) >= abs(best[-1]["value"] - full)
+            (others if beaten else best).append(row)
         color = "black" if method == "full" else f"C{i % 10}"
-        axis.errorbar(x, y, error, marker="o", markersize=4, linewidth=1.2, capsize=2, label=method, color=color)
+        error = None
+        if best and all(row["low"] is not None for row in best):
+            error = [
+                [max(row["value"] - row["low"], 0) for row in best],
+                [max(row["high"] - row["value"], 0) for row in best],
+            ]
+        axis.errorbar(
+            *_places(best), error, marker="o", markersize=4, linewidth=1.2, capsize=2, label=method, color=color
+        )
+        axis.plot(*_places(others), ".", markersize=3, alpha=0.5, color=color)
+
+
+def _places(rows: Sequence[Mapping]) -> tuple[list[float], list[float]]:
+    return [row["bits_per_element"] for row in rows], [row["value"] for row in rows]
 
 
 def save_heatmap(rows: Sequence[Mapping], path: Path) -> Path | None:
@@ -101,6 +115,22 @@ def save_heatmap(rows: Sequence[Mapping], path: Path) -> Path | None:
     return _save(figure, path)
 
 
+def save_paths(rows: Sequence[Mapping], path: Path) -> Path | None:
+    """Mean KL stretch by stretch of answers written freely, one line a method, one panel a model."""
+    mine = [row for row in rows if row["task"] == _PATH and row["case"] == ALL and row["method"] != "full"]
+    if not mine:
+        return None
+    models = list(dict.fromkeys(row["model"] for row in mine))
+    figure, axes = _canvas(len(models), 1, 4.8, 3.4)
+    for axis, model in zip(axes[0], models):
+        for row in (row for row in mine if row["model"] == model):
+            label = f"{row['method']} ({row['bits_per_element']:.2f} bits)"
+            axis.plot(range(1, len(row["profile"]) + 1), row["profile"], marker="o", markersize=4, label=label)
+        axis.set(title=model, xlabel="part of the answer", ylabel=METRICS[_PATH].about, ylim=(0, None))
+        axis.legend(fontsize="x-small")
+    return _save(figure, path)
+
+
 def _save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -112,11 +142,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("results", type=Path, nargs="+", help="results files of `minikv eval`")
     parser.add_argument("--out", type=Path, required=True, help="a .png or .svg")
     parser.add_argument("--heatmap", type=Path, help="where to draw retrieval over depth and length")
+    parser.add_argument("--paths", type=Path, help="where to draw KL along long answers")
     chosen = parser.parse_args(arguments)
     rows = [row for path in chosen.results for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
     save_quality(rows, chosen.out)
     if chosen.heatmap:
         save_heatmap(rows, chosen.heatmap)
+    if chosen.paths:
+        save_paths(rows, chosen.paths)
     return 0
 
 

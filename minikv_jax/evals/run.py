@@ -25,7 +25,7 @@ def run(
     command: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict]:
-    """Measures what `out` does not hold yet and writes results.json, table.md, quality.png and heatmap.png there.
+    """Measures what `out` does not hold yet and writes results.json, table.md and pictures there.
 
     Args:
         lab: model, tokenizer and settings.
@@ -101,6 +101,7 @@ def write(out: Path, items: Sequence[Mapping], name: str, command: str, about: d
     (out / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     picture.save_quality(rows, out / "quality.png")
     picture.save_heatmap(rows, out / "heatmap.png")
+    picture.save_paths(rows, out / "paths.png")
     return rows
 
 

@@ -27,13 +27,13 @@ class Piece:
         about: the question.
         tasks: comma-separated.
         methods: by label, for a model and settings.
-        settings: what the piece changes of those asked for.
+        settings: what the piece changes of those asked for, for a model.
     """
 
     about: str
     tasks: str
     methods: Callable[[ModelConfig, Settings], dict[str, CacheConfig]]
-    settings: Callable[[Settings], Settings] = lambda settings: settings
+    settings: Callable[[ModelConfig, Settings], Settings] = lambda model, settings: settings
 
 
 # ---- equal bytes ---------------------------------------------------------------------------------------------------
@@ -149,45 +149,73 @@ _DEFAULTS = _lines(
 _LONG = _lines("full", "kivi", "minikv", "mikv", "minikv_plus")
 
 
-def _longest(settings: Settings) -> Settings:
+def _longest(model: ModelConfig, settings: Settings) -> Settings:
     return dataclasses.replace(settings, lengths=(max(settings.lengths),))
 
 
-def _longer_answers(settings: Settings) -> Settings:
-    return dataclasses.replace(_longest(settings), new_tokens=8 * settings.new_tokens)
+def _longer_answers(model: ModelConfig, settings: Settings) -> Settings:
+    return dataclasses.replace(_longest(model, settings), new_tokens=8 * settings.new_tokens)
 
 
-def _around(settings: Settings) -> Settings:
-    """A quarter, a half, once and twice the longest length."""
-    longest = max(settings.lengths)
-    return dataclasses.replace(settings, lengths=(longest // 4, longest // 2, longest, 2 * longest))
+def _growing(model: ModelConfig, settings: Settings) -> Settings:
+    """Half of the longest length, doubled as often as the model has positions for, and all that it has."""
+    # Room for the new tokens and one more that is only predicted; whole tiles of attention.
+    most = (model.max_position_embeddings - settings.new_tokens - 1) // 128 * 128
+    lengths = [max(max(settings.lengths) // 2, 16)]
+    while 2 * lengths[-1] <= most:
+        lengths.append(2 * lengths[-1])
+    if lengths[0] < most:
+        lengths.append(most)
+    return dataclasses.replace(settings, lengths=tuple(dict.fromkeys(lengths)))
+
+
+def _minikv_choices(model: ModelConfig, settings: Settings) -> dict[str, CacheConfig]:
+    """MiniKV with one knob turned, and the two orders of quantising and selecting, all new tokens dense in both."""
+    group = presets.minikv().codec.token_group
+    never_full = (settings.new_tokens // group + 2) * group
+    turned = _lines(
+        "full",
+        "minikv",
+        "minikv:heavy=0.0,recent=0.5",
+        "minikv:heavy=0.1,recent=0.4",
+        "minikv:heavy=0.4,recent=0.1",
+        "minikv:heavy=0.45,recent=0.05",
+        "minikv:pyramid_depth=2",
+        "minikv:pyramid_depth=7",
+        "minikv:group_size=32",
+        "minikv:group_size=64",
+        "minikv:residual=32",
+        "minikv:residual=256",
+        "minikv:bits=16",
+        "minikv:bits=4",
+        "minikv:heavy=0.75,recent=0.25",
+        "minikv:metadata_dtype=float8_e4m3fn",
+        "minikv:sinks=4",
+        f"minikv:residual={never_full}",
+    )
+    quantized_first = presets.minikv(bits=16).replace(quantized_first=presets.minikv().codec)
+    return turned(model, settings) | {"minikv:bits=16, quantised first": quantized_first}
+
+
+def _few(model: ModelConfig, settings: Settings) -> dict[str, CacheConfig]:
+    """What a larger model is asked: published settings, and MiniKV and minikv_plus at some shares of bfloat16."""
+    prompt, shares = max(settings.lengths), (0.10, 0.14, 0.20)
+    lines = [
+        at_share(name, x, model, prompt, settings.new_tokens) for x in shares for name in ("minikv", "minikv_plus")
+    ]
+    return _DEFAULTS(model, settings) | presets.parse(",".join(filter(None, lines)))
 
 
 STUDY: dict[str, Piece] = {
     "main": Piece("every method at its published settings", "kl,lines,shared", _DEFAULTS, _longest),
     "budgets": Piece("every method at 5 to 50 % of bfloat16", "kl,lines", at_equal_bytes, _longest),
+    "few": Piece(
+        "published settings, and MiniKV and minikv_plus at 10, 14 and 20 %", "kl,lines,shared", _few, _longest
+    ),
     "minikv": Piece(
-        "MiniKV's own choices: heavy or recent, pyramid, groups, window, quantised after selection",
+        "MiniKV's own choices: heavy or recent, pyramid, groups, window, quantised before or after selection",
         "kl,lines",
-        _lines(
-            "full",
-            "minikv",
-            "minikv:heavy=0.0,recent=0.5",
-            "minikv:heavy=0.1,recent=0.4",
-            "minikv:heavy=0.4,recent=0.1",
-            "minikv:heavy=0.45,recent=0.05",
-            "minikv:pyramid_depth=2",
-            "minikv:pyramid_depth=7",
-            "minikv:group_size=32",
-            "minikv:group_size=64",
-            "minikv:residual=32",
-            "minikv:residual=256",
-            "minikv:bits=16",
-            "minikv:bits=4",
-            "minikv:heavy=0.75,recent=0.25",
-            "minikv:metadata_dtype=float8_e4m3fn",
-            "minikv:sinks=4",
-        ),
+        _minikv_choices,
         _longest,
     ),
     "mikv": Piece(
@@ -216,7 +244,7 @@ STUDY: dict[str, Piece] = {
         _LONG,
         _longer_answers,
     ),
-    "lengths": Piece("does the loss grow with the prompt?", "kl", _DEFAULTS, _around),
+    "lengths": Piece("does the loss grow with the prompt?", "kl", _DEFAULTS, _growing),
     "depth": Piece("is anything lost in the middle?", "needle,passkey", _LONG),
     "inside": Piece("errors and attention, layer by layer", "layers,spread,persistence", _DEFAULTS, _longest),
 }
