@@ -105,6 +105,9 @@ def results(folder):
     ]  # fmt: skip
     gemm = {"kernel": "gemm", "calls": 225.0, "us": 6000.0, "bytes": 2_700_000_000}
     rows[1]["kernels"] = [gemm, {"kernel": "others", "calls": 9, "us": 8.0}]
+    theirs = {"case": rows[0]["case"], "method": e2e.QUANTISED, "implementation": "transformers", "step_ms": 80.0,
+              "tokens_per_s": 100.0, "decode_peak_bytes": 2**36, "shape": {"B": 8, "S": 32768}}  # fmt: skip
+    rows.append(theirs)
     rows.append({"case": rows[0]["case"], "method": "mikv", "implementation": "minikv_jax", "failed": "Error: too big"})
     rows = [e2e.finish(row, rows, 2.7e12) for row in rows]
     path = folder / "e2e.json"
@@ -116,6 +119,7 @@ def results(folder):
 def test_rows_are_compared_with_the_full_cache(tmp_path):
     _, rows = results(tmp_path)
     assert rows[1]["speedup_vs_full"] == 2.5 and rows[3]["throughput_vs_full"] == 2.5
+    assert rows[1]["speedup_vs_quantised_transformers"] == 10 and rows[4]["speedup_vs_full"] == 0.25
     assert rows[1]["peak_saved_share"] == 0.5 and rows[1]["peak_over_planned"] == 1
     assert rows[1]["share_of_floor"] == pytest.approx((2**34 + 2**30) / 2.7e12 / 8e-3, rel=1e-3)
 
@@ -123,7 +127,8 @@ def test_rows_are_compared_with_the_full_cache(tmp_path):
 def test_results_become_a_table_and_a_picture(tmp_path):
     path, _ = results(tmp_path)
     text = tables.e2e(tmp_path)
-    assert "2.50" in text and "gemm" in text and "1,000 µs" in text and "mikv" not in text
+    assert "2.50" in text and "gemm" in text and "1,000 µs" in text and "mikv`" not in text
+    assert "10.0 (8 x 32,768)" in text
     e2e.main(["--plot", str(path), str(tmp_path / "e2e.png")])
     assert (tmp_path / "e2e.png").read_bytes().startswith(b"\x89PNG")
 

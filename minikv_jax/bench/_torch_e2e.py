@@ -4,8 +4,8 @@
                            "parts": ["decode", "prefill"]}'
 
 Weights are random. What a cache that is decoded from holds of a prompt is random too: keys and values go through the
-cache's own `update`. Prints "ready", waits for a line, and prints one JSON object. The quantised cache needs the package
-optimum-quanto. Without a GPU it runs on the CPU, for trying it out.
+cache's own `update`. Prints "ready", waits for a line, and prints one JSON object. The quantised cache needs the
+package optimum-quanto. Without a GPU it runs on the CPU, for trying it out.
 """
 
 import json

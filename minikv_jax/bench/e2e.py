@@ -112,6 +112,7 @@ class Case:
         return self.longest or not self.batch
 
 
+QUANTISED = "transformers-quanto-2bit"
 _8B, _7B, _REAL = "llama3-8b", "llama2-7b", "qwen2.5-1.5b"
 _BOTH = ("decode", "prefill")
 _SLOW = ("h2o", "mikv")  # score every token at every step: fewer steps say the same
@@ -130,7 +131,8 @@ CASES = (
     *_each(("minikv", "full"), _8B, 0, 32768),
     *_each(("minikv", "full"), _8B, 1, 131072),
     *_each(("minikv", "full"), _8B, 1, 4096, *_BOTH),
-    *_each(("transformers-quanto-2bit", "transformers"), _8B, 8, 32768),
+    *_each((QUANTISED, "transformers"), _8B, 8, 32768),
+    *_each((QUANTISED, "transformers"), _8B, 1, 32768, *_BOTH),
     *_each(("minikv_plus", "kivi", "snapkv", "minikv_pyramid", "mikv", "h2o"), _8B, 8, 32768),
     Case(_7B, "minikv", 1, 400_000, _BOTH, steps=32, longest=True),
     Case(_7B, "full", 1, 0, _BOTH, steps=32, longest=True),
@@ -569,7 +571,14 @@ def _torch_command(case: Case) -> list[str]:
         "num_key_value_heads": shape.num_kv_heads,
         "max_position_embeddings": case.prompt + GENERATED,
     }
-    about = {"shape": sizes, "cache": cache, "batch": case.batch, "prompt": case.prompt, "seconds": 8}
+    about = {
+        "shape": sizes,
+        "cache": cache,
+        "batch": case.batch,
+        "prompt": case.prompt,
+        "seconds": 8,
+        "parts": case.parts,
+    }
     return [str(Path(__file__).with_name("_torch_e2e.py")), json.dumps(about)]
 
 
@@ -609,6 +618,9 @@ def finish(row: dict, done: Sequence[dict], bandwidth: float) -> dict:
     if "step_ms" in row and "weights_read_bytes" in row:
         row["floor_ms"] = 1e3 * (row["weights_read_bytes"] + row["cache_bytes"]) / bandwidth
         row["share_of_floor"] = row["floor_ms"] / row["step_ms"]
+    for other in (x for x in done if x["case"] == row["case"] and x["method"] == QUANTISED):
+        if "tokens_per_s" in row and "tokens_per_s" in other and row["implementation"] == "minikv_jax":
+            row["speedup_vs_quantised_transformers"] = row["tokens_per_s"] / other["tokens_per_s"]
     for other in (x for x in done if x["case"] == row["case"] and x["method"] == "full"):
         if "longest_prompt_predicted" in other:
             row["prompt_vs_full"] = row["shape"]["S"] / other["longest_prompt_predicted"]
@@ -704,7 +716,8 @@ def _line(row: dict) -> str:
     cells = [f"{row['case']:26} {row['method']:26}"]
     for name, form in (
         ("tokens_per_s", "{:8.1f} tokens/s"), ("step_ms", "{:7.2f} ms"), ("share_of_floor", "{:4.0%} of floor"),
-        ("speedup_vs_full", "{:5.2f}x full"), ("throughput_vs_full", "{:5.2f}x full"), ("ttft_s", "{:6.2f} s ttft"),
+        ("speedup_vs_full", "{:5.2f}x full"), ("throughput_vs_full", "{:5.2f}x full"),
+        ("speedup_vs_quantised_transformers", "{:5.1f}x quantised transformers"), ("ttft_s", "{:6.2f} s ttft"),
         ("decode_compile_s", "compiled {:.1f} s"), ("prefill_compile_s", "compiled {:.1f} s"),
         ("peak_over_planned", "{:5.2f}x planned"), ("gpu_s", "({:.0f} s of the GPU)"), ("failed", "FAILED {}"),
     ):  # fmt: skip
