@@ -49,6 +49,9 @@ def decline() -> str | None:
     """Why no Triton kernel can run here; None where one can."""
     if jax.default_backend() != "gpu":
         return f"needs a CUDA GPU, this is {jax.default_backend()}"
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    if capability.replace(".", "").isdigit() and float(capability) < 8:
+        return f"needs a GPU from Ampere on (compute capability 8.0), this one has {capability}"
     if importlib.util.find_spec("jax_triton") is None:
         return "needs the package jax-triton"
     return None
