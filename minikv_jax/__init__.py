@@ -3,21 +3,14 @@
 from minikv_jax import presets
 from minikv_jax.cache import KVCache, nbytes
 from minikv_jax.config import Allocation, CacheConfig, Codec, Rank
+from minikv_jax.decode import decode_step
 from minikv_jax.errors import CheckpointError, ConfigError, MiniKVError, PromptError, UnsupportedModelError
-from minikv_jax.generate import (
-    Sampling,
-    bucket,
-    decode_step,
-    empty_cache,
-    extend,
-    forward,
-    generate,
-    prefill,
-    prefill_in_chunks,
-    stream,
-)
+from minikv_jax.extend import extend, prefill_in_chunks
+from minikv_jax.generate import generate, stream
 from minikv_jax.models import load
+from minikv_jax.prefill import bucket, empty_cache, forward, prefill
 from minikv_jax.report import cache_report
+from minikv_jax.sampling import Sampling
 from minikv_jax.slots import fork, insert, reset
 
 __version__ = "0.1.0"

@@ -259,7 +259,7 @@ class _Request:
 
 def _answers(configs: list[CacheConfig], request: _Request, quiet: bool) -> list[tuple[Answer, CacheReport]]:
     """Each method's answer in turn. Everything that can be wrong is checked before a model is loaded."""
-    from minikv_jax.generate import Sampling
+    from minikv_jax.sampling import Sampling
 
     sampling = Sampling(request.temperature, request.top_p)
     text = _prompt(_read(request.prompt_file), request.question)

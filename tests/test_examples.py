@@ -46,4 +46,4 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
     scope = {"__name__": "__main__"}
     for source in sources:
         exec(compile(source, "minikv_colab.ipynb", "exec"), scope)
-    assert 0 < scope["faithful"] <= 1 and len(scope["answers"]["minikv"]) == 4
+    assert 0 < scope["faithful"]["minikv"] <= 1 and len(scope["answers"]["minikv"]) == 4

@@ -28,10 +28,12 @@ from minikv_jax import (
     nbytes,
     prefill,
     presets,
+    stream,
 )
 from minikv_jax.cache import QueryStatistics, Shape
-from minikv_jax.generate import _chunk_rows, _compress, sample, stream
 from minikv_jax.models.llama import Llama
+from minikv_jax.prefill import chunk_rows, compress_layer
+from minikv_jax.sampling import sample
 
 MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
 step = jax.jit(decode_step, donate_argnames="cache")
@@ -289,7 +291,7 @@ def test_every_kind_of_model_runs_every_kind_of_cache(architecture, method):
 def in_chunks_of(monkeypatch, rows: int, attended: int):
     """Reads prompts in pieces of so many rows, and so many in a call of attention."""
     for name, value in (("_ROWS", rows), ("_ATTENDED_ROWS", attended)):
-        monkeypatch.setattr(sys.modules["minikv_jax.generate"], name, value)
+        monkeypatch.setattr(sys.modules["minikv_jax.prefill"], name, value)
 
 
 @pytest.mark.parametrize(
@@ -327,8 +329,8 @@ def test_a_layer_compressed_in_pieces_is_the_layer(method):
     scores, lengths = jnp.asarray(rng.random((2, 4, 40)), jnp.float32), jnp.array([40, 23])
     queries = QueryStatistics.of(key, 4, jnp.ones((2, 40), bool))
     arguments = key, value, scores, queries, lengths, allocate.budgets(config, 0, 1, lengths, 40)
-    whole = _compress(*arguments, config=config, shape=shape)
-    chex.assert_trees_all_close(whole, _compress(*arguments, config=config, shape=shape, at_once=40 * 16 * 2))
+    whole = compress_layer(*arguments, config=config, shape=shape)
+    chex.assert_trees_all_close(whole, compress_layer(*arguments, config=config, shape=shape, at_once=40 * 16 * 2))
 
 
 @given(length=st.integers(1, 100_000))
@@ -368,7 +370,7 @@ generate(MODEL, tokens(1, 40), jnp.array([40]), METHODS["minikv"], 4)[0].block_u
 
 @given(batch=st.integers(1, 64), tokens=st.integers(1, 400_000))
 def test_chunks_cover_a_prompt_with_little_padding(batch, tokens):
-    chunks = _chunk_rows(batch, tokens)
+    chunks = chunk_rows(batch, tokens)
     assert chunks.attention % chunks.products == 0
     assert -tokens % chunks.attention <= 128 * -(-tokens // chunks.products)
     assert chunks.products <= max(4096 // batch, 128)

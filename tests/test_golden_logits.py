@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minikv_jax.generate import forward
 from minikv_jax.models import load_model, load_tokenizer, locate
+from minikv_jax.prefill import forward
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,28 +45,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 from minikv_jax import allocate, nbytes, presets
 from minikv_jax.bench.timing import copy_bandwidth, environment, traced_kernels, write_results
 from minikv_jax.cache import KVCache, Shape
 from minikv_jax.config import CacheConfig
+from minikv_jax.decode import decode_loop
 from minikv_jax.errors import ConfigError, MiniKVError
-from minikv_jax.generate import (
-    Sampling,
-    _chunk_rows,
-    _compress,
-    _decode_loop,
-    _embed,
-    _logits_at,
-    _read_layer,
-    prefill,
-    sample,
-)
 from minikv_jax.models import load_model, open_checkpoint
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.llama import Llama
 from minikv_jax.models.shapes import shape_of
+from minikv_jax.prefill import chunk_rows, compress_layer, embed, logits_at, prefill, read_layer
 from minikv_jax.report import planned_report
+from minikv_jax.sampling import Sampling, sample
 
 GENERATED = 512
 _MIB = 1 << 20
@@ -295,7 +289,22 @@ def _decode_arguments(setting: Setting) -> tuple:
 def _lower_decode(setting: Setting, steps: int) -> jax.stages.Lowered:
     """The decode loop for abstract arguments: the same program in every process, and nothing runs on the device."""
     arguments = jax.eval_shape(functools.partial(_decode_arguments, setting))
-    return _decode_loop.lower(setting.model, setting.cache, *arguments, steps + 1, ())
+    return decode_loop.lower(setting.model, setting.cache, *arguments, steps + 1, ())
+
+
+def _lower_anew(setting: Setting, steps: int) -> jax.stages.Lowered:
+    """The decode loop, every kernel in it compiled here, whatever other cases left; what this one leaves is kept."""
+    shared = jax.config.jax_compilation_cache_dir
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        try:
+            lowered = _lower_decode(setting, steps)
+        finally:
+            jax.config.update("jax_compilation_cache_dir", shared)
+            compilation_cache.reset_cache()
+        if shared:
+            shutil.copytree(folder, shared, dirs_exist_ok=True)
+    return lowered
 
 
 def _decode(model: Llama, cache: KVCache, setting: Setting, loop: Callable, case: Case) -> dict:
@@ -378,8 +387,8 @@ def _rehearse_prefill(setting: Setting) -> dict:
         start = time.perf_counter()
         with contextlib.suppress(_Rehearsed):
             prefill(model, tokens, lengths, setting.config, progress=stop)
-        x = _embed(model, tokens, _chunk_rows(*tokens.shape))
-        jax.block_until_ready(sample(_logits_at(model, x, lengths - 1), jax.random.key(0), Sampling(1.0)))
+        x = embed(model, tokens, chunk_rows(*tokens.shape))
+        jax.block_until_ready(sample(logits_at(model, x, lengths - 1), jax.random.key(0), Sampling(1.0)))
         return time.perf_counter() - start
 
     return {"prefill_compile_s": read() - read()}
@@ -409,19 +418,19 @@ def _prefill(model: Llama, setting: Setting, compilation: _Compilation) -> dict:
 
 def _layer_seconds(model: Llama, config: CacheConfig, tokens, lengths) -> dict:
     """Seconds of the first layer and of its compression, with the programs that `prefill` has compiled."""
-    rows, layers = _chunk_rows(*tokens.shape), model.config.num_layers
+    rows, layers = chunk_rows(*tokens.shape), model.config.num_layers
     config = config.replace(prompt_capacity=tokens.shape[1])
     largest = Shape.largest(config, layers)
     budget = allocate.budgets(config, 0, layers, lengths, tokens.shape[1])
     times = []
     for _ in range(3):
-        x = jax.block_until_ready(_embed(model, tokens, rows))
+        x = jax.block_until_ready(embed(model, tokens, rows))
         start = time.perf_counter()
         _, *attended = jax.block_until_ready(
-            _read_layer(model.layers[0], x, lengths, rows, score_rows=config.score_rows, sliding_window=None)
+            read_layer(model.layers[0], x, lengths, rows, score_rows=config.score_rows, sliding_window=None)
         )
         middle = time.perf_counter()
-        jax.block_until_ready(_compress(*attended, lengths, budget, config=config, shape=largest))
+        jax.block_until_ready(compress_layer(*attended, lengths, budget, config=config, shape=largest))
         times.append((middle - start, time.perf_counter() - middle))
     layer, compression = (statistics.median(x) for x in zip(*times[1:]))
     return {"layer_ms": 1e3 * layer, "compression_share": compression / (layer + compression)}
@@ -460,7 +469,7 @@ def rehearse(case: Case, take_turn: Callable[[], None] = lambda: None) -> dict:
     row, lowered = {}, None
     if "decode" in case.parts:
         start = time.perf_counter()
-        lowered = _lower_decode(setting, case.steps)
+        lowered = _lower_anew(setting, case.steps)
         row["decode_lower_s"] = time.perf_counter() - start
     take_turn()
     if lowered is not None:

@@ -27,9 +27,9 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax import allocate
 from minikv_jax.cache import KVCache, LayerCache, Shape, read_token
 from minikv_jax.config import CacheConfig
-from minikv_jax.generate import _chunk_rows, _compress, _embed, _fitting, _logits_at, _read_layer
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.llama import Llama
+from minikv_jax.prefill import checked, chunk_rows, compress_layer, embed, logits_at, read_layer
 from minikv_jax.report import planned_layer, planned_report
 from minikv_jax.segments import DenseSegment
 
@@ -44,11 +44,11 @@ class Prompt:
 
 def _read_layers(model: Llama, tokens, lengths, rows: Sequence[int | str]) -> Iterator[dict[int | str, tuple]]:
     """What each layer gives in turn, for each way to count scores: its result, and all that is compressed of it."""
-    at_once = _chunk_rows(*tokens.shape)
-    x = _embed(model, tokens, at_once)
+    at_once = chunk_rows(*tokens.shape)
+    x = embed(model, tokens, at_once)
     for layer in model.layers:
         # A layer takes the place of what it reads: each reading gets a copy.
-        read = {n: _read_layer(layer, jnp.array(x), lengths, at_once, n, sliding_window=None) for n in rows}
+        read = {n: read_layer(layer, jnp.array(x), lengths, at_once, n, sliding_window=None) for n in rows}
         x = read[rows[0]][0]
         yield read
 
@@ -62,7 +62,7 @@ def read_prompt(
     counts what `prefill` would hold.
     """
     lengths = jnp.asarray(lengths, jnp.int32)
-    methods = {name: _fitting(model, tokens, lengths, config) for name, config in methods.items()}
+    methods = {name: checked(model, tokens, lengths, config) for name, config in methods.items()}
     layers = model.config.num_layers
     largest = {name: Shape.largest(config, layers) for name, config in methods.items()}
     held: dict[str, list[LayerCache]] = {name: [] for name in methods}
@@ -71,12 +71,12 @@ def read_prompt(
         for name, config in methods.items():
             x, *attended = _of(read, config)
             budget = allocate.budgets(config, i, layers, lengths, tokens.shape[1])
-            held[name].append(_compress(*attended, lengths, budget, config=config, shape=largest[name]))
+            held[name].append(compress_layer(*attended, lengths, budget, config=config, shape=largest[name]))
     caches = {}
     for name, config in methods.items():
         room = jnp.full(lengths.shape, config.generated_capacity, jnp.int32)
         caches[name] = KVCache(tuple(held[name]), jnp.array(lengths), room, config)
-    return Prompt(_logits_at(model, x, lengths - 1), caches)
+    return Prompt(logits_at(model, x, lengths - 1), caches)
 
 
 def _rows(methods: Mapping[str, CacheConfig]) -> list[int | str]:
@@ -128,7 +128,7 @@ def read_follows(
     """
     lengths = jnp.asarray(lengths, jnp.int32)
     layers = model.config.num_layers
-    methods = {name: _fitting(model, tokens, lengths, config) for name, config in methods.items()}
+    methods = {name: checked(model, tokens, lengths, config) for name, config in methods.items()}
     starts = [range(0, tokens.shape[1], _RUN) for tokens, _ in follows]
     padded = [np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % _RUN))) for tokens, _ in follows]
     embedded = [[_embedded(model, x[:, i : i + _RUN]) for i in s] for x, s in zip(padded, starts)]
@@ -142,7 +142,7 @@ def read_follows(
             _, *attended = _of(read, config)
             budget = allocate.budgets(config, i, layers, lengths, tokens.shape[1])
             shape = Shape(*(tokens.shape[1] + config.generated_capacity + 1,) * 2)
-            cache = _compress(*attended, lengths, budget, config=config.program, shape=shape)
+            cache = compress_layer(*attended, lengths, budget, config=config.program, shape=shape)
             x[name] = [
                 _read_runs(model.layers[i], *run, cache, config.program) for run in zip(x[name], places, counted)
             ]
@@ -226,7 +226,7 @@ def _size(x: Float[Array, "B T N H"]) -> Float[Array, "B"]:
 @jax.jit
 def best(model: Llama, x: Float[Array, "B T D"], index: Int[Array, "B"]) -> Int[Array, "B"]:
     """The most likely token after the one at `index` of each sequence, from hidden states."""
-    return jnp.argmax(_logits_at(model, x, index), axis=-1).astype(jnp.int32)
+    return jnp.argmax(logits_at(model, x, index), axis=-1).astype(jnp.int32)
 
 
 def write_on(

@@ -1,13 +1,14 @@
 """The LLaMA family in Flax NNX: LLaMA 2, 3, 3.1, 3.2, SmolLM2, Mistral, Qwen2 and Qwen2.5.
 
 The modules hold parameters and say what a layer does before and after attention. Attention itself, and the cache it
-reads, belong to `generate.py`, so one model serves every method.
+reads, belong to `prefill.py` and `decode.py`, so one model serves every method.
 
 Weights lie [in, out]. Decoding one token is a row vector times each weight, which then streams through memory in
 order; that is what a CPU can do at full bandwidth, and a GPU does not mind.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,3 +125,11 @@ class Llama(nnx.Module):
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         h = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
         return jnp.matmul(h, self.head[...], preferred_element_type=jnp.float32)
+
+
+type Params = Llama | tuple[Any, Any]
+
+
+def as_model(params: Params) -> Llama:
+    """The model: as it is, or merged from the graph definition and state that `nnx.split` made of it."""
+    return params if isinstance(params, Llama) else nnx.merge(*params)

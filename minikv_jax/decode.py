@@ -1,0 +1,131 @@
+"""Reading one token of every sequence, and the loop that does so many times in one dispatch."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minikv_jax.cache import KVCache, LayerCache, read_token
+from minikv_jax.config import CacheConfig
+from minikv_jax.models.llama import LlamaLayer, Params, as_model
+from minikv_jax.sampling import Sampling, sample
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _decode_layer(layer: LlamaLayer, cache: LayerCache, x, lengths, accept, config: CacheConfig):
+    """One layer over one new token. Jitted on its own, it is traced and lowered once for all layers of one shape."""
+    query, key, value = layer.before_attention(x, lengths[:, None])
+    cache, attention = read_token(cache, query, key, value, lengths, accept, config)
+    return cache, layer.after_attention(x, attention)
+
+
+def decode_step(params: Params, cache: KVCache, tokens: Int[Array, "B"]) -> tuple[Float[Array, "B V"], KVCache]:
+    """Reads one more token of every sequence.
+
+    Use it as `jax.jit(decode_step, donate_argnames="cache")`: the cache is then updated in place.
+
+    Args:
+        params: the model.
+        cache: of B sequences.
+        tokens: [B] token ids.
+
+    Returns:
+        float32 logits [B, V] of the next token, and the cache. A sequence without room left stores nothing and its
+        logits are NaN.
+    """
+    model = as_model(params)
+    accept = cache.room > 0
+    x = model.embed(tokens[:, None])
+    layers = []
+    for layer, layer_cache in zip(model.layers, cache.layers):
+        layer_cache, x = _decode_layer(layer, layer_cache, x, cache.lengths, accept, cache.config)
+        layers.append(layer_cache)
+    logits = jnp.where(accept[:, None], model.logits(x)[:, 0], jnp.nan)
+    step = accept.astype(jnp.int32)
+    return logits, KVCache(tuple(layers), cache.lengths + step, cache.room - step, cache.config)
+
+
+# Steps between two looks at whether every sequence has ended. A loop whose condition depends on data makes the host
+# wait for the device each time round; a scan of known length does not.
+_STEPS = 16
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_token_ids"), donate_argnames="cache")
+def decode_loop(
+    params: Params,
+    cache: KVCache,
+    token: Int[Array, "B"],
+    key: Array,
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos_token_ids: tuple[int, ...],
+) -> tuple[Int[Array, "B max_new_tokens"], KVCache]:
+    """Decodes until every sequence has ended or `max_new_tokens` are there: one dispatch for all of it.
+
+    Args:
+        params: the model.
+        cache: of B sequences with room for `max_new_tokens` - 1; donated.
+        token: [B] the first of the new tokens, sampled from the prompt's logits.
+        key: of the random draws.
+        sampling: how tokens are drawn.
+        max_new_tokens: `token` among them.
+        eos_token_ids: a sequence ends with one of these; the rest of its row repeats it. Empty: none ends.
+
+    Returns:
+        The new tokens [B, max_new_tokens], and the cache after them.
+    """
+    ends = jnp.asarray(eos_token_ids or (-1,))
+
+    def step(state, i):
+        cache, ended, token = state
+        cache = _counted_in_every_layer(cache)
+        # Where all have ended, or past the last token, no sequence has room and the step changes nothing.
+        room = jnp.where(ended.all() | (i >= max_new_tokens), 0, cache.room)
+        logits, stepped = decode_step(params, dataclasses.replace(cache, room=room), token)
+        cache = dataclasses.replace(stepped, room=cache.room - (stepped.lengths - cache.lengths))
+        token = jnp.where(ended, token, sample(logits, jax.random.fold_in(key, i), sampling))
+        return (_counted_once(cache), ended | jnp.isin(token, ends), token), token
+
+    state = _counted_once(cache), jnp.isin(token, ends), token
+    if not eos_token_ids:
+        (cache, _, _), tokens = jax.lax.scan(step, state, jnp.arange(1, max_new_tokens))
+        return jnp.concatenate([token[None], tokens]).T, _counted_in_every_layer(cache)
+
+    chunks = -(-(max_new_tokens - 1) // _STEPS)
+    tokens = jnp.zeros((1 + chunks * _STEPS, token.shape[0]), jnp.int32).at[0].set(token)
+
+    def more(carry):
+        done, _, (_, ended, _) = carry
+        return (done < max_new_tokens) & ~ended.all()
+
+    def chunk(carry):
+        done, tokens, state = carry
+        state, new = jax.lax.scan(step, state, done + jnp.arange(_STEPS))
+        return done + _STEPS, jax.lax.dynamic_update_slice_in_dim(tokens, new, done, 0), state
+
+    done, tokens, (cache, _, token) = jax.lax.while_loop(more, chunk, (jnp.int32(1), tokens, state))
+    written = jnp.arange(max_new_tokens)[:, None] < done
+    return jnp.where(written, tokens[:max_new_tokens], token).T, _counted_in_every_layer(cache)
+
+
+def _counted_once(cache: KVCache) -> KVCache:
+    """Without the numbers that sequences have in every layer but the first, where layers keep the same.
+
+    A loop copies each number that it carries once a step: for 32 layers that took as long as attending to a window.
+    """
+    if cache.config.allocation.is_pyramid:
+        return cache
+    others = jax.tree.map(lambda x: None if x.ndim == 1 else x, cache.layers[1:])
+    return dataclasses.replace(cache, layers=(cache.layers[0], *others))
+
+
+def _counted_in_every_layer(cache: KVCache) -> KVCache:
+    """What `_counted_once` left out, filled in again."""
+    first, *others = cache.layers
+    others = [
+        jax.tree.map(lambda x, of_first: of_first if x is None else x, layer, first, is_leaf=lambda x: x is None)
+        for layer in others
+    ]
+    return dataclasses.replace(cache, layers=(first, *others))

@@ -1,0 +1,129 @@
+"""Reading onto a cache: more of a prompt, or a next turn, many tokens at once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minikv_jax import allocate
+from minikv_jax.cache import KVCache, QueryStatistics, Shape, read_tokens
+from minikv_jax.config import Allocation, CacheConfig, Rank
+from minikv_jax.errors import ConfigError, PromptError
+from minikv_jax.models.llama import Params, as_model
+from minikv_jax.prefill import checked, compress_layer, empty_cache, logits_at
+
+# Tokens read at once by `extend`: bounds the attention of new tokens among themselves.
+_CHUNK = 128
+
+
+def extend(
+    params: Params, cache: KVCache, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Reads more of a prompt, or a next turn, onto a cache: many tokens at once instead of one a `decode_step`.
+
+    New tokens attend to everything the cache holds and, in chunks, exactly to each other. They take the way of
+    generated tokens: through the window into the first tier, with evicting methods giving up one token for each.
+
+    Args:
+        params: the model.
+        cache: of B sequences; donate it under `jit`.
+        tokens: [B, T] token ids, padded on the right.
+        lengths: [B] true numbers of new tokens, 0 <= length <= T.
+
+    Returns:
+        float32 logits [B, V] of the token after each sequence's last new one (NaN where it had none, or more than it
+        had room for), and the cache.
+
+    Raises:
+        PromptError: shapes that do not fit, no tokens, or more than any sequence could have room for.
+    """
+    lengths = jnp.asarray(lengths, jnp.int32)
+    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1] or lengths.shape != cache.lengths.shape:
+        raise PromptError(
+            f"tokens {tokens.shape}, lengths {lengths.shape} and a cache of {cache.lengths.shape[0]} sequences must "
+            "be [B, T], [B] and B."
+        )
+    if tokens.shape[1] == 0:
+        raise PromptError("There is nothing to read: give at least one token.")
+    fits = lengths <= cache.room
+    lengths = jnp.where(fits, lengths, 0)
+    logits = jnp.full((tokens.shape[0], as_model(params).config.vocab_size), jnp.nan, jnp.float32)
+    for start in range(0, tokens.shape[1], _CHUNK):
+        chunk = tokens[:, start : start + _CHUNK]
+        counts = jnp.clip(lengths - start, 0, chunk.shape[1])
+        counted = jnp.arange(chunk.shape[1]) < counts[:, None]
+        new, cache, _ = _extend_chunk(params, cache, chunk, counts, counted)
+        logits = jnp.where((counts > 0)[:, None], new, logits)
+    return logits, cache
+
+
+@jax.jit
+def _extend_chunk(params, cache: KVCache, tokens, counts, counted):
+    """Logits after a chunk, the cache with it, and statistics of each layer's queries."""
+    model = as_model(params)
+    x = model.embed(tokens)
+    positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+    layers, queries = [], []
+    for layer, layer_cache in zip(model.layers, cache.layers):
+        query, key, value = layer.before_attention(x, positions)
+        layer_cache, attention = read_tokens(
+            layer_cache, query, key, value, cache.lengths, counts, counted, cache.config
+        )
+        x = layer.after_attention(x, attention)
+        layers.append(layer_cache)
+        read = jnp.arange(tokens.shape[1]) < counts[:, None]
+        queries.append(QueryStatistics.of(query, key.shape[2], read))
+    logits = logits_at(model, x, counts - 1)
+    return logits, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config), queries
+
+
+def prefill_in_chunks(
+    params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], cache_config: CacheConfig, chunk: int = _CHUNK
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """`prefill` that goes through the model chunk by chunk, for servers that interleave prompts with decoding.
+
+    What a method keeps depends on the whole prompt, so until its end every token is held dense with its score so far;
+    then the layers are compressed. Result and arguments are those of `prefill`; the peak is a full cache.
+
+    Args:
+        chunk: tokens read at once.
+    """
+    model = as_model(params)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    cache_config = checked(model, tokens, lengths, cache_config)
+    if chunk < 1:
+        raise ConfigError(f"chunk={chunk}: read at least 1 token at once.")
+    layers, longest = model.config.num_layers, tokens.shape[1]
+    # A cache that scores all tokens and is never so full that it gives one up.
+    staging = CacheConfig(
+        name="staging",
+        rank=Rank(by="attention"),
+        allocation=Allocation(heavy=longest),
+        evict="after",
+        prompt_capacity=1,
+        generated_capacity=longest,
+    )
+    cache = empty_cache(params, staging, tokens.shape[0])
+    held = [dataclasses.replace(x, ledger=dataclasses.replace(x.ledger, size=lengths)) for x in cache.layers]
+    cache = dataclasses.replace(cache, layers=tuple(held))
+    scored = longest if cache_config.score_rows == "all" else cache_config.score_rows
+    logits, queries = None, []
+    for start in range(0, longest, chunk):
+        part = tokens[:, start : start + chunk]
+        place = start + jnp.arange(part.shape[1])
+        counts = jnp.clip(lengths - start, 0, part.shape[1])
+        counted = (place < lengths[:, None]) & (place >= (lengths - scored)[:, None])
+        new, cache, more = _extend_chunk(params, cache, part, counts, counted)
+        logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
+        queries = [a.join(b) for a, b in zip(queries, more)] if queries else more
+    compressed = []
+    for i, layer in enumerate(cache.layers):
+        key, value = (x[:, :, :longest].swapaxes(1, 2) for x in (layer.segment.key, layer.segment.value))
+        budget = allocate.budgets(cache_config, i, layers, lengths, longest)
+        scores, shape = layer.ledger.scores[:, :, :longest], Shape.of(cache_config, i, layers)
+        compressed.append(
+            compress_layer(key, value, scores, queries[i], lengths, budget, config=cache_config, shape=shape)
+        )
+    room = jnp.full(lengths.shape, cache_config.generated_capacity, jnp.int32)
+    return logits, KVCache(tuple(compressed), jnp.array(lengths), room, cache_config)
