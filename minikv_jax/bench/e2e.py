@@ -28,7 +28,6 @@ import json
 import math
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -45,7 +44,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 from minikv_jax import allocate, nbytes, presets
 from minikv_jax.bench.timing import copy_bandwidth, environment, traced_kernels, write_results
@@ -292,21 +290,6 @@ def _lower_decode(setting: Setting, steps: int) -> jax.stages.Lowered:
     return decode_loop.lower(setting.model, setting.cache, *arguments, steps + 1, ())
 
 
-def _lower_anew(setting: Setting, steps: int) -> jax.stages.Lowered:
-    """The decode loop, every kernel in it compiled here, whatever other cases left; what this one leaves is kept."""
-    shared = jax.config.jax_compilation_cache_dir
-    with tempfile.TemporaryDirectory() as folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        try:
-            lowered = _lower_decode(setting, steps)
-        finally:
-            jax.config.update("jax_compilation_cache_dir", shared)
-            compilation_cache.reset_cache()
-        if shared:
-            shutil.copytree(folder, shared, dirs_exist_ok=True)
-    return lowered
-
-
 def _decode(model: Llama, cache: KVCache, setting: Setting, loop: Callable, case: Case) -> dict:
     """The decode loop's figures."""
     steps, arguments = case.steps, _decode_arguments(setting)
@@ -469,7 +452,7 @@ def rehearse(case: Case, take_turn: Callable[[], None] = lambda: None) -> dict:
     row, lowered = {}, None
     if "decode" in case.parts:
         start = time.perf_counter()
-        lowered = _lower_anew(setting, case.steps)
+        lowered = _lower_decode(setting, case.steps)
         row["decode_lower_s"] = time.perf_counter() - start
     take_turn()
     if lowered is not None:
