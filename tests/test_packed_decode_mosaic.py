@@ -31,15 +31,16 @@ from pallas_kernels.packed_decode import mosaic_gpu as m
 from test_packed_decode import attention, dequantised, error, poison, segment
 from test_packed_decode_mosaic import FORMATS
 
-def check(name, lengths, rows=2, splits=1, stages=1, scales=None, query_size=1.0):
+def check(name, lengths, heads=1, rows=2, splits=1, stages=1, scales=None, query_size=1.0):
     rng = np.random.default_rng(0)
     b = len(lengths)
-    keys, values = segment(rng, b, 1, 5, 128, FORMATS[name], scales=scales)
-    query = jnp.asarray(rng.normal(size=(b, 1, rows, 128)) * query_size, jnp.bfloat16)
-    want = attention(query, dequantised(keys), dequantised(values), np.asarray(lengths)[:, None], 128**-0.5)
+    keys, values = segment(rng, b, heads, 5, 128, FORMATS[name], scales=scales)
+    query = jnp.asarray(rng.normal(size=(b, 1, heads * rows, 128)) * query_size, jnp.bfloat16)
+    per_head = np.repeat(np.asarray(lengths)[:, None], heads, axis=1)
+    want = attention(query, dequantised(keys), dequantised(values), per_head, 128**-0.5)
     keys, values = (poison(x, max(lengths)) for x in (keys, values))
     got = m.packed_decode_attention(
-        query, keys, values, jnp.asarray(lengths, jnp.int32)[:, None], scale=128**-0.5, return_logits=False,
+        query, keys, values, jnp.asarray(lengths, jnp.int32), scale=128**-0.5, return_logits=False,
         splits=splits, blocks=m.Blocks(stages=stages), interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
     assert error(got, want) < 1e-3, error(got, want)
@@ -48,7 +49,7 @@ for case in {cases}:
     check(**case)
 print("DONE")
 """
-CASES = [dict(name=QUICK, lengths=[557])]
+CASES = [dict(name=QUICK, lengths=[557], heads=2)]
 MORE_CASES = [
     *(dict(name=name, lengths=[513, 0, 100], splits=2) for name in FORMATS),
     dict(name=QUICK, lengths=[640], rows=6, stages=2),

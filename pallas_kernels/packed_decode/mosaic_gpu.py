@@ -498,7 +498,7 @@ def packed_decode_attention(
     query: Float[Array, "B T N H"],
     keys: PackedTensor,
     values: PackedTensor,
-    lengths: Int[Array, "B K"],
+    lengths: Int[Array, "B"] | Int[Array, "B K"],
     *,
     scale: float,
     return_logits: bool,
@@ -516,5 +516,6 @@ def packed_decode_attention(
     rows = query.shape[1] * (query.shape[2] // heads)
     if splits is None:
         splits = _choose_splits(query.shape[0] * heads * -(-rows // _SLOTS), capacity, blocks.programs)
+    lengths = jnp.broadcast_to(lengths.reshape(len(lengths), -1), (len(lengths), heads))
     lengths = lengths.astype(jnp.int32).reshape(-1)
     return _packed(query, keys, values, lengths, float(scale), splits, blocks, interpret)
