@@ -342,15 +342,17 @@ def _print_sizes(model_shape: str, prompt: int, generated: int, as_json: bool) -
 @app.command()
 @click.argument("benchmark", type=click.Choice(["prefill", "decode", "e2e", "cpu"]))
 @click.option("--out", type=Path, required=True, help="The JSON file to write.")
-@click.option("--only", multiple=True, help="e2e: cases that contain this, as 'B8-S32768 minikv'; * is anything.")
+@click.option(
+    "--only", multiple=True, help="e2e, decode: rows whose name contains this, as 'B8-S32768 minikv'; * is anything."
+)
 @click.option("--jobs", type=click.IntRange(1, 16), default=4, show_default=True, help="e2e: cases in work at once.")
 @click.option("--model-file", type=Path, help="e2e: weights of Qwen2.5-1.5B, a GGUF file or a folder; else random.")
 def bench(benchmark: str, out: Path, only: tuple[str, ...], jobs: int, model_file: Path | None) -> None:
     """Measure: attention with scores (prefill), over codes (decode) or whole models (e2e) on a GPU, or on the CPU."""
     import importlib
 
-    if (only or model_file) and benchmark != "e2e":
-        raise ConfigError(f"--only and --model-file are for bench e2e, not for bench {benchmark}.")
+    if (only and benchmark not in ("e2e", "decode")) or (model_file and benchmark != "e2e"):
+        raise ConfigError(f"--only is for bench e2e and decode, --model-file for e2e, not for bench {benchmark}.")
     if benchmark in ("prefill", "decode"):
         import jax
 
@@ -360,7 +362,8 @@ def bench(benchmark: str, out: Path, only: tuple[str, ...], jobs: int, model_fil
             )
     module = importlib.import_module(f"minikv_jax.bench.{benchmark}")
     # A process that measures nothing itself must leave the GPU's memory to those that do.
-    module.run(out, only, jobs, model_file) if benchmark == "e2e" else module.run(out)
+    options = {"e2e": (only, jobs, model_file), "decode": (only,)}.get(benchmark, ())
+    module.run(out, *options)
     print(f"Figures: {out}")
 
 

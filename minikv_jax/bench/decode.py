@@ -1,17 +1,20 @@
 """Decode attention over packed caches beside cuDNN in bfloat16 and XLA, in one run on one GPU.
 
-    minikv bench decode --out FILE
+    minikv bench decode --out FILE [--only LABEL ...]
 
 `us` is device time: the sum of the durations of all kernels of one call, the merge of the splits included, by the
 profiler. `chained_us`, where present, is a call's share of a chain of 32 inside one jit and holds launch gaps too:
 where a call is shorter than its launch takes the host, that figure is the host's and not the kernel's.
 """
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,8 +154,43 @@ def dense_seconds(case: Case, chained: bool) -> dict:
     return row
 
 
-def rows(bandwidth: float):
-    """All rows, one at a time."""
+class Measurement(NamedTuple):
+    """One row to be: what is shown of it, and what measures it."""
+
+    case: Case
+    implementation: str
+    form: str
+    measure: Callable[[], dict]
+
+    @property
+    def label(self) -> str:
+        return f"{self.case.name} {self.implementation} {self.form}"
+
+
+def _measurements(case: Case) -> Iterator[Measurement]:
+    """A case's rows, but for cuDNN's."""
+    full = case in CASES
+
+    def packed(case: Case, form: Format, implementation: str = "triton", chained: bool = False) -> Measurement:
+        return Measurement(
+            case, implementation, form.name, partial(packed_seconds, case, form, implementation, chained)
+        )
+
+    yield Measurement(case, "triton", "bfloat16", partial(dense_seconds, case, full))
+    yield packed(case, TWO_BITS, chained=full)
+    if case.name in ("A", "B"):
+        half = Case(f"{case.name}, half the tokens kept", case.batch, case.length // 2, case.kv_heads, case.group)
+        yield packed(half, TWO_BITS)
+        for form in OTHER_FORMATS:
+            yield packed(case, form)
+    if case.name in ("A", "C"):
+        yield packed(case, TWO_BITS, "mosaic_gpu")
+    if full:
+        yield packed(case, TWO_BITS, "xla")
+
+
+def rows(bandwidth: float, only: Sequence[str] = ()) -> Iterator[dict]:
+    """Rows whose label contains one of `only` (`*` is anything), default all; each case's cuDNN comes first."""
 
     def finish(case, method, row, baseline, form=None):
         shape = {"B": case.batch, "S": case.length, "N": case.kv_heads * case.group, "K": case.kv_heads, "H": _HEAD}
@@ -167,21 +205,13 @@ def rows(bandwidth: float):
         return {key: round(x, 4) if isinstance(x, float) else x for key, x in out.items()}
 
     for case in (*CASES, *SHORT):
-        full = case in CASES
-        baseline = baseline_seconds(case, chained=full)
+        wanted = [m for m in _measurements(case) if not only or any(fnmatch(m.label, f"*{p}*") for p in only)]
+        if not wanted:
+            continue
+        baseline = baseline_seconds(case, chained=case in CASES)
         yield finish(case, "cudnn", baseline, baseline)
-        yield finish(case, "triton", dense_seconds(case, full), baseline, "bfloat16")
-        yield finish(case, "triton", packed_seconds(case, TWO_BITS, "triton", full), baseline, TWO_BITS.name)
-        if case.name in ("A", "B"):
-            half = Case(f"{case.name}, half the tokens kept", case.batch, case.length // 2, case.kv_heads, case.group)
-            yield finish(half, "triton", packed_seconds(half, TWO_BITS, "triton", False), baseline, TWO_BITS.name)
-            for form in OTHER_FORMATS:
-                yield finish(case, "triton", packed_seconds(case, form, "triton", False), baseline, form.name)
-        if case.name in ("A", "C"):
-            seconds = packed_seconds(case, TWO_BITS, "mosaic_gpu", False)
-            yield finish(case, "mosaic_gpu", seconds, baseline, TWO_BITS.name)
-        if full:
-            yield finish(case, "xla", packed_seconds(case, TWO_BITS, "xla", False), baseline, TWO_BITS.name)
+        for m in wanted:
+            yield finish(m.case, m.implementation, m.measure(), baseline, m.form)
 
 
 def _elements(case: Case) -> int:
@@ -189,13 +219,21 @@ def _elements(case: Case) -> int:
     return case.batch * case.kv_heads * _HEAD
 
 
-def run(out: Path) -> None:
-    """Measures everything and writes `out` after every row, so that a run cut short leaves what it has."""
+def _key(row: dict) -> tuple:
+    return row["case"], row["implementation"], row.get("format")
+
+
+def run(out: Path, only: Sequence[str] = ()) -> None:
+    """Measures the rows whose label contains one of `only`, default all, and writes `out` after each.
+
+    Other rows that it holds stay, so that a run cut short leaves what it has; what is measured again is replaced.
+    """
     bandwidth = copy_bandwidth()
-    done = []
-    for row in rows(bandwidth):
-        done.append(row)
+    done = {_key(row): row for row in (json.loads(out.read_text())["rows"] if only and out.exists() else [])}
+    for row in rows(bandwidth, only):
+        done[_key(row)] = row
         note = {"copy_bandwidth": bandwidth, "timing": "sum of kernel durations, inputs rotating beyond the cache"}
-        write_results(out, "decode", f"minikv bench decode --out {out}", time.strftime("%Y-%m-%d"), done, **note)
+        command = f"minikv bench decode --out {out}"
+        write_results(out, "decode", command, time.strftime("%Y-%m-%d"), list(done.values()), **note)
         print(f"{row['case']:28} {row['implementation']:10} {row.get('format', 'bfloat16'):52}"
               f"{row['us']:9.1f} us {row['speedup']:6.2f}x {row['share_of_bandwidth']:6.1%}", flush=True)  # fmt: skip

@@ -109,9 +109,10 @@ _BLOCKS = {
 }
 
 
-# Bytes that tiles may stream from L2 at a time, of an H100's 50 MB, and blocks of threads that fill its processors.
+# Bytes that tiles may stream from L2 at a time, of an H100's 50 MB; blocks of threads that fill the GPU evenly, four on
+# each processor.
 _STREAMED = 32 << 20
-_EVEN = 128
+_EVEN = 512
 
 
 def _cohort(heads: int, streamed: int, blocks: int) -> int:
@@ -409,7 +410,7 @@ def _column_sums(
     tiles = -(-s // tile)
     tall = (keys, rows)
     factor = scale * common.LOG2E
-    query_bytes = together * query.shape[1] * size * query.dtype.itemsize
+    query_bytes = query.shape[1] * size * query.dtype.itemsize
     cohort = _cohort(batch * heads // together, query_bytes, tiles)
 
     def kernel(q_ref, k_ref, lse_ref, extent_ref, out_ref, k_smem, q_smem, lse_smem, out_smem, *barriers):
