@@ -34,9 +34,10 @@ stores of probabilities a unit takes about 1700 instructions a warp. The tensor 
 one for values, which it refills as soon as a unit's are read, two programs or three share a processor, and two tiles
 of logits are multiplied at a time.
 
-Measured there (`minikv bench decode`): 8 x 32k tokens in 85 us, three quarters of the copy bandwidth and 4.2 times as
-fast as cuDNN over bfloat16, and 41 us for one sequence; Triton's kernel takes 68 and 16. A unit of 512 tokens is too
-coarse a share of one sequence, and compiling takes five times as long. So `triton` goes first.
+Measured there (`minikv bench decode`): 8 x 32k tokens in 197 us, a third of the copy bandwidth and 1.8 times as fast as
+cuDNN over bfloat16, and 44 us for one sequence; Triton's kernel takes 68 and 16. What it waits for has not been
+profiled. A unit of 512 tokens is too coarse a share of one sequence, and compiling takes five times as long. So
+`triton` goes first.
 
 More than four query rows of a head take further programs, which unpack the same codes again.
 """
