@@ -223,8 +223,12 @@ def _rotated(x: Float[Array, "... H"], wanted: bool) -> Float[Array, "... H"]:
 
 def _inwards(layer: LayerCache, query, key, value, config: CacheConfig):
     """Queries, keys and values of new tokens [B, T, heads, H] as the layer holds them."""
-    query, key = _rotated(query, config.rotate_keys), _rotated(key, config.rotate_keys)
-    value = _rotated(value, config.rotate_values)
+    if config.rotate_keys and config.rotate_values:  # one product for all three: a launch costs more than its work
+        heads = query.shape[2], query.shape[2] + key.shape[2]
+        query, key, value = jnp.split(_rotated(jnp.concatenate((query, key, value), axis=2), True), heads, axis=2)
+    else:
+        query, key = _rotated(query, config.rotate_keys), _rotated(key, config.rotate_keys)
+        value = _rotated(value, config.rotate_values)
     if layer.units is not None:
         query = _times(query, layer.units.key)
         key, value = _times(key, 1 / layer.units.key), _times(value, 1 / layer.units.value)
