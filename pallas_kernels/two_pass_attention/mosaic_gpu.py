@@ -27,7 +27,8 @@ Head after head instead, the last head's heavy tiles start when nothing is left 
 at S = 8192, against cuDNN's flash alone: 1.45 head after head, 1.37 by weight (heads 32/8 of 128; pass 2 627 and 551
 us), 1.40 and 1.32 (heads 32/32), 1.61 and 1.48 (heads 32/8 of 64). All heads at once, though, stream more than L2
 holds: at S = 32768 and heads 32/32 the queries of pass 2 are 256 MiB, read again by every wave of tiles. So heads go in
-cohorts that fit L2, as long as a cohort has blocks enough to come out even (`_cohort`).
+cohorts that fit L2, as long as a cohort has blocks enough to come out even (`_cohort`): there pass 2 went from 521 to
+593 TFLOP/s, and ragged batches from 1.12 to 1.05 times the time of the work in them.
 
 Limit. Causal flash is 2 * T * S * H multiply-adds per query head over the lower triangle (two products), pass 2 one
 more: 1.5 times flash alone is the arithmetic of exact column sums. At H = 128 a 128 x 128 tile of pass 2 keeps the
@@ -35,9 +36,9 @@ tensor cores of an SM busy for 1024 cycles (4096 FLOP per cycle) and its special
 exponentials per cycle), so pass 2 lives on overlapping the two: four consumers of 64 keys, each free to run ahead, do
 that better than two of 128. At H = 64 the exponentials alone are the limit. In pass 1 a consumer starts Q K^T of a step
 together with P V of the step before and computes its softmax meanwhile; the consumers take turns on the tensor cores.
-Of a large matrix product's rate (790 TFLOP/s, measured) pass 1 reaches 0.69 at S = 8192 and 0.77 at S = 32768, pass 2
-0.69 and 0.75, cuDNN's flash 0.63 and 0.74 (`minikv bench prefill`): what is missing is products and exponentials
-waiting for each other.
+Of a large matrix product's rate (790 TFLOP/s, measured) pass 1 reaches 0.68 at S = 8192 and 0.78 at S = 32768, pass 2
+0.68 and 0.75 (0.78 at S = 131072, where diagonals and starts weigh nothing), cuDNN's flash 0.62 and 0.75 (`minikv bench
+prefill`): what is missing is products and exponentials waiting for each other.
 
 Edges. TMA fills what lies outside an array with zeros and drops stores there, in whole groups of 8 rows; if T or S is
 no multiple of 8, the wrapper copies query, key and value into padded arrays. Log-sum-exps and scores leave by stores
