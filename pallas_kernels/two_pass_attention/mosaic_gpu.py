@@ -143,8 +143,13 @@ def _zeros(shape: tuple[int, int]) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
 
-def _row_constant(rows: int, x: float) -> jax.Array:
-    return plgpu.layout_cast(jnp.full((rows,), x, jnp.float32), mosaic.ROW_LAYOUT)
+def _row_constant(rows: int, x, dtype=jnp.float32) -> jax.Array:
+    return plgpu.layout_cast(jnp.full((rows,), x, dtype), mosaic.ROW_LAYOUT)
+
+
+def _rows_from(first, rows: int) -> jax.Array:
+    """first, first + 1 ..., one a row."""
+    return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=mosaic.ROW_LAYOUT) + first
 
 
 def _lane_sums(x: jax.Array) -> jax.Array:
@@ -221,12 +226,15 @@ def _forward(
             if is_causal:
                 unmasked = jnp.minimum(unmasked, _whole_blocks_of(offset + base + 1, keys))
 
+            # Of each row, the first key that it does not see. Compared whole, not bound by bound: in a masked step the
+            # selection is half of what a processor issues.
+            end_of_row = _row_constant(rows, key_length, jnp.int32)
+            if is_causal:
+                end_of_row = jnp.minimum(end_of_row, _rows_from(base + offset + 1, rows))
+
             def softmax(s, maximum, total, step, masked):
                 if masked:
-                    column = _index(tall, 1) + step * keys
-                    seen = column < key_length
-                    if is_causal:
-                        seen &= column <= _index(tall, 0) + (base + offset)
+                    seen = _index(tall, 1) < lax.broadcast_in_dim(end_of_row - step * keys, tall, [0])
                     s = jnp.where(seen, s, -jnp.inf)
                 new = jnp.maximum(maximum, s.max(axis=1) * factor)
                 shift = jnp.where(new == -jnp.inf, 0.0, new) if masked else new
@@ -326,8 +334,7 @@ def _forward(
             filled = jnp.where(total > 0, total, 1.0)
             out = out * lax.broadcast_in_dim(1.0 / filled, out.shape, [0])
             q_smem.at[wg][...] = jnp.where(row < query_length, out, 0.0).astype(query.dtype)
-            row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=mosaic.ROW_LAYOUT) + base
-            seen = (row < query_length) & (total > 0)
+            seen = (_rows_from(base, rows) < query_length) & (total > 0)
             lse = jnp.where(seen, (maximum + jnp.log2(filled)) / common.LOG2E, -jnp.inf)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[b, pl.ds(base, rows), h])
@@ -438,6 +445,11 @@ def _column_sums(
             diagonal = jnp.clip(diagonal, unseen, steps)
             last = jnp.clip(_whole_blocks_of(query_length - first_row, rows), diagonal, steps)
 
+            # Of each key, the first counted row that sees it.
+            start_of_key = _row_constant(keys, counted, jnp.int32)
+            if is_causal:
+                start_of_key = jnp.maximum(start_of_key, _rows_from(base - offset, keys))
+
             def head(g, sums):
                 start = g * steps
 
@@ -462,10 +474,9 @@ def _column_sums(
                     x = logits * factor - lax.broadcast_in_dim(lse, tall, [1])
                     if not masked:
                         return sums + _lane_sums(jnp.exp2(x))
-                    row = _index(tall, 1) + (first_row + step * rows)
-                    seen = (row >= counted) & (row < query_length)
-                    if is_causal:
-                        seen &= row + offset >= _index(tall, 0) + base
+                    row, origin = _index(tall, 1), first_row + step * rows
+                    seen = row >= lax.broadcast_in_dim(start_of_key - origin, tall, [0])
+                    seen &= row < query_length - origin
                     return sums + _lane_sums(jnp.where(seen, jnp.exp2(x), 0.0))
 
                 masked, unmasked = (functools.partial(body, masked=x) for x in (True, False))
@@ -476,8 +487,7 @@ def _column_sums(
 
             sums = lax.fori_loop(0, together, head, _zeros((keys, 8))).sum(axis=1)
             # A key of padding may have been NaN: what it received is dropped, not multiplied by zero.
-            column = plgpu.broadcasted_iota(jnp.int32, (keys,), 0, layout=mosaic.ROW_LAYOUT) + base
-            sums = jnp.where(column < key_length, sums, 0.0)
+            sums = jnp.where(_rows_from(base, keys) < key_length, sums, 0.0)
             _store(lambda at: out_ref.at[b, h, at], base, s, sums, out_smem.at[wg])
 
         def produce():
