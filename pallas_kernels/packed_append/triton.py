@@ -77,6 +77,7 @@ class Options(NamedTuple):
 
     key_clip: tuple[float, ...] = ()
     value_clip: tuple[float, ...] = ()
+    value_shrink_cost: float = 0.0
     key_factor: Float[Array, "B K H"] | None = None
 
 
@@ -93,6 +94,7 @@ def constants(keys: PackedTensor, values: PackedTensor, options: Options) -> dic
         VGROUP=values.group_size,
         VKIND=KINDS[values.scale.dtype.name],
         VCLIP=tuple(map(float, options.value_clip)),
+        VSHRINK=float(options.value_shrink_cost),
     )
 
 
