@@ -43,14 +43,23 @@ class Ledger:
 
 
 class Units(NamedTuple):
-    """What one in a layer's keys (before rotation, channel by channel) and in its values stands for, float32.
+    """What one in a layer's keys and values stands for: a power of two for each head, float32.
 
     Metadata of 8 bits has little range. In these units the prompt's largest number lies from 64 to 128, so scales of
     the loudest groups and of some thousand times quieter ones are held, and later tokens may be three times as loud.
     """
 
-    key: Float[Array, "B K H"]
-    value: Float[Array, "B K 1"]
+    key: Float[Array, "B K"]
+    value: Float[Array, "B K"]
+
+    @classmethod
+    def of(cls, key: Float[Array, "B K T H"], value: Float[Array, "B K T H"]) -> "Units":
+        def power(x):
+            largest = jnp.abs(x).max(axis=(2, 3), initial=0).astype(jnp.float32)
+            exponent = jnp.clip(jnp.frexp(largest)[1] - 7, -60, 60)
+            return jnp.where(largest > 0, jnp.ldexp(jnp.float32(1), exponent), 1)
+
+        return cls(power(key), power(value))
 
 
 @jax.tree_util.register_dataclass
@@ -164,7 +173,14 @@ def compress(
     key, value = (jnp.where(present[..., None], x, 0) for x in (key, value))
     dtype = config.dtype or key.dtype
     scores = rank.refine(scores, value, lengths, budget.recent, config.rank)
-    key, value, moment, units = _in_units(key, value, queries.moment, lengths, config)
+    key, value = _rotated(key, config.rotate_keys), _rotated(value, config.rotate_values)
+    units = None
+    if config.small_metadata:
+        # Exact sinks may be louder than all others; nothing of theirs is encoded.
+        units = Units.of(*(x[:, :, config.first_encoded :] for x in (key, value)))
+        key, value = (x / unit[..., None, None].astype(x.dtype) for x, unit in zip((key, value), units))
+    moment = _rotated(queries.moment, config.rotate_keys)
+    moment = jnp.swapaxes(_rotated(jnp.swapaxes(moment, -1, -2), config.rotate_keys), -1, -2)
     balance = channel_balance(queries.loudest, key) if _balances(config) else None
     if config.window_style == "kivi":
         tiers = kivi.compress(key, value, lengths, config, shape.segment, dtype, balance, moment)
@@ -201,69 +217,22 @@ def compress(
     return LayerCache(segment, window, retained, ledger, units)
 
 
-def _in_units(key, value, moment: Float[Array, "B K H H"], lengths, config: CacheConfig):
-    """Keys, values and the queries' moment as the layer's codecs meet them, and the units."""
-    # Exact sinks may be louder than all others; nothing of theirs is encoded.
-    first = config.first_encoded
-    factor = 1 / channel_units(moment, key[:, :, first:], lengths - first, config.codec) if config.level_keys else 1
-    if config.level_keys:
-        key, moment = _scaled(key, factor[:, :, None]), moment / (factor[..., None] * factor[..., None, :])
-    key, value = _rotated(key, config.rotate_keys), _rotated(value, config.rotate_values)
-    moment = _rotated(moment, config.rotate_keys)
-    moment = jnp.swapaxes(_rotated(jnp.swapaxes(moment, -1, -2), config.rotate_keys), -1, -2)
-    if not (config.small_metadata or config.level_keys):
-        return key, value, moment, None
-    powers = [_power(x[:, :, first:])[..., None] for x in (key, value)]
-    key, value = (x / power[..., None].astype(x.dtype) for x, power in zip((key, value), powers))
-    ones = jnp.ones((*key.shape[:2], key.shape[-1]))
-    return key, value, moment, Units(powers[0] * ones / factor, powers[1])
-
-
-def _power(x: Float[Array, "B K T H"]) -> Float[Array, "B K"]:
-    """The power of two in which the largest number of each head lies from 64 to 128."""
-    largest = jnp.abs(x).max(axis=(2, 3), initial=0).astype(jnp.float32)
-    exponent = jnp.clip(jnp.frexp(largest)[1] - 7, -60, 60)
-    return jnp.where(largest > 0, jnp.ldexp(jnp.float32(1), exponent), 1)
-
-
-def channel_units(
-    moment: Float[Array, "B K H H"], key: Float[Array, "B K T H"], lengths: Int[Array, "B"], codec: Codec
-) -> Float[Array, "B K H"]:
-    """How loud channels are to count before a rotation mixes them.
-
-    A rotated channel's step is that of all channels together, and its error goes to all of them. With units u a group's
-    variance s becomes s / u^2, and an error there costs queries of mean square m now m u^2. Rounding alone wants
-    u^4 = s / m; with feedback, which levels out what errors cost, quiet keys count more: u^8 = s^3 / m.
-    """
-    group = codec.token_group
-    whole = key.shape[2] // group
-    grouped = key[:, :, : whole * group].astype(jnp.float32).reshape(*key.shape[:2], whole, group, -1)
-    there = (jnp.arange(1, whole + 1) * group <= lengths[:, None])[:, None, :, None]
-    spread = jnp.where(there, grouped.var(axis=3), 0).sum(axis=2)
-    heard = jnp.diagonal(moment, axis1=-2, axis2=-1)
-
-    def relative(x, least):
-        mean = x.mean(axis=-1, keepdims=True)
-        return jnp.where(mean > 0, x / jnp.where(mean > 0, mean, 1) + least, 1)
-
-    return (relative(spread, 1e-4) ** 3 / relative(heard, 1e-2)) ** 0.125
-
-
 def _rotated(x: Float[Array, "... H"], wanted: bool) -> Float[Array, "... H"]:
     return segments.rotate(x).astype(x.dtype) if wanted else x
 
 
 def _inwards(layer: LayerCache, query, key, value, config: CacheConfig):
     """Queries, keys and values of new tokens [B, T, heads, H] as the layer holds them."""
+    if config.rotate_keys and config.rotate_values:  # one product for all three: a launch costs more than its work
+        heads = query.shape[2], query.shape[2] + key.shape[2]
+        query, key, value = jnp.split(_rotated(jnp.concatenate((query, key, value), axis=2), True), heads, axis=2)
+    else:
+        query, key = _rotated(query, config.rotate_keys), _rotated(key, config.rotate_keys)
+        value = _rotated(value, config.rotate_values)
     if layer.units is not None:
         query = _times(query, layer.units.key)
         key, value = _times(key, 1 / layer.units.key), _times(value, 1 / layer.units.value)
-    if not (config.rotate_keys and config.rotate_values):
-        query, key = _rotated(query, config.rotate_keys), _rotated(key, config.rotate_keys)
-        return query, key, _rotated(value, config.rotate_values)
-    # One product for all three: a launch costs more than its work.
-    heads = query.shape[2], query.shape[2] + key.shape[2]
-    return tuple(jnp.split(_rotated(jnp.concatenate((query, key, value), axis=2), True), heads, axis=2))
+    return query, key, value
 
 
 def _outwards(layer: LayerCache, output: Float[Array, "B T N H"], config: CacheConfig) -> Float[Array, "B T N H"]:
@@ -272,14 +241,10 @@ def _outwards(layer: LayerCache, output: Float[Array, "B T N H"], config: CacheC
     return _rotated(output, config.rotate_values)
 
 
-def _times(x: Float[Array, "B T N H"], factor: Float[Array, "B K H | 1"]) -> Float[Array, "B T N H"]:
-    """Times factors of each key/value head."""
-    return _scaled(x, jnp.repeat(factor, x.shape[2] // factor.shape[1], axis=1)[:, None])
-
-
-def _scaled(x: Float[Array, "..."], factor: Float[Array, "..."]) -> Float[Array, "..."]:
-    """In float32, so that a factor that its inverse undoes elsewhere is not rounded itself."""
-    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+def _times(x: Float[Array, "B T N H"], factor: Float[Array, "B K"]) -> Float[Array, "B T N H"]:
+    """Times a factor of each key/value head."""
+    heads = jnp.repeat(factor, x.shape[2] // factor.shape[1], axis=1)
+    return x * heads[:, None, :, None].astype(x.dtype)
 
 
 def _balances(config: CacheConfig) -> bool:

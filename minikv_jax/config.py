@@ -146,8 +146,6 @@ class Codec:
             equations 2-4).
         key_clip: shrink factors of a group's range to try; the one with the smallest squared error is kept.
         value_clip: likewise for values.
-        value_shrink_cost: how much more the part of a value's error counts, squared, that lies along the value itself.
-            Errors of many tokens average out in attention's output; that all are a little shorter does not.
         key_feedback: rounding errors of a prompt's key channels are made up for in the channels after them, as far as
             the prompt's queries can tell (GPTQ, arXiv 2210.17323, with queries in the place of a layer's inputs). Costs
             nothing once the prompt is encoded; keys of new tokens are rounded alone.
@@ -163,7 +161,6 @@ class Codec:
     balance: bool = False
     key_clip: tuple[float, ...] = ()
     value_clip: tuple[float, ...] = ()
-    value_shrink_cost: float = 0.0
     key_feedback: bool = False
     integer_zero: bool = False
 
@@ -227,8 +224,6 @@ class CacheConfig:
         exact_sinks: the allocation's sinks are not encoded, nor do they stretch any group's range: they stay dense, in
             front of the window.
         rotate_keys: hold keys, and ask with queries, after a Hadamard rotation, which spreads outlier channels.
-        level_keys: before it, scale key channels by how far a prompt's keys spread in them and how loud its queries are
-            (`cache.channel_units`).
         rotate_values: likewise for values; the output is rotated back.
         quantized_first: a codec that a prompt's keys and values go through before any tokens are chosen. The tiers hold
             what it gives back, so that dense ones have the numbers (not the bytes) of a cache that quantises first and
@@ -252,7 +247,6 @@ class CacheConfig:
     exact_sinks: bool = False
     rotate_keys: bool = False
     rotate_values: bool = False
-    level_keys: bool = False
     quantized_first: Codec | None = None
     evict: Literal["never", "before", "after"] = "never"
     dtype: str | None = None
@@ -280,7 +274,6 @@ class CacheConfig:
             "balance and rotate_keys both even out channels, and the rotation would undo the balance: choose one.",
         )
         _require(codecs or not (self.rotate_keys or self.rotate_values), "Rotation needs a tier of fewer than 16 bits.")
-        _require(not self.level_keys or self.rotate_keys, "level_keys prepares keys for a rotation: set rotate_keys.")
         self._check_window()
 
     def _check_window(self) -> None:

@@ -175,10 +175,9 @@ def minikv_plus(
     """MiniKV's cache with what measurement adds to it: every token in 2.25 bits, or fewer tokens in fewer bytes.
 
     The first tokens stay dense and out of all groups; keys and values are rotated before they are encoded (QuaRot,
-    arXiv 2404.00456), key channels after they were scaled for it (`cache.channel_units`); the ranges of their groups
-    are searched for the least error, of values the least that does not average out (`Codec.value_shrink_cost`); scales
-    and minima are kept in 8 bits so that groups of 64 cost a quarter bit; errors of the prompt's keys are made up for
-    between channels as its queries allow (`Codec.key_feedback`).
+    arXiv 2404.00456), the ranges of their groups searched for the least squared error, scales and minima kept in 8 bits
+    so that groups of 64 cost a quarter bit; errors of the prompt's keys are made up for between channels as its queries
+    allow (`Codec.key_feedback`).
 
     Args:
         heavy: share of the prompt kept for the attention it received; with `recent` at or above 1 all of it is kept.
@@ -192,6 +191,7 @@ def minikv_plus(
     """
     if keeps is None:
         keeps = residual // 2 if residual % (2 * group_size) == 0 else 0
+    mild = (0.95, 0.9, 0.85)
     return CacheConfig(
         name="minikv_plus",
         rank=Rank(by="attention"),
@@ -202,15 +202,13 @@ def minikv_plus(
             group_size,
             group_size,
             metadata_dtype="float8_e4m3fn",
-            key_clip=(0.95, 0.9, 0.85),
-            value_clip=(0.9, 0.8, 0.7),
-            value_shrink_cost=8.0,
+            key_clip=mild,
+            value_clip=mild,
             key_feedback=True,
         ),
         window=residual,
         window_keeps=keeps,
         exact_sinks=True,
-        level_keys=True,
         rotate_keys=True,
         rotate_values=True,
     )

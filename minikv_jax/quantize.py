@@ -32,7 +32,6 @@ def encode(
     metadata_dtype: str = "float16",
     clip: tuple[float, ...] = (),
     integer_zero: bool = False,
-    shrink_cost: float = 0.0,
 ) -> Codes:
     """Asymmetric min/max quantisation (KIVI, arXiv 2402.02750, equation 1; MiniKV and MiKV keep it).
 
@@ -50,7 +49,6 @@ def encode(
         bits, group_size, group_axis, metadata_dtype: as `Codec`.
         clip: factors by which the range is shrunk around its middle; every group takes the one that fits it best.
         integer_zero: the minimum is rounded to a whole number of scales and must not be positive (Q-Hitter).
-        shrink_cost: what the error's part along the group itself counts more when codes are compared.
     """
     b, k, s, h = x.shape
     axis, shape = (
@@ -79,13 +77,7 @@ def encode(
 
     def error(codes, scale, zero):
         restored = codes * scale.astype(jnp.float32) + zero.astype(jnp.float32)
-        lost = restored - grouped
-        squared = jnp.square(lost).sum(axis=axis, keepdims=True)
-        if shrink_cost == 0:
-            return squared
-        along = jnp.square((lost * grouped).sum(axis=axis, keepdims=True))
-        size = jnp.square(grouped).sum(axis=axis, keepdims=True)
-        return squared + shrink_cost * along / jnp.where(size > 0, size, 1)
+        return jnp.square(restored - grouped).sum(axis=axis, keepdims=True)
 
     middle, half = (low + high) / 2, (high - low) / 2
     others = [within(middle - half * factor, middle + half * factor) for factor in clip]

@@ -143,8 +143,7 @@ def encode_keys(
 
 def encode_values(codec: Codec, value: Float[Array, "B K S H"]) -> Codes:
     bits, group, axis, _ = _layouts(codec, value.shape[-1])[1]
-    options = codec.metadata_dtype, codec.value_clip, codec.integer_zero, codec.value_shrink_cost
-    return quantize.encode(value, bits, group, axis, *options)
+    return quantize.encode(value, bits, group, axis, codec.metadata_dtype, codec.value_clip, codec.integer_zero)
 
 
 def encode(segment: PackedSegment, key: Float[Array, "B K S H"], value: Float[Array, "B K S H"]) -> tuple[Codes, Codes]:
@@ -285,7 +284,7 @@ def _kernel_options(segment: PackedSegment) -> AppendOptions:
     codec = segment.codec
     if codec.integer_zero:
         raise NotImplementedError("whole zero points have no kernel")
-    return AppendOptions(codec.key_clip, codec.value_clip, codec.value_shrink_cost, segment.balance)
+    return AppendOptions(codec.key_clip, codec.value_clip, segment.balance)
 
 
 def take(segment: Segment, slot: Int[Array, "B K"]) -> tuple[Float[Array, "B K 1 H"], Float[Array, "B K 1 H"]]:

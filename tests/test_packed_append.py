@@ -22,14 +22,7 @@ CODECS = {
     "2-bit": Codec(2, 2, 16, 16),
     "KIVI's groups": Codec(2, 2, 32, 32),
     "3 and 2 bits, fp8, clipped": Codec(
-        3,
-        2,
-        64,
-        64,
-        metadata_dtype="float8_e4m3fn",
-        key_clip=(0.95, 0.9, 0.85),
-        value_clip=(0.9, 0.8),
-        value_shrink_cost=8.0,
+        3, 2, 64, 64, metadata_dtype="float8_e4m3fn", key_clip=(0.95, 0.9, 0.85), value_clip=(0.95, 0.9)
     ),
     "4 and 8 bits, bfloat16": Codec(4, 8, 128, "head", metadata_dtype="bfloat16"),
     "8 and 4 bits, balanced": Codec(8, 4, 32, "half_head", value_clip=(0.9,), balance=True),
@@ -48,8 +41,7 @@ def segment(rng, codec, b, heads, blocks, h, dtype=jnp.float32):
 
 
 def options(packed):
-    codec = packed.codec
-    return Options(codec.key_clip, codec.value_clip, codec.value_shrink_cost, packed.balance)
+    return Options(packed.codec.key_clip, packed.codec.value_clip, packed.balance)
 
 
 def expected_write(packed, key, value):

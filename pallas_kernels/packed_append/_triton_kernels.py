@@ -91,15 +91,15 @@ def encode_within(
 
 
 @triton.jit
-def better_of(x, best, other, AXIS: tl.constexpr, KIND: tl.constexpr, SHRINK: tl.constexpr):
-    """Of two encodings of each group the one with the smaller error; equal: the first."""
-    better = cost(x, other, AXIS, KIND, SHRINK) < cost(x, best, AXIS, KIND, SHRINK)
+def better_of(x, best, other, AXIS: tl.constexpr, KIND: tl.constexpr):
+    """Of two encodings of each group the one with the smaller squared error; equal: the first."""
+    better = squared_error(x, other, AXIS, KIND) < squared_error(x, best, AXIS, KIND)
     codes = tl.where(tl.expand_dims(better, AXIS), other[0], best[0])
     return codes, tl.where(better, other[1], best[1]), tl.where(better, other[2], best[2])
 
 
 @triton.jit
-def encode(x, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr, SHRINK: tl.constexpr):
+def encode(x, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr):
     """Codes, scale and minimum of groups along AXIS: the best of the whole range, of it shrunk by each factor in CLIP,
     and, where metadata is shorter than float16, of the whole range rounded outwards."""
     low = tl.min(x, AXIS)
@@ -112,24 +112,17 @@ def encode(x, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, CLIP: 
     half = (high - low) / 2
     for i in tl.static_range(len(CLIP)):
         other = encode_within(x, middle - half * CLIP[i], middle + half * CLIP[i], AXIS, BITS, KIND, 0, 0)
-        best = better_of(x, best, other, AXIS, KIND, SHRINK)
+        best = better_of(x, best, other, AXIS, KIND)
     if KIND != 0:
-        best = better_of(x, best, encode_within(x, low, high, AXIS, BITS, KIND, -1, 1), AXIS, KIND, SHRINK)
+        best = better_of(x, best, encode_within(x, low, high, AXIS, BITS, KIND, -1, 1), AXIS, KIND)
     return best[0].to(tl.uint8), best[1], best[2]
 
 
 @triton.jit
-def cost(x, encoded, AXIS: tl.constexpr, KIND: tl.constexpr, SHRINK: tl.constexpr):
-    """Squared error, its part along x counted SHRINK times more."""
+def squared_error(x, encoded, AXIS: tl.constexpr, KIND: tl.constexpr):
     codes, scale, zero = encoded
     restored = codes * tl.expand_dims(from_stored(scale, KIND), AXIS) + tl.expand_dims(from_stored(zero, KIND), AXIS)
-    squared = tl.sum((restored - x) * (restored - x), AXIS)
-    if SHRINK == 0:
-        return squared
-    else:
-        along = tl.sum((restored - x) * x, AXIS)
-        size = tl.sum(x * x, AXIS)
-        return squared + SHRINK * along * along / tl.where(size > 0, size, 1.0)
+    return tl.sum((restored - x) * (restored - x), AXIS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +153,7 @@ def encode_keys(
             x = load_rows(rows, token, channel, COUNT, H)
             if FACTOR:
                 x = x * tl.load(factor + channel)[None, :]
-            codes, s, z = encode(x, 0, BITS, KIND, CLIP, 0)
+            codes, s, z = encode(x, 0, BITS, KIND, CLIP)
             tl.store(scratch + token[:, None] * H + channel[None, :], codes)
             tl.store(scale + group * H + channel, s)
             tl.store(zero + group * H + channel, z)
@@ -170,7 +163,7 @@ def encode_keys(
 def encode_values(
     rows, scratch, scale, zero, start,
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
-    CLIP: tl.constexpr, SHRINK: tl.constexpr,
+    CLIP: tl.constexpr,
 ):  # fmt: skip
     """Groups of GROUP channels of one token. Scratch is [H, COUNT]."""
     TOKENS: tl.constexpr = 16
@@ -180,7 +173,7 @@ def encode_values(
     for i in range((COUNT + TOKENS - 1) // TOKENS):
         token = i * TOKENS + tl.arange(0, TOKENS)
         x = load_rows(rows, token, channel, COUNT, H)
-        codes, s, z = encode(tl.reshape(x, [TOKENS, GROUPS, GROUP]), 2, BITS, KIND, CLIP, SHRINK)
+        codes, s, z = encode(tl.reshape(x, [TOKENS, GROUPS, GROUP]), 2, BITS, KIND, CLIP)
         codes = tl.reshape(codes, [TOKENS, H])
         here = (token < COUNT)[:, None]
         tl.store(scratch + channel[None, :] * COUNT + token[:, None], codes, mask=here)
@@ -260,7 +253,7 @@ def write_keys(
 def write_values(
     rows, scratch, codes, scale, zero, start, head, blocks,
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
-    CLIP: tl.constexpr, SHRINK: tl.constexpr,
+    CLIP: tl.constexpr,
 ):  # fmt: skip
     origin = head.to(tl.int64) * blocks
     scratch += head.to(tl.int64) * (COUNT * H)
@@ -268,7 +261,7 @@ def write_values(
     scale, zero = as_bytes(scale) + metadata, as_bytes(zero) + metadata
     encode_values(
         rows, scratch, scale, zero, start,
-        COUNT, BITS, GROUP, KIND, H, CLIP, SHRINK,
+        COUNT, BITS, GROUP, KIND, H, CLIP,
     )  # fmt: skip
     tl.debug_barrier()
     pack(scratch, codes + origin * (16 * BITS * H), start, COUNT, BITS, 1, 16 * BITS, 1, COUNT, H)
@@ -304,7 +297,6 @@ def append_kernel(
     WINDOW: tl.constexpr, FIRST: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr,
     KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
     VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VCLIP: tl.constexpr,
-    VSHRINK: tl.constexpr,
 ):  # fmt: skip
     """A new token into the window of each accepting sequence; windows full with it are encoded from row FIRST on.
 
@@ -339,7 +331,7 @@ def append_kernel(
                 tl.debug_barrier()
                 write_values(
                     window_value + rows + FIRST * H, value_scratch, vc, vs, vz, start, head, blocks,
-                    COUNT, VBITS, VGROUP, VKIND, H, VCLIP, VSHRINK,
+                    COUNT, VBITS, VGROUP, VKIND, H, VCLIP,
                 )  # fmt: skip
                 move_rows(window_value + rows + FIRST * H, COUNT, KEEPS, H)
 
@@ -354,7 +346,6 @@ def write_kernel(
     KROWS: tl.constexpr, KCOUNT: tl.constexpr, VROWS: tl.constexpr, VCOUNT: tl.constexpr, H: tl.constexpr,
     KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
     VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VCLIP: tl.constexpr,
-    VSHRINK: tl.constexpr,
 ):  # fmt: skip
     """Rows `first` and on of dense keys become tokens `start` and on where `when`; values likewise."""
     heads, blocks = -heads, -blocks
@@ -372,5 +363,5 @@ def write_kernel(
             rows = value_rows + (head.to(tl.int64) * VROWS + tl.load(value_first + batch)) * H
             write_values(
                 rows, value_scratch, vc, vs, vz, tl.load(value_start + batch), head, blocks,
-                VCOUNT, VBITS, VGROUP, VKIND, H, VCLIP, VSHRINK,
+                VCOUNT, VBITS, VGROUP, VKIND, H, VCLIP,
             )  # fmt: skip

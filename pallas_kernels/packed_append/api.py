@@ -45,8 +45,7 @@ def packed_append(
         first: rows of the window that are never encoded; static.
         keeps: rows that stay dense when the others are encoded, at most half of those behind `first`; static.
         options: `key_clip` and `value_clip` are shrink factors of a group's range to try beside 1; the one with the
-            smallest squared error is kept, of values after the part of the error that lies along them is counted
-            `value_shrink_cost` times more. `key_factor` [B, K, H] multiplies keys before they are encoded.
+            smallest squared error is kept. `key_factor` [B, K, H] multiplies keys before they are encoded.
         implementation: None or "triton". There is no other: what XLA does well here depends on the device, see
             `minikv_jax.cache`.
 

@@ -77,7 +77,6 @@ class Options(NamedTuple):
 
     key_clip: tuple[float, ...] = ()
     value_clip: tuple[float, ...] = ()
-    value_shrink_cost: float = 0.0
     key_factor: Float[Array, "B K H"] | None = None
 
 
@@ -94,7 +93,6 @@ def constants(keys: PackedTensor, values: PackedTensor, options: Options) -> dic
         VGROUP=values.group_size,
         VKIND=KINDS[values.scale.dtype.name],
         VCLIP=tuple(map(float, options.value_clip)),
-        VSHRINK=float(options.value_shrink_cost),
     )
 
 

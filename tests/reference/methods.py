@@ -534,61 +534,45 @@ class MiniKV(Method):
 @dataclass(kw_only=True)
 class MiniKVPlus(MiniKV):
     """MiniKV with additions. The first `sinks` tokens are kept on top of the others, and stay dense for good. Keys,
-    values and queries are rotated by a Hadamard matrix, keys and queries in units of each channel's own. Grids of the
-    groups are searched and have metadata of four significant bits. The prompt's keys are rounded by GPTQ with the
-    second moments of its queries. Of a prompt, and of each full buffer, the newest `keeps` tokens stay dense.
+    values and queries are rotated by a Hadamard matrix. Grids of the groups are searched and have metadata of four
+    significant bits. The prompt's keys are rounded by GPTQ with the second moments of its queries. Of a prompt, and
+    of each full buffer, the newest `keeps` tokens stay dense.
     """
 
     sinks: int = 4
     keeps: int = 0
     factors: tuple[float, ...] = (0.95, 0.9, 0.85)
-    value_factors: tuple[float, ...] = (0.9, 0.8, 0.7)
-    value_shrink_cost: float = 8.0
     feedback: bool = True
     metadata: str = "float8_e4m3fn"
-    units: np.ndarray = field(init=False, repr=False, default_factory=lambda: np.ones((0, 0), np.float32))
 
     def _compress(self, query, key, value):
+        turn = hadamard(key.shape[-1])
         n = len(key)
         heavy, recent = count_of(n, self.heavy), count_of(n, self.recent)
         total = min(n, heavy + recent + self.sinks) if self.heavy + self.recent < 1 else n
         always = {t for t in range(n) if t < self.sinks or t >= n - recent}
         grouped = query.reshape(n, key.shape[1], -1, key.shape[2])
-        self.units = np.stack([self._units_of(grouped[:, h], key[self.sinks :, h]) for h in range(key.shape[1])])
-        turn = hadamard(key.shape[-1])
         for h, scores in enumerate(column_sums(query, key, self.scale)):
             others = np.array([t for t in range(n) if t not in always], int)
             best = self._top(scores[others], total - len(always)) if len(others) else []
             self._keep(h, sorted(always | {int(others[i]) for i in best}))
             body = self.heads[h][self.sinks :]
-            asked = (grouped[:, h].reshape(-1, key.shape[2]) * self.units[h]) @ turn
-            self._encode(h, body[: max(len(body) - self.keeps, 0) // self.group * self.group], asked.T @ asked)
-
-    def _units_of(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
-        """Of each channel: (variance within a group of keys)^(3/8) / (mean square of queries)^(1/8), both relative to
-        their means over channels and raised a little, for neither may vanish.
-        """
-        groups = [key[i : i + self.group] for i in range(0, len(key) - self.group + 1, self.group)]
-        spread = np.sum([np.var(x, axis=0) for x in groups], axis=0) if groups else np.zeros(key.shape[1])
-        heard = np.square(query.reshape(-1, key.shape[1])).mean(axis=0)
-        spread, heard = (
-            x / x.mean() + least if x.any() else np.ones(len(x)) for x, least in ((spread, 1e-4), (heard, 1e-2))
-        )
-        return spread ** (3 / 8) / heard ** (1 / 8)
+            asked = grouped[:, h].reshape(-1, key.shape[2]) @ turn
+            self._encode(body[: max(len(body) - self.keeps, 0) // self.group * self.group], asked.T @ asked)
 
     def _arrive(self, key, value):
         Method._arrive(self, key, value)
-        for h, head in enumerate(self.heads):
+        for head in self.heads:
             buffer = [token for token in head[self.sinks :] if not token.key.packed]
             if len(buffer) == self.residual:
-                self._encode(h, buffer[: self.residual - self.keeps], None)
+                self._encode(buffer[: self.residual - self.keeps], None)
 
-    def _encode(self, h: int, tokens: list[Token], moment: np.ndarray | None) -> None:
+    def _encode(self, tokens: list[Token], moment: np.ndarray | None) -> None:
         if not tokens:
             return
         key, value = (np.stack([x.array for x in column]) for column in zip(*((t.key, t.value) for t in tokens)))
         turn = hadamard(key.shape[1])
-        key, value = np.float32(key / self.units[h] @ turn), np.float32(value @ turn)
+        key, value = np.float32(key @ turn), np.float32(value @ turn)
         for start in range(0, len(key), self.group):
             group = key[start : start + self.group]
             if moment is not None and self.feedback:
@@ -599,15 +583,12 @@ class MiniKVPlus(MiniKV):
         for token in value:
             for start in range(0, len(token), self.group):
                 part = token[start : start + self.group]
-                token[start : start + self.group] = on_grid(part, self.code_bits, *self._value_grid(part))
-        for token, k, v in zip(tokens, key @ turn * self.units[h], value @ turn, strict=True):
+                token[start : start + self.group] = on_grid(part, self.code_bits, *self._grid(part))
+        for token, k, v in zip(tokens, key @ turn, value @ turn, strict=True):
             token.key, token.value = (self._stored(x, self.code_bits, self.group) for x in (k, v))
 
     def _grid(self, numbers: np.ndarray) -> tuple[float, float]:
         return searched_grid(numbers, self.code_bits, self.factors, 4)
-
-    def _value_grid(self, numbers: np.ndarray) -> tuple[float, float]:
-        return searched_grid(numbers, self.code_bits, self.value_factors, 4, self.value_shrink_cost)
 
 
 @dataclass(kw_only=True)

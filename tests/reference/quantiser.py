@@ -78,11 +78,8 @@ def short_floats(x: float, bits: int) -> tuple[float, float, float]:
     return np.floor(x / ulp) * ulp, np.ceil(x / ulp) * ulp, np.rint(x / ulp) * ulp
 
 
-def searched_grid(
-    numbers: np.ndarray, bits: int, factors: tuple[float, ...], significant: int, shrink_cost: float = 0.0
-) -> tuple[float, float]:
-    """(scale, minimum) of one group, of the candidates that fit it with the least squared error. The projection of the
-    error on the group is charged `shrink_cost` times its squared length on top.
+def searched_grid(numbers: np.ndarray, bits: int, factors: tuple[float, ...], significant: int) -> tuple[float, float]:
+    """(scale, minimum) of one group, of the candidates that fit it with the least squared error.
 
     Candidates: the range as it is, and shrunk around its middle by each factor, with minimum and then scale rounded to
     the nearest short float; and last the whole range with the minimum rounded down and the scale up.
@@ -98,9 +95,7 @@ def searched_grid(
         candidates.append((short_floats(max(top - minimum, 0) / levels, significant)[2], minimum))
     minimum = short_floats(low, significant)[0]
     candidates.append((short_floats((high - minimum) / levels, significant)[1], minimum))
-    lost = [on_grid(numbers, bits, *grid) - numbers for grid in candidates]
-    direction = numbers / max(np.linalg.norm(numbers), 1e-30)
-    errors = [np.square(x).sum() + shrink_cost * np.square(x @ direction) for x in lost]
+    errors = [np.square(on_grid(numbers, bits, *grid) - numbers).sum() for grid in candidates]
     return candidates[int(np.argmin(errors))]
 
 
