@@ -237,8 +237,9 @@ def _inwards(layer: LayerCache, query, key, value, config: CacheConfig):
 
 def _outwards(layer: LayerCache, output: Float[Array, "B T N H"], config: CacheConfig) -> Float[Array, "B T N H"]:
     """The output for the values as they came."""
-    output = output if layer.units is None else _times(output, layer.units.value)
-    return _rotated(output, config.rotate_values)
+    output = _rotated(output, config.rotate_values)
+    # Behind the rotation, where a compiler rounds anyway: units are powers of two, and cost no digit.
+    return output if layer.units is None else _times(output, layer.units.value)
 
 
 def _times(x: Float[Array, "B T N H"], factor: Float[Array, "B K"]) -> Float[Array, "B T N H"]:
