@@ -281,6 +281,10 @@ class CacheConfig:
             not self.exact_sinks or (self.window is not None and self.window_style == "block"),
             "exact_sinks keeps sinks in the window of an encoded tier: give it a window, of the block style.",
         )
+        _require(
+            self.quantized_first is None or self.window_style == "block",
+            "quantized_first shows what selecting codes costs; window_style='kivi' keeps every token.",
+        )
         group, keeps = self.codec.token_group, self.window_keeps
         _require(
             keeps == 0 or (self.window is not None and self.window_style == "block" and 0 < keeps <= self.window // 2),

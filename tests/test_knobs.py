@@ -36,6 +36,8 @@ def test_quantised_first_keeps_the_ranges_of_neighbours_that_left():
     prompt, stream = draw(np.random.default_rng(), 2, 64, 3, 2, 2, 16)
     dense, lengths = presets.minikv(0.3, 0.2, bits=16), np.array([64, 43])
     codec = presets.minikv(group_size=8).codec
+    with pytest.raises(ConfigError, match="keeps every token"):
+        presets.kivi().replace(quantized_first=codec)
     plain, coded = (run(c, *prompt, lengths, stream).prompt for c in (dense, dense.replace(quantized_first=codec)))
     rounded = [np.asarray(x).copy() for x in prompt[1:]]
     for b, length in enumerate(lengths):
