@@ -14,7 +14,7 @@ from flax import nnx
 from models import CONFIG, METHODS
 
 from minikv_jax import ConfigError, MiniKVError, prefill
-from minikv_jax.bench import e2e, tables
+from minikv_jax.bench import decode, e2e, tables
 from minikv_jax.models.llama import Llama
 from minikv_jax.models.shapes import SHAPES
 
@@ -137,6 +137,15 @@ def test_cases_are_chosen_by_what_their_label_holds(tmp_path):
     with pytest.raises(ConfigError, match="names no case"):
         e2e.run(tmp_path / "e2e.json", ["no such case"])
     assert len({(case.name, case.method, case.parts) for case in e2e.CASES}) == len(e2e.CASES)
+
+
+def test_rows_of_decode_are_chosen_by_their_label(tmp_path):
+    with pytest.raises(ConfigError, match="names no row"):
+        decode.run(tmp_path / "decode.json", ["no such row"])
+    labels = [m.label for wanted in decode.planned(["A*groups of 16", "mosaic"]).values() for m in wanted]
+    assert labels == ["A triton 2-bit, groups of 16", "A mosaic_gpu 2-bit", "C mosaic_gpu 2-bit"]
+    everything = [m.label for wanted in decode.planned().values() for m in wanted]
+    assert len(set(everything)) == len(everything)
 
 
 def test_bytes_of_products_are_read_from_the_program():

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from minikv_jax.bench.timing import copy_bandwidth, device_seconds, kernel_seconds, write_results
+from minikv_jax.bench.timing import copy_bandwidth, device_seconds, kernel_seconds, matching, write_results
+from minikv_jax.errors import ConfigError
 from pallas_kernels.packed_decode.api import Part, decode_attention, packed_decode_attention
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 
@@ -189,8 +189,20 @@ def _measurements(case: Case) -> Iterator[Measurement]:
         yield packed(case, TWO_BITS, "xla")
 
 
-def rows(bandwidth: float, only: Sequence[str] = ()) -> Iterator[dict]:
-    """Rows whose label contains one of `only` (`*` is anything), default all; each case's cuDNN comes first."""
+def planned(only: Sequence[str] = ()) -> dict[Case, list[Measurement]]:
+    """What is measured of each case: what contains one of `only` in its label (`*` is anything), default all.
+
+    Raises:
+        ConfigError: nothing does.
+    """
+    plan = {case: matching(_measurements(case), only) for case in (*CASES, *SHORT)}
+    if not any(plan.values()):
+        raise ConfigError(f"--only {' '.join(only)} names no row: they read like 'A triton {TWO_BITS.name}'.")
+    return {case: wanted for case, wanted in plan.items() if wanted}
+
+
+def rows(plan: dict[Case, list[Measurement]], bandwidth: float) -> Iterator[dict]:
+    """The rows, one at a time; each case's cuDNN comes first."""
 
     def finish(case, method, row, baseline, form=None):
         shape = {"B": case.batch, "S": case.length, "N": case.kv_heads * case.group, "K": case.kv_heads, "H": _HEAD}
@@ -204,10 +216,7 @@ def rows(bandwidth: float, only: Sequence[str] = ()) -> Iterator[dict]:
         out["share_of_bandwidth"] = row["bytes"] / (row["us"] * 1e-6) / bandwidth
         return {key: round(x, 4) if isinstance(x, float) else x for key, x in out.items()}
 
-    for case in (*CASES, *SHORT):
-        wanted = [m for m in _measurements(case) if not only or any(fnmatch(m.label, f"*{p}*") for p in only)]
-        if not wanted:
-            continue
+    for case, wanted in plan.items():
         baseline = baseline_seconds(case, chained=case in CASES)
         yield finish(case, "cudnn", baseline, baseline)
         for m in wanted:
@@ -226,11 +235,14 @@ def _key(row: dict) -> tuple:
 def run(out: Path, only: Sequence[str] = ()) -> None:
     """Measures the rows whose label contains one of `only`, default all, and writes `out` after each.
 
-    Other rows that it holds stay, so that a run cut short leaves what it has; what is measured again is replaced.
+    With `only`, other rows that it holds stay and those measured again are replaced.
+
+    Raises:
+        ConfigError: `only` names no row.
     """
-    bandwidth = copy_bandwidth()
+    plan, bandwidth = planned(only), copy_bandwidth()
     done = {_key(row): row for row in (json.loads(out.read_text())["rows"] if only and out.exists() else [])}
-    for row in rows(bandwidth, only):
+    for row in rows(plan, bandwidth):
         done[_key(row)] = row
         note = {"copy_bandwidth": bandwidth, "timing": "sum of kernel durations, inputs rotating beyond the cache"}
         command = f"minikv bench decode --out {out}"

@@ -20,7 +20,6 @@ a copy measured in the same run.
 
 import contextlib
 import dataclasses
-import fnmatch
 import functools
 import importlib
 import importlib.util
@@ -46,7 +45,7 @@ import numpy as np
 from flax import nnx
 
 from minikv_jax import allocate, nbytes, presets
-from minikv_jax.bench.timing import copy_bandwidth, environment, traced_kernels, write_results
+from minikv_jax.bench.timing import copy_bandwidth, environment, matching, traced_kernels, write_results
 from minikv_jax.cache import KVCache, Shape
 from minikv_jax.config import CacheConfig
 from minikv_jax.decode import decode_loop
@@ -631,7 +630,7 @@ def finish(row: dict, done: Sequence[dict], bandwidth: float) -> dict:
 def _chosen(only: Sequence[str], model_file: Path | None) -> list[Case]:
     """The cases of the table that contain one of `only`; those of the file's model take their weights from it."""
     cases = [case for case in CASES if case.method in presets.METHODS or case.method.startswith("transformers")]
-    chosen = [c for c in cases if not only or any(fnmatch.fnmatch(c.label, f"*{pattern}*") for pattern in only)]
+    chosen = matching(cases, only)
     if not chosen:
         raise ConfigError(f"--only {' '.join(only)} names no case: they read like 'llama3-8b-B8-S32768 minikv decode'.")
     if model_file is None:

@@ -5,8 +5,10 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +79,16 @@ def copy_bandwidth(size: int = 1 << 30) -> float:
     """Bytes read plus written per second by a plain elementwise pass over `size` bytes."""
     x = jnp.ones(size // 4, jnp.float32)
     return 2 * size / device_seconds(lambda x: x, x, steps=16)
+
+
+class Labelled(Protocol):
+    @property
+    def label(self) -> str: ...
+
+
+def matching[T: Labelled](items: Iterable[T], only: Sequence[str]) -> list[T]:
+    """Those whose label contains one of `only`, where `*` is anything; all for no patterns."""
+    return [x for x in items if not only or any(fnmatch(x.label, f"*{pattern}*") for pattern in only)]
 
 
 def environment() -> dict:
