@@ -226,7 +226,7 @@ def test_compiles_for(capability, name, kernel):
     scratch = dict.fromkeys(("key_scratch", "value_scratch"), "*u8")
     if kernel == "append_kernel":
         constants |= {"WINDOW": 128, "FIRST": 0, "KEEPS": 64 if packed.keys.group_size <= 64 else 0}
-        names = ("new_key", "new_value", "_window_key", "_window_value", "window_key", "window_value")
+        names = ("new_rows", "_window_key", "_window_value", "window_key", "window_value")
         types = dict.fromkeys(names, "*bf16")
         counters = ("accept", "window_length", "length")
     else:

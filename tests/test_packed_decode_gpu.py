@@ -74,15 +74,16 @@ def test_segments_attend_together(heads, t, dtype):
     check_together("triton", t=t, heads=heads[0], group=heads[1], h=128, dtype=dtype)
 
 
-def test_one_launch_a_segment_and_one_to_join_them():
+@pytest.mark.parametrize(("rows", "launches"), [(128, 2), (1024, 3)])
+def test_a_window_joins_the_launch_of_the_codes_before_it(rows, launches):
     rng = np.random.default_rng(0)
     keys, values = segment(rng, 1, 8, 4, 128, FORMATS["2-bit"])
     query = jnp.zeros((1, 1, 32, 128), jnp.bfloat16)
-    window = jnp.zeros((1, 8, 128, 128), jnp.bfloat16)
+    window = jnp.zeros((1, 8, rows, 128), jnp.bfloat16)
 
     @jax.jit
     def attend(query, keys, values, window, lengths):
         return decode_attention([Part(query, keys, values, lengths), Part(query, window, window, lengths)])
 
     program = attend.lower(query, keys, values, window, jnp.asarray([100])).compile().as_text()
-    assert program.count('custom_call_target="triton_kernel_call_ffi"') == 3
+    assert program.count('custom_call_target="triton_kernel_call_ffi"') == launches

@@ -15,26 +15,29 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pallas_kernels.packed_decode import _triton_kernels as kernels
+from pallas_kernels.packed_decode.api import Part
 from pallas_kernels.packed_decode.triton import constants
 
 
-def simulate(query, keys, values, lengths, splits) -> Partial:
-    """The kernel's programs in numpy, and the merge of their splits."""
+def simulate(query, keys, values, lengths, splits, window=None, window_splits=0) -> Partial:
+    """The kernel's programs in numpy, and the merge of their shares. `window` is a `Part`."""
     b, t, n, h = query.shape
     heads, blocks = keys.codes.shape[1:3]
     group = n // heads
     rows = t * group
+    shares = splits + window_splits
     tensors = [query.astype(jnp.float32), *(x for p in (keys, values) for x in (p.codes, p.scale, p.zero)), lengths]
+    tensors += window or [query, query, query, lengths]
     arrays = [np.asarray(x) for x in tensors]
-    arrays += [np.full((b * heads, splits, rows, width), np.nan, np.float32) for width in (h, 2)]
+    arrays += [np.full((b * heads, shares, rows, width), np.nan, np.float32) for width in (h, 2)]
     arrays.append(np.full((b * heads, rows, blocks * 128), np.nan, np.float32))
-    sizes = [np.float32(h**-0.5), *(-x for x in (blocks, heads, group, rows, splits))]
-    grid = (-(-rows // 8), splits, b * heads)
-    scalars = dict(zip(range(8, 14), sizes))
-    result = triton_warp.run(
-        kernels, "decode_kernel", grid, arrays, scalars, constants(keys, values) | {"LOGITS": True, "PER_HEAD": True}
-    )
-    part, stats = (x.reshape(b * heads, splits, rows, -1) for x in result[-3:-1])
+    window_rows = window.keys.shape[2] if window else 0
+    sizes = [np.float32(h**-0.5), *(-x for x in (blocks, heads, group, rows, splits, window_rows, window_splits, b * heads))]
+    grid = (-(-rows // 8), shares * b * heads, 1)
+    scalars = dict(zip(range(12, 21), sizes))
+    kind = {"LOGITS": True, "PER_HEAD": True, "WINDOW": {None: 0, "float16": 1, "bfloat16": 2}[_dtype(window)]}
+    result = triton_warp.run(kernels, "decode_kernel", grid, arrays, scalars, constants(keys, values) | kind)
+    part, stats = (x.reshape(b * heads, shares, rows, -1) for x in result[-3:-1])
     check_logits(result[-1].reshape(b * heads, rows, -1), query, keys, lengths)
     top = stats[..., 0].max(axis=1)
     weight = np.exp2(stats[..., 0] - np.where(np.isneginf(top), 0, top)[:, None])
@@ -45,6 +48,10 @@ def simulate(query, keys, values, lengths, splits) -> Partial:
         return x.swapaxes(1, 2).reshape(b, t, n, *x.shape[4:])
 
     return Partial(unrows(output), unrows(top) * np.log(2), unrows((stats[..., 1] * weight).sum(axis=1)))
+
+
+def _dtype(window) -> str | None:
+    return window.keys.dtype.name if window else None
 
 
 def check_logits(logits, query, keys, lengths):
@@ -97,26 +104,53 @@ def test_lanes_read_nothing_beyond_the_length(name, length):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "h", "group", "t", "window_splits"),
+    [("bfloat16", 128, 4, 1, 2), ("float16", 64, 3, 3, 1), ("bfloat16", 64, 1, 1, 3)],
+)
+def test_lanes_take_a_window_along(dtype, h, group, t, window_splits):
+    """Codes and a window, each from nothing to full; what lies beyond a window's length is NaN."""
+    rng = np.random.default_rng(4)
+    held = np.asarray([[200, 33], [0, 50], [130, 0], [128, 1], [0, 0], [5, 17]])
+    b, heads = len(held), 2
+    keys, values = segment(rng, b, heads, 2, h, FORMATS["2-bit"])
+    query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)), dtype)
+    rows = [np.asarray(rng.normal(size=(b, heads, 50, h)), jnp.dtype(dtype)) for _ in range(2)]
+    for x in rows:
+        for i in range(b):
+            x[i, :, held[i, 1] :] = np.nan
+    window = Part(query, *rows, held[:, 1].astype(np.int32))
+    lengths = np.repeat(held[:, :1], heads, axis=1).astype(np.int32)
+    got = simulate(query, keys, values, lengths, 2, window, window_splits)
+    for i in range(b):
+        both = [
+            np.concatenate([dequantised(p)[i, :, : held[i, 0]], np.asarray(x[i, :, : held[i, 1]], np.float64)], axis=1)
+            for p, x in zip((keys, values), rows)
+        ]
+        want = attention(query[i : i + 1], *(x[None] for x in both), np.full((1, heads), held[i].sum()), h**-0.5)
+        assert error([x[i : i + 1] for x in got], want) < 4e-3
+
+
 @pytest.mark.usefixtures("triton_cache")
 @pytest.mark.parametrize(
-    ("capability", "name"),
+    ("capability", "name", "window"),
     [
-        (90, "2-bit"),
-        pytest.param(80, "2-bit", marks=pytest.mark.slow),
-        pytest.param(100, "2-bit", marks=pytest.mark.slow),
-        pytest.param(80, "3 and 2 bits, fp8", marks=pytest.mark.slow),
-        pytest.param(90, "groups of 16", marks=pytest.mark.slow),
-        pytest.param(90, "3-bit, half heads, fp8", marks=pytest.mark.slow),
+        (90, "2-bit", 2),
+        pytest.param(80, "2-bit", 1, marks=pytest.mark.slow),
+        pytest.param(100, "2-bit", 0, marks=pytest.mark.slow),
+        pytest.param(80, "3 and 2 bits, fp8", 2, marks=pytest.mark.slow),
+        pytest.param(90, "groups of 16", 2, marks=pytest.mark.slow),
+        pytest.param(90, "3-bit, half heads, fp8", 0, marks=pytest.mark.slow),
     ],
 )
-def test_compiles_for(capability, name):
+def test_compiles_for(capability, name, window):
     keys, values = segment(np.random.default_rng(0), 1, 1, 1, 128, FORMATS[name])
-    constant = constants(keys, values) | {"LOGITS": False, "PER_HEAD": False}
+    constant = constants(keys, values) | {"LOGITS": False, "PER_HEAD": False, "WINDOW": window}
     types = dict.fromkeys(("kc", "ks", "kz", "vc", "vs", "vz"), "*u8")
-    types = {"q": "*bf16", **types, "lengths": "*i32", "softmax_scale": "fp32"}
-    types |= dict.fromkeys(("capacity", "heads", "group", "rows", "splits"), "i32") | dict.fromkeys(
-        ("out", "stats", "logits"), "*fp32"
-    )
+    types = {"q": "*bf16", **types, "lengths": "*i32", **dict.fromkeys(("wq", "wk", "wv"), "*bf16")}
+    types |= {"wlengths": "*i32", "softmax_scale": "fp32"}
+    types |= dict.fromkeys(("capacity", "heads", "group", "rows", "splits", "window", "wsplits", "all_heads"), "i32")
+    types |= dict.fromkeys(("out", "stats", "logits"), "*fp32")
     source = ASTSource(kernels.decode_kernel, types | dict.fromkeys(constant, "constexpr"), constexprs=constant)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
     assert "mma.sync.aligned.m16n8k16" in compiled.asm["ptx"]

@@ -5,8 +5,10 @@ functions that are single PTX instructions by what the PTX manual says they do. 
 fragment layouts and every address; speed, and acceptance by the compiler, it does not.
 """
 
+import sys
 import types
 
+import ml_dtypes
 import numpy as np
 
 LANES = 32
@@ -105,13 +107,18 @@ def _pack(x):
 _G, _T = np.arange(LANES) // 4, np.arange(LANES) % 4
 
 
-def _mma(a0, a1, a2, a3, b0, b1, c):
+def _bfloat16s(x):
+    """Pairs of bfloat16 as float32 [..., 2]."""
+    return np.stack([x << 16, x & np.int32(-65536)], axis=-1).astype(np.int32).view(np.float32)
+
+
+def _mma(a0, a1, a2, a3, b0, b1, c, numbers=_halves):
     a, b, d = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
     for i in range(2):
         for part, row, column in ((a0, 0, 0), (a1, 8, 0), (a2, 0, 8), (a3, 8, 8)):
-            a[_G + row, 2 * _T + i + column] = _halves(part)[:, i]
+            a[_G + row, 2 * _T + i + column] = numbers(part)[:, i]
         for part, row in ((b0, 0), (b1, 8)):
-            b[2 * _T + i + row, _G] = _halves(part)[:, i]
+            b[2 * _T + i + row, _G] = numbers(part)[:, i]
         for j in range(2):
             d[_G + 8 * j, 2 * _T + i] = c[2 * j + i]
     d = (d + a @ b).astype(np.float32)
@@ -119,8 +126,8 @@ def _mma(a0, a1, a2, a3, b0, b1, c):
 
 
 def _transpose8(x):
-    matrix = _halves(x).reshape(8, 8)
-    return _pack(matrix.T.reshape(32, 2))
+    matrix = np.ascontiguousarray(x).view(np.uint16).reshape(8, 8)
+    return np.ascontiguousarray(matrix.T).reshape(-1).view(np.int32).view(Register)
 
 
 def _lanes(x):
@@ -133,6 +140,17 @@ def _instructions(shared):
 
     def pair(low, high):
         return _pack(np.stack([_lanes(low), _lanes(high)], axis=1))
+
+    def pair_bfloat16(low, high):
+        rounded = np.stack([_lanes(low), _lanes(high)], axis=1).astype(ml_dtypes.bfloat16)
+        return rounded.view(np.int32).reshape(-1).view(Register)
+
+    def read4(address, valid):
+        address, valid = _lanes(address), _lanes(valid).astype(bool)
+        words = np.zeros((LANES, 4), np.int32)
+        if valid.any():
+            words[valid] = np.ascontiguousarray(shared.memory.read(address[valid])).view(np.int32)
+        return tuple(register(words[:, i]) for i in range(4))
 
     return {
         "limit_registers": lambda count: None,
@@ -148,6 +166,11 @@ def _instructions(shared):
         "load2": lambda a: shared.words(a, 2),
         "load4": lambda a: shared.words(a, 4),
         "mma": lambda *a: _mma(*(_lanes(x) for x in a[:6]), tuple(_lanes(x) for x in a[6])),
+        "mma_bfloat16": lambda *a: _mma(
+            *(_lanes(x) for x in a[:6]), tuple(_lanes(x) for x in a[6]), numbers=_bfloat16s
+        ),
+        "pair_bfloat16": pair_bfloat16,
+        "read4": read4,
         "transpose8": _transpose8,
         "shuffle": lambda x, lane: _lanes(x)[_lanes(lane)].view(Register),
         "warp_max": lambda x: register(np.full(LANES, x.max(), np.int32)),
@@ -209,11 +232,13 @@ def run(module, kernel, grid, arrays, scalars_at, constants):
         program_id=lambda axis: register(np.int32(program[axis])),
     )
 
-    def blocks(first, last):
-        return [register(np.int32(i)) for i in range(int(first[0]), int(last[0]))]
+    def steps(first, last, step=1):
+        return [register(np.int32(i)) for i in range(int(first[0]), int(last[0]), step)]
 
-    space = {"tl": tl, "__builtins__": __builtins__, "range": blocks}
-    for name, value in vars(module).items():
+    space = {"tl": tl, "__builtins__": __builtins__, "range": steps}
+    functions = [x for x in vars(module).values() if hasattr(x, "fn")]
+    modules = {sys.modules[x.fn.__module__] for x in functions}
+    for name, value in (item for m in modules for item in vars(m).items()):
         if hasattr(value, "fn"):
             space[name] = types.FunctionType(value.fn.__code__, space, name, value.fn.__defaults__)
     space |= _instructions(Shared(memory))

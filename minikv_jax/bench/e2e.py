@@ -117,14 +117,14 @@ def _each(methods: Sequence[str], model: str, batch: int, prompt: int, *parts: s
 
 # Most important first.
 CASES = (
-    *_each(("minikv", "full"), _8B, 8, 32768, "decode", "profile"),
+    *_each(("minikv", "full", "minikv_plus"), _8B, 8, 32768, "decode", "profile"),
     *_each(("minikv", "full"), _8B, 1, 32768, *_BOTH),
     *_each(("minikv", "full"), _8B, 0, 32768),
     *_each(("minikv", "full"), _8B, 1, 131072),
     *_each(("minikv", "full"), _8B, 1, 4096, *_BOTH),
     *_each((QUANTISED, "transformers"), _8B, 8, 32768),
     *_each((QUANTISED, "transformers"), _8B, 1, 32768, *_BOTH),
-    *_each(("minikv_plus", "kivi", "snapkv", "minikv_pyramid", "mikv", "h2o"), _8B, 8, 32768),
+    *_each(("kivi", "snapkv", "minikv_pyramid", "mikv", "h2o"), _8B, 8, 32768),
     Case(_7B, "minikv", 1, 400_000, _BOTH, steps=32, longest=True),
     Case(_7B, "full", 1, 0, _BOTH, steps=32, longest=True),
     *_each(("minikv", "full", "minikv_plus"), _REAL, 8, 32256),

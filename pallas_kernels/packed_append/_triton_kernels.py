@@ -289,7 +289,7 @@ def move_rows(rows, COUNT: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def append_kernel(
-    new_key, new_value, accept, window_length, length, key_factor,
+    new_rows, accept, window_length, length, key_factor,
     _window_key, _window_value, _kc, _ks, _kz, _vc, _vs, _vz,
     heads, blocks,
     window_key, window_value, kc, ks, kz, vc, vs, vz,
@@ -300,7 +300,8 @@ def append_kernel(
 ):  # fmt: skip
     """A new token into the window of each accepting sequence; windows full with it are encoded from row FIRST on.
 
-    The last KEEPS rows are not, and move to row FIRST.
+    The last KEEPS rows are not, and move to row FIRST. `new_rows` are of each sequence its heads' keys, then its heads'
+    values.
     """
     heads, blocks = -heads, -blocks
     COUNT: tl.constexpr = WINDOW - FIRST - KEEPS
@@ -311,11 +312,12 @@ def append_kernel(
     filled = tl.load(window_length + batch)
     start = tl.load(length + batch)
     channel = tl.arange(0, H)
+    new_row = new_rows + (head + (batch + part) * heads) * H
     rows = head.to(tl.int64) * (WINDOW * H)
     full = (accepts != 0) & (filled + 1 == WINDOW)
     if accepts != 0:
         if part == 0:
-            x = tl.load(new_key + head * H + channel)
+            x = tl.load(new_row + channel)
             tl.store(window_key + rows + filled * H + channel, x.to(window_key.dtype.element_ty))
             if full:
                 tl.debug_barrier()
@@ -325,7 +327,7 @@ def append_kernel(
                 )  # fmt: skip
                 move_rows(window_key + rows + FIRST * H, COUNT, KEEPS, H)
         else:
-            x = tl.load(new_value + head * H + channel)
+            x = tl.load(new_row + channel)
             tl.store(window_value + rows + filled * H + channel, x.to(window_value.dtype.element_ty))
             if full:
                 tl.debug_barrier()

@@ -142,7 +142,9 @@ def packed_append(
 
     changed = [window_key, window_value, *_arrays(keys, values)]
     counters = [x.astype(jnp.int32) for x in (accept, window_length, length)]
-    inputs = [new_key, new_value, *counters, _factor(options, counters[0]), *changed]
+    # As one array XLA finishes both (rotary embedding, scaling, rounding) in one launch.
+    new_rows = jnp.concatenate([new_key, new_value], axis=1)
+    inputs = [new_rows, *counters, _factor(options, counters[0]), *changed]
     scratch = _scratch(b, heads, count, h)
     window_key, window_value, *packed, _, _ = triton_call.call(
         *inputs,

@@ -10,233 +10,33 @@ naming of the PTX manual for `mma.m16n8k16`.
 import triton
 import triton.language as tl
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Single instructions.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@tl.core.builtin
-def limit_registers(count, _semantic=None, _generator=None):
-    """Caps the registers of a lane, so that more warps fit a processor; what jax-triton has no argument for."""
-    count = tl.core._unwrap_if_constexpr(count)
-    if count:
-        _generator.module.set_attr("ttg.maxnreg", _semantic.builder.get_int32_attr(count))
-
-
-@triton.constexpr_function
-def ring_text(size):
-    return f".shared .align 128 .b8 ring[{size}]; mov.u32 $0, ring;"
-
-
-@triton.jit
-def ring(lane, SIZE: tl.constexpr):
-    """Address of SIZE bytes of shared memory. Called once: every call would reserve bytes of its own."""
-    return tl.inline_asm_elementwise(
-        "{ " + ring_text(SIZE) + " }", "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def copy16(to, source, valid):
-    """Starts the copy of 16 bytes from global to shared memory where `valid`."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.cg.shared.global [$1], [$2], 16; mov.u32 $0, 0; }",
-        "=r,r,l,r",
-        [to, source, valid],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def close_group(lane):
-    """All copies started since the last call become one group."""
-    tl.inline_asm_elementwise(
-        "cp.async.commit_group; mov.u32 $0, 0;", "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def wait_group(lane):
-    """Waits for all groups but the newest, and makes them visible to the whole warp."""
-    tl.inline_asm_elementwise(
-        "cp.async.wait_group 1; bar.warp.sync -1; mov.u32 $0, 0;",
-        "=r,r",
-        [lane],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def warp_barrier(lane):
-    tl.inline_asm_elementwise("bar.warp.sync -1; mov.u32 $0, 0;", "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.constexpr_function
-def read_text(bits):
-    return f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b{bits} $0, 0; @p ld.global.b{bits} $0, [$1]; }}"
-
-
-@triton.jit
-def read(pointer, valid):
-    """Numbers of 16 or 32 bits from global memory, 0 where not `valid`.
-
-    As `tl.load`, and as `write` is `tl.store`, but out of sight of the compiler's search for layouts in which accesses
-    coalesce: it looks at the whole kernel once for each of them, which was two thirds of the time to compile, and a
-    warp with one element a lane has no choice of layouts.
-    """
-    BITS: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth
-    x = tl.inline_asm_elementwise(
-        read_text(BITS),
-        "=r,l,r" if BITS == 32 else "=h,l,r",
-        [pointer.to(tl.int64), valid.to(tl.int32)],
-        dtype=tl.int32 if BITS == 32 else tl.int16,
-        is_pure=False,
-        pack=1,
-    )
-    return x.to(pointer.dtype.element_ty, bitcast=True)
-
-
-@triton.jit
-def write(pointer, x, valid):
-    """Writes float32 to global memory where `valid`; see `read`."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,f,r",
-        [pointer.to(tl.int64), x, valid.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def load1(address):
-    return tl.inline_asm_elementwise(
-        "ld.shared.b32 $0, [$1];", "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def store1(address, x):
-    tl.inline_asm_elementwise(
-        "st.shared.b32 [$1], $2; mov.u32 $0, 0;", "=r,r,r", [address, x], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def load2(address):
-    return tl.inline_asm_elementwise(
-        "ld.shared.v2.b32 {$0,$1}, [$2];",
-        "=r,=r,r",
-        [address],
-        dtype=(tl.int32, tl.int32),
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def load4(address):
-    return tl.inline_asm_elementwise(
-        "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];",
-        "=r,=r,=r,=r,r",
-        [address],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def mma(a0, a1, a2, a3, b0, b1, c):
-    """c + A B with A [16, 16] and B [16, 8] in float16, c [16, 8] in float32."""
-    return tl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
-        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-        [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def transpose8(x):
-    """Transposes an 8 x 8 float16 matrix: lane (g, t) gives row g, columns 2t and 2t + 1."""
-    return tl.inline_asm_elementwise(
-        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def shuffle(x, lane):
-    return tl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def warp_max(x):
-    """Maximum of a non-negative int32 over the warp."""
-    return tl.inline_asm_elementwise(
-        "redux.sync.max.s32 $0, $1, -1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def low_bytes(x):
-    """Bytes 0 and 1 of a word, each widened to 16 bits."""
-    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x4140;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
-def high_bytes(x):
-    """Bytes 2 and 3 of a word, each widened to 16 bits."""
-    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x4342;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
-def low_bytes_up(x):
-    """Bytes 0 and 1 of a word, each the upper byte of 16 bits."""
-    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x1404;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
-def high_bytes_up(x):
-    """Bytes 2 and 3 of a word, each the upper byte of 16 bits."""
-    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x3424;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
-def multiply2(x, y):
-    """Product of two pairs of float16."""
-    return tl.inline_asm_elementwise("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
-def half_as_float(x, shift):
-    """The float16 that starts at bit `shift` of a word."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 w; .reg .b16 h; shr.b32 w, $1, $2; cvt.u16.u32 h, w; cvt.f32.f16 $0, h; }",
-        "=f,r,r",
-        [x, shift],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def pair(low, high):
-    """Rounds two float32 to a pair of float16."""
-    return tl.inline_asm_elementwise(
-        "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], dtype=tl.int32, is_pure=True, pack=1
-    )
-
+from pallas_kernels.packed_decode._triton_instructions import (
+    close_group,
+    column_max,
+    copy16,
+    half_as_float,
+    high_bytes,
+    high_bytes_up,
+    limit_registers,
+    load1,
+    load2,
+    load4,
+    low_bytes,
+    low_bytes_up,
+    mma,
+    multiply2,
+    pair,
+    read,
+    ring,
+    shuffle,
+    store1,
+    transpose8,
+    wait_group,
+    warp_barrier,
+    warp_max,
+    write,
+)
+from pallas_kernels.packed_decode._triton_window import window_share
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scales and zero points: KIND 0 float16, 1 bfloat16, 2 float8_e4m3fn; always handed on as pairs of float16.
@@ -599,14 +399,6 @@ def scale_exponent(scale, lane, GROUPS: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def column_max(x, lane):
-    """Maximum over g: every lane gets that of its t."""
-    x = tl.maximum(x, shuffle(x, lane ^ 4))
-    x = tl.maximum(x, shuffle(x, lane ^ 8))
-    return tl.maximum(x, shuffle(x, lane ^ 16))
-
-
-@triton.jit
 def tile_logits(
     d,
     z,
@@ -825,24 +617,21 @@ def load_queries(q, row, t, valid, UNIT: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def decode_kernel(
+def packed_share(
     q,
-    kc,
-    ks,
-    kz,
-    vc,
-    vs,
-    vz,
-    lengths,
+    sources,
+    position,
+    length,
+    first,
+    last,
     softmax_scale,
-    capacity,
-    heads,
-    group,
+    first_row,
     rows,
-    splits,
     out,
     stats,
     logits,
+    place,
+    row_size,
     KBITS: tl.constexpr,
     KGROUP: tl.constexpr,
     KAXIS: tl.constexpr,
@@ -851,33 +640,17 @@ def decode_kernel(
     VGROUP: tl.constexpr,
     VKIND: tl.constexpr,
     H: tl.constexpr,
-    REGISTERS: tl.constexpr,
-    PER_HEAD: tl.constexpr,
     LOGITS: tl.constexpr,
 ):
-    """Grid (row tiles, splits, B K). Split i of a sequence takes the i-th of `splits` even shares of its blocks.
+    """Attention of the eight queries from `first_row` on over the blocks first ... last - 1 of a head.
 
-    Writes, per split and query row: unnormalised output [B K, splits, rows, H] and (max in base 2, sum)
-    [B K, splits, rows, 2]; with LOGITS the logits in base 2 of the tokens held, [B K, rows, capacity]. A split without
-    tokens writes zeros, (-inf, 0) and no logits.
-
-    The five sizes arrive negated: for an argument of 1 jax-triton would compile a program of its own.
+    `sources` are byte addresses of the head's key codes, scales and zero points, then of its values'; `position` is
+    row g's place among the queries, `logits` where the head has those of its first row, `place` the share's first row
+    in `out` and `stats`.
     """
-    limit_registers(REGISTERS)
-    capacity, heads, group, rows, splits = -capacity, -heads, -group, -rows, -splits
-    first_row = 8 * tl.program_id(0)
-    split = tl.program_id(1)
-    head = tl.program_id(2)
     lane = tl.arange(0, 32)
     g = lane // 4
     t = lane % 4
-
-    length = tl.load(lengths + (head if PER_HEAD else head // heads))
-    blocks = (length + 127) // 128
-    # Shares differ by a block at most: rounded up alike, a block too many would be one in each.
-    first = split * (blocks // splits) + tl.minimum(split, blocks % splits)
-    last = first + blocks // splits + tl.where(split < blocks % splits, 1, 0)
-
     nil = tl.zeros([32], tl.float32)
     low = tl.full([32], -float("inf"), tl.float32)
     acc = ()
@@ -892,35 +665,24 @@ def decode_kernel(
         VBLOCK: tl.constexpr = 16 * VBITS * H
         KMETA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND == 2 else 2)
         VMETA: tl.constexpr = (H // VGROUP) * 128 * (1 if VKIND == 2 else 2)
-        start = head.to(tl.int64) * capacity
-        kcodes = kc.to(tl.int64) + start * KBLOCK
-        kscale = ks.to(tl.int64) + start * KMETA
-        kzero = kz.to(tl.int64) + start * KMETA
-        vcodes = vc.to(tl.int64) + start * VBLOCK
-        vscale = vs.to(tl.int64) + start * VMETA
-        vzero = vz.to(tl.int64) + start * VMETA
         memory = ring(lane, KBLOCK + 2 * KMETA + VBLOCK + 2 * VMETA)
-        sources = (kcodes, kscale, kzero, vcodes, vscale, vzero)
         yes = tl.full([32], 1, tl.int32)
         values = memory + (KBLOCK + 2 * KMETA)
-        fetch_keys(memory, kcodes, kscale, kzero, first, yes, lane, KBITS, KGROUP, KKIND, H)
-        fetch_values(values, vcodes, vscale, vzero, first, yes, lane, VBITS, VGROUP, VKIND, H)
-        row = first_row + g
-        token = row // group
-        batch = head // heads
-        position = ((batch * (rows // group) + token) * heads + head % heads) * group + row % group
-        pairs, power = load_queries(q, position * H, t, row < rows, 256.0 if KKIND == 2 and KAXIS == 0 else 1.0, H)
+        fetch_keys(memory, sources[0], sources[1], sources[2], first, yes, lane, KBITS, KGROUP, KKIND, H)
+        fetch_values(values, sources[3], sources[4], sources[5], first, yes, lane, VBITS, VGROUP, VKIND, H)
+        KUNIT: tl.constexpr = 256.0 if KKIND == 2 and KAXIS == 0 else 1.0
+        pairs, power = load_queries(q, position * H, t, first_row + g < rows, KUNIT, H)
         # power of row 2t and 2t + 1 sits in lanes 8t and 8t + 4
         factor = (
             shuffle(power, 8 * t) * (softmax_scale * 1.4426950408889634),
             shuffle(power, 8 * t + 4) * (softmax_scale * 1.4426950408889634),
         )
         query = first_row + 2 * t
-        row_logits = logits + (head * rows + query).to(tl.int64) * (128 * capacity)
+        row_logits = logits + query.to(tl.int64) * row_size
         for block in range(first, last):
             acc, sums, reference, maximum = attend_block(
                 (acc, sums, reference, maximum), pairs, factor, memory, sources, block, last,
-                length - 128 * block, lane, row_logits, rows - query, 128 * capacity,
+                length - 128 * block, lane, row_logits, rows - query, row_size,
                 KBITS, KGROUP, KAXIS, KKIND, VBITS, VGROUP, VKIND, H, LOGITS,
             )  # fmt: skip
         to_maximum = (tl.exp2(reference[0] - maximum[0]), tl.exp2(reference[1] - maximum[1]))
@@ -928,7 +690,7 @@ def decode_kernel(
         UNIT: tl.constexpr = 256.0 if VKIND == 2 else 1.0
         for i in tl.static_range(2):
             query = first_row + 2 * t + i
-            base = ((head * splits + split) * rows + query).to(tl.int64) * H
+            base = (place + query).to(tl.int64) * H
             for tile in tl.static_range(H // 16):
                 zero = sums[i]
                 if VGROUPS > 1:
@@ -940,11 +702,106 @@ def decode_kernel(
     else:
         for i in tl.static_range(H // 4):
             empty_row = first_row + i // (H // 32)
-            nowhere = ((head * splits + split) * rows + empty_row).to(tl.int64) * H + 32 * (i % (H // 32))
+            nowhere = (place + empty_row).to(tl.int64) * H + 32 * (i % (H // 32))
             write(out + nowhere + lane, nil, empty_row < rows)
 
     for i in tl.static_range(2):
         query = first_row + 2 * t + i
-        place = ((head * splits + split) * rows + query) * 2
-        write(stats + place, maximum[i], (query < rows) & (g == 0))
-        write(stats + place + 1, sums[2 + i], (query < rows) & (g == 0))
+        write(stats + (place + query) * 2, maximum[i], (query < rows) & (g == 0))
+        write(stats + (place + query) * 2 + 1, sums[2 + i], (query < rows) & (g == 0))
+
+
+@triton.jit
+def decode_kernel(
+    q,
+    kc,
+    ks,
+    kz,
+    vc,
+    vs,
+    vz,
+    lengths,
+    wq,
+    wk,
+    wv,
+    wlengths,
+    softmax_scale,
+    capacity,
+    heads,
+    group,
+    rows,
+    splits,
+    window,
+    wsplits,
+    all_heads,
+    out,
+    stats,
+    logits,
+    KBITS: tl.constexpr,
+    KGROUP: tl.constexpr,
+    KAXIS: tl.constexpr,
+    KKIND: tl.constexpr,
+    VBITS: tl.constexpr,
+    VGROUP: tl.constexpr,
+    VKIND: tl.constexpr,
+    H: tl.constexpr,
+    REGISTERS: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    LOGITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Grid (row tiles, B K shares). The first `splits` shares of a sequence are even ones of its blocks.
+
+    With WINDOW (1 float16, 2 bfloat16) `wsplits` shares of a window wk, wv [B, K, window, H] of `wlengths` [B] tokens
+    follow, which the queries wq meet. Writes, per share and query row: unnormalised output [B K, shares, rows, H] and
+    (max in base 2, sum) [B K, shares, rows, 2]; with LOGITS the logits in base 2 of the packed tokens held,
+    [B K, rows, 128 capacity]. A share without tokens writes zeros, (-inf, 0) and no logits.
+
+    The eight sizes arrive negated: for an argument of 1 jax-triton would compile a program of its own.
+    """
+    limit_registers(REGISTERS)
+    capacity, heads, group, rows = -capacity, -heads, -group, -rows
+    splits, window, wsplits, all_heads = -splits, -window, -wsplits, -all_heads
+    first_row = 8 * tl.program_id(0)
+    # All programs over codes come before the first over a window: they spread evenly over processors only by themselves.
+    index = tl.program_id(1)
+    packed = all_heads * splits
+    head = tl.where(index < packed, index // splits, (index - packed) // tl.maximum(wsplits, 1))
+    share = tl.where(index < packed, index % splits, splits + (index - packed) % tl.maximum(wsplits, 1))
+    batch = head // heads
+    row = first_row + tl.arange(0, 32) // 4
+    position = ((batch * (rows // group) + row // group) * heads + head % heads) * group + row % group
+    place = (head * (splits + wsplits) + share) * rows
+    if share < splits:
+        length = tl.load(lengths + (head if PER_HEAD else batch))
+        blocks = (length + 127) // 128
+        # Shares differ by a block at most: rounded up alike, a block too many would be one in each.
+        first = share * (blocks // splits) + tl.minimum(share, blocks % splits)
+        last = first + blocks // splits + tl.where(share < blocks % splits, 1, 0)
+        start = head.to(tl.int64) * capacity
+        KMETA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND == 2 else 2)
+        VMETA: tl.constexpr = (H // VGROUP) * 128 * (1 if VKIND == 2 else 2)
+        sources = (
+            kc.to(tl.int64) + start * (16 * KBITS * H),
+            ks.to(tl.int64) + start * KMETA,
+            kz.to(tl.int64) + start * KMETA,
+            vc.to(tl.int64) + start * (16 * VBITS * H),
+            vs.to(tl.int64) + start * VMETA,
+            vz.to(tl.int64) + start * VMETA,
+        )
+        row_size = 128 * capacity
+        packed_share(
+            q, sources, position, length, first, last, softmax_scale, first_row, rows, out, stats,
+            logits + (head * rows).to(tl.int64) * row_size, place, row_size,
+            KBITS, KGROUP, KAXIS, KKIND, VBITS, VGROUP, VKIND, H, LOGITS,
+        )  # fmt: skip
+    elif WINDOW > 0:
+        share -= splits
+        held = tl.load(wlengths + batch)
+        tiles = (held + 15) // 16
+        first = 16 * (share * (tiles // wsplits) + tl.minimum(share, tiles % wsplits))
+        last = tl.minimum(first + 16 * (tiles // wsplits + tl.where(share < tiles % wsplits, 1, 0)), held)
+        start = head.to(tl.int64) * window
+        window_share(
+            wq, wk, wv, position, start, first, last, softmax_scale, first_row, rows, out, stats, place, WINDOW == 2, H
+        )

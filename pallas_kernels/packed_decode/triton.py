@@ -45,11 +45,11 @@ instructions a pair as exact float16; handed on as a 256th of themselves they co
 keys with two-bit values 15 % faster.
 
 A dense segment is an ordinary flash decode: `mma` over tiles of 64 tokens, four stages of `cp.async`, as many shares as
-fill the processors, and cuDNN's time or up to a tenth more. A call joins the shares of up to two segments, a packed one
-and the dense window behind it, in one more launch. Tried: some more warps of the packed launch, each with 32 tokens of
-the window, save a launch of 4 us and cost 16 (8 x 16k tokens in groups of 16: 69 us, not 53), probably because packed
-programs no longer spread evenly over processors. Small problems (one sequence of 32768 tokens: 15.5 us, the join
-included) live on launches that do not wait for the host: see `triton_call.py`.
+fill the processors, and cuDNN's time or up to a tenth more. A call joins the shares of up to two segments in one more
+launch. The dense window behind a packed segment has no launch of its own: some more warps of the packed one take 32 of
+its tokens each (`_triton_window.py`), in time that memory has anyway, where a launch takes 4 us. Small problems (one
+sequence of 32768 tokens: 15.5 us, the join included) live on launches that do not wait for the host: see
+`triton_call.py`.
 """
 
 import math
@@ -66,6 +66,7 @@ from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 from pallas_kernels.partial import Partial
 
 KINDS = {"float16": 0, "bfloat16": 1, "float8_e4m3fn": 2}
+WINDOW = 512  # rows up to which a dense segment goes into a packed one's launch
 DENSE_TOKENS = 64  # of one step of the dense kernel; half as many where a row is a kilobyte
 REGISTERS = 200  # ten warps a processor
 
@@ -147,7 +148,7 @@ class Shares(NamedTuple):
 
 
 def _launch(kernel, *args, heads: int, rows: int, head_size: int, capacity: int, tile: int, splits: int,
-            return_logits: bool, **options) -> Shares:  # fmt: skip
+            return_logits: bool, flat: bool = False, **options) -> Shares:  # fmt: skip
     """Runs a kernel over (row tiles, splits, B K); sizes behind `args` arrive negated, see `decode_kernel`."""
     logits = (heads, rows, capacity) if return_logits else (1,)
     shapes = (heads, splits, rows, head_size), (heads, splits, rows, 2), logits
@@ -156,11 +157,20 @@ def _launch(kernel, *args, heads: int, rows: int, head_size: int, capacity: int,
             *args,
             kernel=kernel,
             out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-            grid=(-(-rows // tile), splits, heads),
+            grid=(-(-rows // tile), splits * heads) if flat else (-(-rows // tile), splits, heads),
             LOGITS=return_logits,
             **options,
         )
     )
+
+
+class Window(NamedTuple):
+    """A dense segment of a few rows that a packed segment's launch takes along."""
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B K S H"]
+    value: Float[Array, "B K S H"]
+    lengths: Int[Array, "B"]
 
 
 def attend_packed(
@@ -172,13 +182,20 @@ def attend_packed(
     scale: float,
     splits: int,
     return_logits: bool = False,
+    window: Window | None = None,
+    window_splits: int = 0,
 ) -> Shares:
-    """`splits` programs for each key/value head and eight query rows."""
+    """`splits` programs for each key/value head and eight query rows, and `window_splits` for the window."""
     from pallas_kernels.packed_decode import _triton_kernels as kernels
 
     b, t, n, h = query.shape
     heads, blocks = keys.codes.shape[1:3]
     rows = t * (n // heads)
+    lengths = lengths.astype(jnp.int32)
+    # Without a window the kernel is given, and leaves alone, what lies at hand.
+    dense = (query, query, query, lengths) if window is None else (*window[:3], window.lengths.astype(jnp.int32))
+    kind = 0 if window is None else {"float16": 1, "bfloat16": 2}[window.key.dtype.name]
+    rows_of_window = 0 if window is None else window.key.shape[2]
     return _launch(
         kernels.decode_kernel,
         query,
@@ -188,18 +205,21 @@ def attend_packed(
         values.codes,
         _bytes(values.scale),
         _bytes(values.zero),
-        lengths.astype(jnp.int32),
+        lengths,
+        *dense,
         np.float32(scale),
-        *(-size for size in (blocks, heads, n // heads, rows, splits)),
+        *(-size for size in (blocks, heads, n // heads, rows, splits, rows_of_window, window_splits, b * heads)),
         heads=b * heads,
         rows=rows,
         head_size=h,
         capacity=blocks * BLOCK,
         tile=8,
-        splits=splits,
+        splits=splits + window_splits,
         return_logits=return_logits,
+        flat=True,
         num_warps=1,
         PER_HEAD=lengths.ndim == 2,
+        WINDOW=kind,
         **constants(keys, values),
     )
 
@@ -306,23 +326,43 @@ def choose_dense_splits(work: int, tiles: int, processors: int) -> int:
     return max(1, min(-(-4 * processors // work), tiles, 256))
 
 
+def choose_window_splits(work: int, splits: int, tokens: int, processors: int) -> int:
+    """Programs for a window of `tokens` beside `splits` packed ones: what else the processors hold, 32 tokens each."""
+    return max(1, min((10 * processors - splits * work) // work, -(-tokens // 32)))
+
+
 def _processors() -> int:
     return getattr(jax.devices()[0], "core_count", 132)
 
 
-def _shares(query, keys, values, lengths, scale: float, return_logits: bool) -> Shares:
-    """One segment, packed or dense, by as many programs as suit it."""
+def _shares(query, keys, values, lengths, scale: float, return_logits: bool, window: Window | None = None) -> Shares:
+    """One segment, packed (perhaps with its window) or dense, by as many programs as suit it."""
     b, t, n, _ = query.shape
     if isinstance(keys, PackedTensor):
         heads, blocks = keys.codes.shape[1:3]
-        splits = choose_splits(b * heads * -(-t * (n // heads) // 8), blocks, _processors())
-        return attend_packed(query, keys, values, lengths, scale=scale, splits=splits, return_logits=return_logits)
+        work = b * heads * -(-t * (n // heads) // 8)
+        splits = choose_splits(work, blocks, _processors())
+        beside = 0 if window is None else choose_window_splits(work, splits, window.key.shape[2], _processors())
+        return attend_packed(
+            query, keys, values, lengths, scale=scale, splits=splits, return_logits=return_logits, window=window,
+            window_splits=beside,
+        )  # fmt: skip
     heads, capacity = keys.shape[1:3]
     tokens = DENSE_TOKENS if keys.shape[-1] * keys.dtype.itemsize < 1024 else DENSE_TOKENS // 2
     splits = choose_dense_splits(b * heads * -(-t * (n // heads) // 16), -(-capacity // tokens), _processors())
     return attend_dense(
         query, keys, values, lengths, scale=scale, splits=splits, return_logits=return_logits, tokens=tokens
     )
+
+
+def _as_window(part: Sequence) -> Window | None:
+    """The segment, if it may go into a packed one's launch: a few rows in the queries' 16 bits, seen by all queries."""
+    query, keys, values, lengths = part
+    if isinstance(keys, PackedTensor) or lengths.ndim > 1 or keys.shape[2] > WINDOW:
+        return None
+    if keys.dtype != query.dtype or keys.dtype not in (jnp.bfloat16, jnp.float16):
+        return None
+    return Window(query, keys, values, lengths)
 
 
 def _require(reason: str | None) -> None:
@@ -351,14 +391,19 @@ def dense_decode_attention(query, key, value, lengths, *, scale: float, return_l
 
 
 def decode_attention(parts: Sequence, *, scale: float, return_logits: bool):
-    """`api.decode_attention` over one or two segments: a launch for each, and one that joins them."""
+    """`api.decode_attention` over one or two segments: a launch for each, or one for codes and the window behind them,
+    and one that joins their shares."""
     if len(parts) > 2:
         raise NotImplementedError(f"joins two segments at most, not {len(parts)}")
     for query, keys, values, _ in parts:
         packed = isinstance(keys, PackedTensor)
         _require(decline(keys, values, scale) if packed else decline_dense(query, keys))
     query, keys = parts[0][:2]
-    heads = (keys.codes if isinstance(keys, PackedTensor) else keys).shape[1]
-    shares = [_shares(*part, scale, return_logits and i == 0) for i, part in enumerate(parts)]
+    packed = isinstance(keys, PackedTensor)
+    heads = (keys.codes if packed else keys).shape[1]
+    window = _as_window(parts[1]) if packed and len(parts) == 2 else None
+    if window is not None:
+        parts = parts[:1]
+    shares = [_shares(*part, scale, return_logits and i == 0, window) for i, part in enumerate(parts)]
     output, lse, _ = _merge(query, heads, shares[0], shares[1] if len(parts) == 2 else None, normalize=True)
     return (output, lse, _natural(shares[0], query, heads)) if return_logits else (output, lse)
