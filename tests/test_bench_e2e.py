@@ -82,8 +82,8 @@ def test_without_a_gpu_nothing_is_started(tmp_path, monkeypatch):
 def test_layers_that_are_alike_share_their_memory():
     model = e2e.random_model(TINY, alike=True)
     chex.assert_trees_all_equal_shapes_and_dtypes(model, e2e.model_shapes(TINY))
-    assert model.layers[0].gate[...] is model.layers[1].gate[...]
-    assert e2e.random_model(TINY).layers[0].gate[...] is not e2e.random_model(TINY).layers[1].gate[...]
+    assert model.layers[0].gate_up[...] is model.layers[1].gate_up[...]
+    assert e2e.random_model(TINY).layers[0].gate_up[...] is not e2e.random_model(TINY).layers[1].gate_up[...]
 
 
 def test_what_fits_is_counted_in_bytes():

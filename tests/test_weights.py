@@ -343,7 +343,12 @@ def test_load_model_fills_every_parameter(name):
     assert all(isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32 for leaf in leaves)
     assert seen == sorted(seen)
     assert seen[-1] == (sum(leaf.nbytes for leaf in leaves),) * 2
-    for parameter, array in open_checkpoint(GOLDEN / name).tensors():
+    expected = dict(open_checkpoint(GOLDEN / name).tensors())
+    for i in range(len(model.layers)):
+        gate, up = (expected.pop(f"layers.{i}.{part}") for part in ("gate", "up"))
+        expected[f"layers.{i}.gate_up"] = np.hstack([gate, up])
+    assert len(expected) == len(leaves)
+    for parameter, array in expected.items():
         at = model
         for part in parameter.split("."):
             at = at[int(part)] if part.isdigit() else getattr(at, part)

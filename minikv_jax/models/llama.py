@@ -74,7 +74,8 @@ class LlamaLayer(nnx.Module):
             self.value_bias = nnx.Param(jnp.zeros((k * h,), param_dtype))
         self.output = matrix(n * h, d)
         self.mlp_norm = nnx.Param(jnp.ones((d,), param_dtype))
-        self.gate, self.up, self.down = matrix(d, f), matrix(d, f), matrix(f, d)
+        # Gate and up side by side: beside reading its matrix a product of few rows costs 3 us of starting.
+        self.gate_up, self.down = matrix(d, 2 * f), matrix(f, d)
 
     def before_attention(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
@@ -93,7 +94,8 @@ class LlamaLayer(nnx.Module):
         """The layer's result: both residual connections and the gated MLP."""
         x = x + attention.reshape(*attention.shape[:2], -1) @ self.output[...]
         h = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
-        return x + (jax.nn.silu(h @ self.gate[...]) * (h @ self.up[...])) @ self.down[...]
+        gate, up = jnp.split(h @ self.gate_up[...], 2, axis=-1)
+        return x + (jax.nn.silu(gate) * up) @ self.down[...]
 
 
 class Llama(nnx.Module):

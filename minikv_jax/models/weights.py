@@ -259,7 +259,7 @@ def load_model(
     model = nnx.eval_shape(lambda: Llama(checkpoint.config, param_dtype=target, rngs=nnx.Rngs(0)))
     total = sum(math.prod(shape) for _, shape in parameter_shapes(checkpoint.config)) * target.itemsize
     done = 0
-    for name, array in checkpoint.tensors(target):
+    for name, array in _as_the_model_has_them(checkpoint.tensors(target)):
         parameter = _find_parameter(model, name)
         if parameter.get_value().shape != array.shape:
             raise CheckpointError(f"{name} has shape {array.shape}; the model expects {parameter.get_value().shape}.")
@@ -269,6 +269,15 @@ def load_model(
         if progress is not None:
             progress(done, total)
     return model
+
+
+def _as_the_model_has_them(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors, each layer's `gate` and the `up` behind it as one matrix `gate_up` [D, 2 F]."""
+    for name, array in tensors:
+        if name.endswith(".gate"):
+            (_, up) = next(tensors)
+            name, array = f"{name}_up", np.concatenate([array, up], axis=1)
+        yield name, array
 
 
 def _find_parameter(model: Any, name: str) -> Any:
