@@ -276,9 +276,8 @@ def test_every_kind_of_model_runs_every_kind_of_cache(architecture, method):
     dtype = jnp.bfloat16 if architecture == "bfloat16" else jnp.float32
     model = Llama(CONFIG.replace(num_layers=1, **changes), param_dtype=dtype, rngs=nnx.Rngs(params=1))
     if architecture == "qwen2":
-        for name in ("query_bias", "key_bias", "value_bias"):
-            bias = getattr(model.layers[0], name)
-            bias.set_value(bias[...] + 3)
+        bias = model.layers[0].query_key_value_bias
+        bias.set_value(bias[...] + 3)
     config = {"full": presets.full(), "minikv": presets.minikv(1, 0, 8, 8, 16), "mikv": presets.mikv(0.5, bits=8,
               retained_bits=8)}[method].replace(generated_capacity=30)  # fmt: skip
     text = tokens(2, 60)

@@ -345,8 +345,11 @@ def test_load_model_fills_every_parameter(name):
     assert seen[-1] == (sum(leaf.nbytes for leaf in leaves),) * 2
     expected = dict(open_checkpoint(GOLDEN / name).tensors())
     for i in range(len(model.layers)):
-        gate, up = (expected.pop(f"layers.{i}.{part}") for part in ("gate", "up"))
-        expected[f"layers.{i}.gate_up"] = np.hstack([gate, up])
+        for joined in ("query key value", "query_bias key_bias value_bias", "gate up"):
+            parts = [expected.pop(f"layers.{i}.{part}", None) for part in joined.split()]
+            if parts[0] is not None:
+                name = "query_key_value_bias" if "bias" in joined else joined.replace(" ", "_")
+                expected[f"layers.{i}.{name}"] = np.concatenate(parts, axis=-1)
     assert len(expected) == len(leaves)
     for parameter, array in expected.items():
         at = model

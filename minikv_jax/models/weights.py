@@ -271,12 +271,21 @@ def load_model(
     return model
 
 
+# Tensors that follow each other and are one matrix (or bias) of the model, side by side, by the first one's name.
+_JOINED = {
+    "query": ("query_key_value", 3),
+    "gate": ("gate_up", 2),
+    "query_bias": ("query_key_value_bias", 3),
+}
+
+
 def _as_the_model_has_them(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors, each layer's `gate` and the `up` behind it as one matrix `gate_up` [D, 2 F]."""
     for name, array in tensors:
-        if name.endswith(".gate"):
-            (_, up) = next(tensors)
-            name, array = f"{name}_up", np.concatenate([array, up], axis=1)
+        layer, _, first = name.rpartition(".")
+        if first in _JOINED:
+            joined, count = _JOINED[first]
+            others = [x for _, x in islice(tensors, count - 1)]
+            name, array = f"{layer}.{joined}", np.concatenate([array, *others], axis=-1)
         yield name, array
 
 
