@@ -32,7 +32,10 @@ def simulate(query, keys, values, lengths, splits, window=None, window_splits=0)
     arrays += [np.full((b * heads, shares, rows, width), np.nan, np.float32) for width in (h, 2)]
     arrays.append(np.full((b * heads, rows, blocks * 128), np.nan, np.float32))
     window_rows = window.keys.shape[2] if window else 0
-    sizes = [np.float32(h**-0.5), *(-x for x in (blocks, heads, group, rows, splits, window_rows, window_splits, b * heads))]
+    sizes = [
+        np.float32(h**-0.5),
+        *(-x for x in (blocks, heads, group, rows, splits, window_rows, window_splits, b * heads)),
+    ]
     grid = (-(-rows // 8), shares * b * heads, 1)
     scalars = dict(zip(range(12, 21), sizes))
     kind = {"LOGITS": True, "PER_HEAD": True, "WINDOW": {None: 0, "float16": 1, "bfloat16": 2}[_dtype(window)]}

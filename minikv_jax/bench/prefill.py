@@ -18,11 +18,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from minikv_jax.bench.timing import write_results
+from minikv_jax.bench.timing import clock_reader, write_results
 from pallas_kernels.two_pass_attention.api import two_pass_attention
 
 MATMUL_RATE = 790e12  # bf16, measured on an H100: what a share of the limit refers to
 _CHAIN_SECONDS = 0.06
+_CHAINS = ("flash", "forward", "both")
 _REPEATS = 9
 
 
@@ -113,17 +114,25 @@ def _chain(step, steps: int, q, k, v):
     return jax.lax.fori_loop(0, steps, body, q)[0, 0, 0, 0]
 
 
-def _seconds(programs: dict, arrays) -> list[float]:
-    """Median seconds per call of each chain. They take turns: a GPU slows down as it warms up, for all alike."""
-    chains = [programs[name] for name in ("flash", "forward", "both")]
-    samples = [[] for _ in chains]
+def _seconds(programs: dict, arrays) -> tuple[list[float], list[float]]:
+    """Median seconds per call of each chain, and the clock in MHz meanwhile (none where nothing can read it).
+
+    They take turns: a GPU slows down as it warms up, for all alike.
+    """
+    chains = [programs[name] for name in _CHAINS]
+    samples, clocks = ([[] for _ in chains] for _ in range(2))
+    clock = clock_reader()
     for turn in range(_REPEATS + 1):
-        for chain, seconds in zip(chains, samples):
+        for chain, seconds, mhz in zip(chains, samples, clocks):
             start = time.perf_counter()
-            jax.block_until_ready(chain(*arrays))
+            result = chain(*arrays)
+            if clock is not None:
+                time.sleep(_CHAIN_SECONDS / 3)  # well before the chain ends
+                mhz.append(clock())
+            jax.block_until_ready(result)
             if turn > 0:  # the first call warms up
                 seconds.append((time.perf_counter() - start) / programs["steps"])
-    return [statistics.median(seconds) for seconds in samples]
+    return [statistics.median(x) for x in samples], [statistics.median(x[1:]) for x in clocks if x]
 
 
 def _compiled(case: Case) -> dict:
@@ -142,7 +151,7 @@ def _compiled(case: Case) -> dict:
 
 def _row(case: Case, programs: dict) -> dict:
     arrays = _draw(case)
-    flash, forward, both = _seconds(programs, arrays)
+    (flash, forward, both), clocks = _seconds(programs, arrays)
     second = max(both - forward, 1e-9)
     memory = programs["memory"]
     row = {
@@ -164,6 +173,8 @@ def _row(case: Case, programs: dict) -> dict:
         "extra_bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes - arrays[0].nbytes,
         "lse_and_scores_bytes": 4 * case.batch * case.length * (case.heads + case.kv_heads),
     }
+    if clocks:
+        row["clock_mhz"] = dict(zip(_CHAINS, clocks))
     if case.window is None:
         row["scores_share_of_limit"] = case.flash_operations / 2 / second / MATMUL_RATE
     if case.lengths:

@@ -97,9 +97,11 @@ def prefill(folder: Path) -> str:
         times = [f"{row[name] / 1e3:.2f} ms" for name in ("flash_us", "forward_us", "us")]
         parts = (row.get(f"{part}share_of_limit") for part in ("flash_", "forward_", "scores_", ""))
         shares = ["-" if share is None else f"{share * rate:.0f} ({share:.2f})" for share in parts]
-        rows.append([row["case"], *times, f"{row['ratio_to_flash']:.2f}", *shares])
+        clocks = row.get("clock_mhz", {})
+        clock = ", ".join(f"{clocks[name]:.0f}" for name in ("flash", "both")) if clocks else "-"
+        rows.append([row["case"], *times, f"{row['ratio_to_flash']:.2f}", *shares, clock])
     header = ["prompt", "cuDNN, no scores", "ours, no scores", "ours, with scores", "with scores / cuDNN"]
-    header += ["TFLOP/s of cuDNN", "of pass 1", "of pass 2", "of both"]
+    header += ["TFLOP/s of cuDNN", "of pass 1", "of pass 2", "of both", "MHz: cuDNN, both"]
     title = (
         f"{_shape(results['rows'][0])}In brackets the share of {rate:.0f} TFLOP/s, the rate of a large bfloat16 "
         "product; operations are those of the causal half alone, and pass 2 is what scores add. "

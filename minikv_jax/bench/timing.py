@@ -1,5 +1,6 @@
 """Device time, measured ceilings, and the JSON format of every benchmark."""
 
+import importlib
 import importlib.metadata
 import json
 import statistics
@@ -79,6 +80,17 @@ def copy_bandwidth(size: int = 1 << 30) -> float:
     """Bytes read plus written per second by a plain elementwise pass over `size` bytes."""
     x = jnp.ones(size // 4, jnp.float32)
     return 2 * size / device_seconds(lambda x: x, x, steps=16)
+
+
+def clock_reader() -> Callable[[], float] | None:
+    """What reads the present clock of the first GPU's processors, in MHz; None without the package nvidia-ml-py."""
+    try:
+        pynvml = importlib.import_module("pynvml")  # of nvidia-ml-py
+    except ImportError:
+        return None
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    return lambda: float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
 
 
 class Labelled(Protocol):

@@ -763,7 +763,7 @@ def decode_kernel(
     capacity, heads, group, rows = -capacity, -heads, -group, -rows
     splits, window, wsplits, all_heads = -splits, -window, -wsplits, -all_heads
     first_row = 8 * tl.program_id(0)
-    # All programs over codes come before the first over a window: they spread evenly over processors only by themselves.
+    # Programs over codes come before any over a window: only by themselves do they spread evenly over processors.
     index = tl.program_id(1)
     packed = all_heads * splits
     head = tl.where(index < packed, index // splits, (index - packed) // tl.maximum(wsplits, 1))
