@@ -26,6 +26,11 @@ def quantised(config: LlamaConfig) -> QuantizedCache:
     return QuantizedCache("quanto", config, nbits=2, axis_key=0, axis_value=0, q_group_size=32)
 
 
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """All first codes of the bytes, then all second ones, as optimum-quanto's operations of torch do it."""
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+
 def unpacking() -> str:
     """Makes optimum-quanto's way of unpacking codes ready, and says which one it is.
 
@@ -33,8 +38,6 @@ def unpacking() -> str:
     module `quanto_cuda` that was compiled before is taken instead; without either, its own operations of torch.
     """
     from optimum.quanto.library.extensions import get_extension, is_extension_available
-    from optimum.quanto.library.unpack import unpack
-
     if not is_extension_available("quanto_cuda"):
         return "torch operations"
     extension = get_extension("quanto_cuda")
