@@ -2,8 +2,10 @@
 
 import json
 import os
+import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import chex
@@ -14,7 +16,7 @@ from flax import nnx
 from models import CONFIG, METHODS
 
 from minikv_jax import ConfigError, MiniKVError, prefill
-from minikv_jax.bench import decode, e2e, tables
+from minikv_jax.bench import decode, e2e, tables, timing
 from minikv_jax.models.llama import Llama
 from minikv_jax.models.shapes import SHAPES
 
@@ -165,3 +167,17 @@ def test_a_part_that_fails_leaves_the_others_figures():
     rows = e2e._merged(rows, {"case": old["case"], "method": "full", "failed": "too big"})
     assert rows[1] == old | {"failed_part": "too big"}
     assert e2e._merged(rows, old | {"step_ms": 8.0})[1] == old | {"step_ms": 8.0}
+
+
+def test_the_clock_is_reported_where_the_driver_can_be_asked(monkeypatch):
+    driver = types.SimpleNamespace(
+        NVML_CLOCK_SM=1,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetClockInfo=lambda handle, kind: {1: 1725}[kind],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    read = timing.clock_reader()
+    assert read is not None and read() == 1725.0
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # as if it were not installed
+    assert timing.clock_reader() is None
