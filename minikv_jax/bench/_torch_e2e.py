@@ -38,6 +38,7 @@ def unpacking() -> str:
     module `quanto_cuda` that was compiled before is taken instead; without either, its own operations of torch.
     """
     from optimum.quanto.library.extensions import get_extension, is_extension_available
+
     if not is_extension_available("quanto_cuda"):
         return "torch operations"
     extension = get_extension("quanto_cuda")
