@@ -38,8 +38,8 @@ that better than two of 128. At H = 64 the exponentials alone are the limit. In 
 together with P V of the step before and computes its softmax meanwhile; the consumers take turns on the tensor cores.
 Of a large matrix product's rate (790 TFLOP/s, measured) pass 1 reaches 0.69 at S = 8192 and 0.76 at S = 32768, pass 2
 0.71 and 0.77, cuDNN's flash 0.63 and 0.74 (`minikv bench prefill`). At S = 8192 what is missing is products and
-exponentials waiting for each other. Long prompts run at the card's power limit: the clock falls to 1,400 to 1,600 MHz,
-time is energy, and pass 2 costs half of what cuDNN's two products do.
+exponentials waiting for each other. During long prompts the clock falls to 1,400 to 1,600 MHz, for cuDNN's kernel
+too, probably at the card's power limit, where time is energy and pass 2 costs half of what cuDNN's two products do.
 
 Edges. TMA fills what lies outside an array with zeros and drops stores there, in whole groups of 8 rows; if T or S is
 no multiple of 8, the wrapper copies query, key and value into padded arrays. Log-sum-exps and scores leave by stores
