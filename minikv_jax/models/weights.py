@@ -70,12 +70,18 @@ _GGUF_LAYER = {
     "ffn_up.weight": "up",
     "ffn_down.weight": "down",
 }
+# Tensors that follow each other and are one matrix (or bias) of the model, side by side, by the first one's name.
+_JOINED = {
+    "query": ("query_key_value", 3),
+    "gate": ("gate_up", 2),
+    "query_bias": ("query_key_value_bias", 3),
+}
 # Two copies of one matrix at different precision differ by 4 to 7 % in published files; separate heads by over 100 %.
 _TIED_DIFFERENCE = 0.15
 
 
 def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of all parameters, the largest first (so their temporaries come while memory is still empty)."""
+    """Names and shapes of a checkpoint's tensors, the largest first: their temporaries come while memory is empty."""
     d, f = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     yield "head", (d, config.vocab_size)
@@ -271,15 +277,8 @@ def load_model(
     return model
 
 
-# Tensors that follow each other and are one matrix (or bias) of the model, side by side, by the first one's name.
-_JOINED = {
-    "query": ("query_key_value", 3),
-    "gate": ("gate_up", 2),
-    "query_bias": ("query_key_value_bias", 3),
-}
-
-
 def _as_the_model_has_them(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors in the order of `parameter_shapes`, those of `_JOINED` as the one matrix `LlamaLayer` has of them."""
     for name, array in tensors:
         layer, _, first = name.rpartition(".")
         if first in _JOINED:
