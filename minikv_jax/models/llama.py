@@ -67,7 +67,7 @@ class LlamaLayer(nnx.Module):
             return nnx.Param(jax.random.normal(rngs.params(), (rows, columns), param_dtype) * rows**-0.5)
 
         self.attention_norm = nnx.Param(jnp.ones((d,), param_dtype))
-        # What meets the same rows lies side by side in one matrix: [query, key, value] and [gate, up]. Beside reading it
+        # What meets the same rows lies side by side in one matrix: [query, key, value], [gate, up]. Beside reading it
         # a product of few rows costs about 3 us of starting on an H100.
         self.query_key_value = matrix(d, (n + 2 * k) * h)
         if config.query_key_value_bias:

@@ -81,7 +81,7 @@ _TIED_DIFFERENCE = 0.15
 
 
 def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a checkpoint's tensors, the largest first: their temporaries come while memory is empty."""
+    """Names and shapes of a checkpoint's tensors, largest first: their temporaries come while memory is empty."""
     d, f = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     yield "head", (d, config.vocab_size)
@@ -278,7 +278,7 @@ def load_model(
 
 
 def _as_the_model_has_them(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors in the order of `parameter_shapes`, those of `_JOINED` as the one matrix `LlamaLayer` has of them."""
+    """Tensors in the order of `parameter_shapes`, those of `_JOINED` as `LlamaLayer` has them."""
     for name, array in tensors:
         layer, _, first = name.rpartition(".")
         if first in _JOINED:
