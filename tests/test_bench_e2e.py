@@ -169,15 +169,28 @@ def test_a_part_that_fails_leaves_the_others_figures():
     assert e2e._merged(rows, old | {"step_ms": 8.0})[1] == old | {"step_ms": 8.0}
 
 
-def test_the_clock_is_reported_where_the_driver_can_be_asked(monkeypatch):
+def test_clock_and_power_are_reported_where_the_driver_can_be_asked(monkeypatch):
     driver = types.SimpleNamespace(
         NVML_CLOCK_SM=1,
+        NVMLError=OSError,
+        nvmlClocksEventReasonSwPowerCap=4,
+        nvmlClocksEventReasonHwPowerBrakeSlowdown=128,
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByIndex=lambda index: index,
         nvmlDeviceGetClockInfo=lambda handle, kind: {1: 1725}[kind],
+        nvmlDeviceGetPowerUsage=lambda handle: 698_500,
+        nvmlDeviceGetCurrentClocksEventReasons=lambda handle: 4 | 1024,
     )
     monkeypatch.setitem(sys.modules, "pynvml", driver)
-    read = timing.clock_reader()
-    assert read is not None and read() == 1725.0
+    read = timing.sensor()
+    assert read is not None and read() == (1725.0, 698.5, True)
+    driver.nvmlDeviceGetCurrentClocksEventReasons = lambda handle: 8 | 1024
+    assert read() == (1725.0, 698.5, False)
+
+    def refuse(handle):
+        raise OSError("not supported")
+
+    driver.nvmlDeviceGetPowerUsage = refuse
+    assert timing.sensor() is None
     monkeypatch.setitem(sys.modules, "pynvml", None)  # as if it were not installed
-    assert timing.clock_reader() is None
+    assert timing.sensor() is None

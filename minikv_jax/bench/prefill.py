@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from minikv_jax.bench.timing import clock_reader, write_results
+from minikv_jax.bench.timing import Reading, sensor, write_results
 from pallas_kernels.two_pass_attention.api import two_pass_attention
 
 MATMUL_RATE = 790e12  # bf16, measured on an H100: what a share of the limit refers to
@@ -114,25 +114,25 @@ def _chain(step, steps: int, q, k, v):
     return jax.lax.fori_loop(0, steps, body, q)[0, 0, 0, 0]
 
 
-def _seconds(programs: dict, arrays) -> tuple[list[float], list[float]]:
-    """Median seconds per call of each chain, and the clock in MHz meanwhile (none where nothing can read it).
+def _seconds(programs: dict, arrays) -> tuple[list[float], list[list[Reading]]]:
+    """Median seconds per call of each chain, and the GPU's state during each (none where nothing can read it).
 
     They take turns: a GPU slows down as it warms up, for all alike.
     """
     chains = [programs[name] for name in _CHAINS]
-    samples, clocks = ([[] for _ in chains] for _ in range(2))
-    clock = clock_reader()
+    samples, readings = ([[] for _ in chains] for _ in range(2))
+    read = sensor()
     for turn in range(_REPEATS + 1):
-        for chain, seconds, mhz in zip(chains, samples, clocks):
+        for chain, seconds, states in zip(chains, samples, readings):
             start = time.perf_counter()
             result = chain(*arrays)
-            if clock is not None:
+            if read is not None:
                 time.sleep(_CHAIN_SECONDS / 3)  # well before the chain ends
-                mhz.append(clock())
+                states.append(read())
             jax.block_until_ready(result)
             if turn > 0:  # the first call warms up
                 seconds.append((time.perf_counter() - start) / programs["steps"])
-    return [statistics.median(x) for x in samples], [statistics.median(x[1:]) for x in clocks if x]
+    return [statistics.median(x) for x in samples], [x[1:] for x in readings if x]
 
 
 def _compiled(case: Case) -> dict:
@@ -151,7 +151,7 @@ def _compiled(case: Case) -> dict:
 
 def _row(case: Case, programs: dict) -> dict:
     arrays = _draw(case)
-    (flash, forward, both), clocks = _seconds(programs, arrays)
+    (flash, forward, both), states = _seconds(programs, arrays)
     second = max(both - forward, 1e-9)
     memory = programs["memory"]
     row = {
@@ -173,8 +173,11 @@ def _row(case: Case, programs: dict) -> dict:
         "extra_bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes - arrays[0].nbytes,
         "lse_and_scores_bytes": 4 * case.batch * case.length * (case.heads + case.kv_heads),
     }
-    if clocks:
-        row["clock_mhz"] = dict(zip(_CHAINS, clocks))
+    if states:
+        row["clock_mhz"] = {name: statistics.median(x.mhz for x in seen) for name, seen in zip(_CHAINS, states)}
+        every = [x for seen in states for x in seen]
+        row["watts"] = statistics.median(x.watts for x in every)  # the driver's own average over about a second
+        row["power_capped_share"] = statistics.mean(x.power_capped for x in every)
     if case.window is None:
         row["scores_share_of_limit"] = case.flash_operations / 2 / second / MATMUL_RATE
     if case.lengths:

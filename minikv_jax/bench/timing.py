@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -82,15 +82,34 @@ def copy_bandwidth(size: int = 1 << 30) -> float:
     return 2 * size / device_seconds(lambda x: x, x, steps=16)
 
 
-def clock_reader() -> Callable[[], float] | None:
-    """What reads the present clock of the first GPU's processors, in MHz; None without the package nvidia-ml-py."""
+class Reading(NamedTuple):
+    """Of a GPU at work: its processors' clock in MHz, the watts it draws, and whether these hold the clock down."""
+
+    mhz: float
+    watts: float
+    power_capped: bool
+
+
+def sensor() -> Callable[[], Reading] | None:
+    """What reads the first GPU's present state; None where nothing can (it takes the package nvidia-ml-py)."""
     try:
         pynvml = importlib.import_module("pynvml")  # of nvidia-ml-py
     except ImportError:
         return None
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    return lambda: float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
+
+    def read() -> Reading:
+        mhz = float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
+        watts = pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3
+        capped = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown
+        return Reading(mhz, watts, bool(pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle) & capped))
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        read()
+    except pynvml.NVMLError:  # a driver or a machine that does not tell
+        return None
+    return read
 
 
 class Labelled(Protocol):
