@@ -218,12 +218,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 from pallas_kernels.two_pass_attention import mosaic_gpu as m
 from test_two_pass_attention import compare, draw, ints, reference
 case = {case!r}
-q, k, v = draw(0, 1, 136, 141, 2, 1, 64, jnp.bfloat16)
+q, k, v = draw(0, 1, 136, 141, 2, case.get("kv_heads", 1), 64, jnp.bfloat16)
 rows, columns, offset = 131, 133, 9
 q = q.at[:, rows:].set(jnp.nan)
 k, v = k.at[:, columns:].set(jnp.nan), v.at[:, columns:].set(jnp.nan)
 m._EVEN, m._STREAMED = 1, 1  # one head after the other
-blocks = m.ForwardBlocks(2, 64, 64, 2), m.ScoreBlocks(2, 64, 64, 2, **case["blocks"])
+blocks = m.ForwardBlocks(case.get("warpgroups", 2), 64, 64, 2), m.ScoreBlocks(2, 64, 64, 2, **case["blocks"])
 got = m.two_pass_attention(
     q, k, v, ints(rows), ints(columns), ints(offset), scale=0.125, is_causal=case["causal"], sliding_window=None,
     score_rows=case["score_rows"], blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True),
@@ -239,6 +239,8 @@ print("DONE")
     "case",
     [
         dict(causal=True, score_rows="all", blocks={}),
+        # Three tiles of rows, in pairs: the fourth is none.
+        dict(causal=True, score_rows="all", blocks={}, kv_heads=2, warpgroups=1),
         pytest.param(dict(causal=True, score_rows=20, blocks=dict(whole_group=True)), marks=pytest.mark.slow),
         pytest.param(dict(causal=False, score_rows="all", blocks={}), marks=pytest.mark.slow),
     ],

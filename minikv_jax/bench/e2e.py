@@ -430,9 +430,9 @@ def longest_prompt(shape: ModelConfig, config: CacheConfig, free: int) -> int:
     probe = 1 << 16
     cache = planned_report(shape, config, probe, GENERATED).total.bytes_held / probe
     layer = 2 * 2 * shape.num_kv_heads * shape.head_dim
-    # Of the last layer keys and values exist next to the finished cache as they were read and as they are laid out for
-    # it, and so does x.
-    return int((free - _RESERVE) / (cache + 2 * layer + 2 * shape.hidden_size))
+    # Next to the finished cache exist x, the last layer's keys and values as they were read, as they are laid out for
+    # it, and the room that a layer of the same size left between arrays of the cache, a little too small for one.
+    return int((free - _RESERVE) / (cache + 3 * layer + 2 * shape.hidden_size))
 
 
 def _import_kernels() -> None:

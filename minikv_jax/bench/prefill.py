@@ -22,9 +22,10 @@ from minikv_jax.bench.timing import Reading, sensor, write_results
 from pallas_kernels.two_pass_attention.api import two_pass_attention
 
 MATMUL_RATE = 790e12  # bf16, measured on an H100: what a share of the limit refers to
-_CHAIN_SECONDS = 0.06
+# As long as the layers of a long prompt keep the GPU busy: within a tenth of a second a power limit shows nothing yet.
+_CHAIN_SECONDS = 0.3
 _CHAINS = ("flash", "forward", "both")
-_REPEATS = 9
+_REPEATS = 6
 
 
 @dataclass(frozen=True)
@@ -117,22 +118,23 @@ def _chain(step, steps: int, q, k, v):
 def _seconds(programs: dict, arrays) -> tuple[list[float], list[list[Reading]]]:
     """Median seconds per call of each chain, and the GPU's state during each (none where nothing can read it).
 
-    They take turns: a GPU slows down as it warms up, for all alike.
+    They take turns, and each is first, second and third as often: a GPU slows down as it warms up, for all alike, and
+    what ran before leaves it cooler or warmer.
     """
-    chains = [programs[name] for name in _CHAINS]
-    samples, readings = ([[] for _ in chains] for _ in range(2))
+    samples, readings = ({name: [] for name in _CHAINS} for _ in range(2))
     read = sensor()
     for turn in range(_REPEATS + 1):
-        for chain, seconds, states in zip(chains, samples, readings):
+        first = turn % len(_CHAINS)
+        for name in _CHAINS[first:] + _CHAINS[:first]:
             start = time.perf_counter()
-            result = chain(*arrays)
+            result = programs[name](*arrays)
             if read is not None:
-                time.sleep(_CHAIN_SECONDS / 3)  # well before the chain ends
-                states.append(read())
+                time.sleep(_CHAIN_SECONDS / 2)  # well before the chain ends
+                readings[name].append(read())
             jax.block_until_ready(result)
-            if turn > 0:  # the first call warms up
-                seconds.append((time.perf_counter() - start) / programs["steps"])
-    return [statistics.median(x) for x in samples], [x[1:] for x in readings if x]
+            samples[name].append((time.perf_counter() - start) / programs["steps"])
+    # The first turn warms up.
+    return [statistics.median(samples[name][1:]) for name in _CHAINS], [x[1:] for x in readings.values() if x]
 
 
 def _compiled(case: Case) -> dict:
@@ -187,7 +189,7 @@ def _row(case: Case, programs: dict) -> dict:
 
 def run(out: Path) -> None:
     """Times every case and writes the rows to `out`."""
-    with ThreadPoolExecutor(8) as pool:  # compiling takes longer than measuring
+    with ThreadPoolExecutor(12) as pool:  # compiling takes longer than measuring
         programs = list(pool.map(_compiled, CASES))
     rows = []
     for case, compiled in zip(CASES, programs):

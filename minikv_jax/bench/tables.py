@@ -99,9 +99,10 @@ def prefill(folder: Path) -> str:
         shares = ["-" if share is None else f"{share * rate:.0f} ({share:.2f})" for share in parts]
         clocks = row.get("clock_mhz", {})
         clock = ", ".join(f"{clocks[name]:.0f}" for name in ("flash", "both")) if clocks else "-"
-        rows.append([row["case"], *times, f"{row['ratio_to_flash']:.2f}", *shares, clock])
+        power = f"{row['watts']:.0f} ({row['power_capped_share']:.0%})" if "watts" in row else "-"
+        rows.append([row["case"], *times, f"{row['ratio_to_flash']:.2f}", *shares, clock, power])
     header = ["prompt", "cuDNN, no scores", "ours, no scores", "ours, with scores", "with scores / cuDNN"]
-    header += ["TFLOP/s of cuDNN", "of pass 1", "of pass 2", "of both", "MHz: cuDNN, both"]
+    header += ["TFLOP/s of cuDNN", "of pass 1", "of pass 2", "of both", "MHz: cuDNN, both", "W (capped)"]
     title = (
         f"{_shape(results['rows'][0])}In brackets the share of {rate:.0f} TFLOP/s, the rate of a large bfloat16 "
         "product; operations are those of the causal half alone, and pass 2 is what scores add. "

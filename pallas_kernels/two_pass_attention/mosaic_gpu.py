@@ -66,12 +66,16 @@ _REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32), 4: (112, 32)}
 
 @dataclasses.dataclass(frozen=True)
 class ForwardBlocks:
-    """Tile sizes of pass 1: `warpgroups` consumers of `rows` query rows each, against `keys` keys per step."""
+    """Tile sizes of pass 1: `warpgroups` consumers of `rows` query rows each, against `keys` keys per step.
+
+    With `pairs` two blocks of threads load each tile of keys and values once for both.
+    """
 
     warpgroups: int = 2
     rows: int = 64
     keys: int = 128
     stages: int = 2
+    pairs: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +130,9 @@ def _cohort(heads: int, streamed: int, blocks: int) -> int:
     return max((n for n in divisors if n * streamed <= _STREAMED), default=divisors[0])
 
 
-def _head_of(heads: int, cohort: int):
-    """Sequence and head of this block of threads."""
-    index = lax.axis_index("cohorts") * cohort + lax.axis_index("heads")
+def _head_of(heads: int, cohort: int, index):
+    """Sequence and head of the `index`-th of this block's cohort."""
+    index = lax.axis_index("cohorts") * cohort + index
     return lax.div(index, mosaic.integer(heads)), lax.rem(index, mosaic.integer(heads))
 
 
@@ -205,17 +209,27 @@ def _forward(
     factor = scale * common.LOG2E
     key_bytes = 2 * key.shape[1] * size * key.dtype.itemsize
     cohort = _cohort(batch * key.shape[2], key_bytes, group * tiles) * group
+    # Two heads of a group meet the same keys, and so do, all but the last ones, two tiles of rows of one head.
+    head_pairs = blocks.pairs and group % 2 == 0
+    row_pairs = blocks.pairs and not head_pairs
+    axis = "pair" if blocks.pairs else None
+    wide = 2 * tile if row_pairs else tile
+    wide_tiles = -(-t // wide)
 
     def kernel(q_ref, k_ref, v_ref, last_v_ref, extent_ref, out_ref, lse_ref, *scratch):
         q_smem, k_smem, v_smem, lse_smem, p_smem, *barriers = scratch
         q_bar, k_bar, v_bar, k_free, v_free, turn = barriers
-        (b, h), wg = _head_of(heads, cohort), lax.axis_index("wg")
-        first_row = (tiles - 1 - lax.axis_index("tiles")) * tile
+        head = lax.axis_index("heads")
+        if head_pairs:
+            head = head * 2 + lax.axis_index("pair")
+        (b, h), wg = _head_of(heads, cohort, head), lax.axis_index("wg")
+        wide_row = (wide_tiles - 1 - lax.axis_index("tiles")) * wide
+        first_row = wide_row + lax.axis_index("pair") * tile if row_pairs else wide_row
         query_length, key_length, offset = (extent_ref[b * 4 + i] for i in range(3))
         end = key_length
         if is_causal:
-            end = jnp.minimum(end, offset + jnp.minimum(first_row + tile, query_length))
-        end = jnp.where(first_row < query_length, end, 0)
+            end = jnp.minimum(end, offset + jnp.minimum(wide_row + wide, query_length))
+        end = jnp.where(wide_row < query_length, end, 0)
         steps = jnp.maximum(mosaic.blocks_of(end, keys), 1)  # a tile of padding takes one step whose result is dropped
 
         def consume():
@@ -351,12 +365,12 @@ def _forward(
                 at = b, pl.ds(step * keys, keys), kv_head
                 if wait:
                     plgpu.barrier_wait(k_free.at[slot])
-                plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[slot], k_bar.at[slot])
+                plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[slot], k_bar.at[slot], collective_axes=axis)
                 if wait:
                     plgpu.barrier_wait(v_free.at[slot])
 
                 def load_values(ref):
-                    plgpu.copy_gmem_to_smem(ref, v_smem.at[slot], v_bar.at[slot])
+                    plgpu.copy_gmem_to_smem(ref, v_smem.at[slot], v_bar.at[slot], collective_axes=axis)
 
                 if last_v_ref is None:
                     load_values(v_ref.at[at])
@@ -378,6 +392,8 @@ def _forward(
         pl.when(wg == wgs)(produce)
 
     swizzled = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=_swizzled(size))
+    # A copy that fills both blocks' slots waits for the consumers of both.
+    all_free = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",)) if axis else plgpu.Barrier
     return plgpu.kernel(
         kernel,
         out_type=(
@@ -393,12 +409,14 @@ def _forward(
             plgpu.Barrier(num_barriers=wgs),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+            all_free(num_arrivals=wgs, num_barriers=stages),
+            all_free(num_arrivals=wgs, num_barriers=stages),
             plgpu.Barrier(num_barriers=wgs),
         ],
-        grid=(batch * heads // cohort, tiles, cohort),  # the last varies fastest
+        grid=(batch * heads // cohort, wide_tiles, cohort // 2 if head_pairs else cohort),  # the last varies fastest
         grid_names=("cohorts", "tiles", "heads"),
+        cluster=(2,) if axis else (),
+        cluster_names=("pair",) if axis else (),
         num_threads=wgs + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
@@ -424,7 +442,7 @@ def _column_sums(
 
     def kernel(q_ref, k_ref, lse_ref, extent_ref, out_ref, k_smem, q_smem, lse_smem, out_smem, *barriers):
         k_bar, q_bar, lse_bar, free = barriers
-        (b, h), wg = _head_of(heads // together, cohort), lax.axis_index("wg")
+        (b, h), wg = _head_of(heads // together, cohort, lax.axis_index("heads")), lax.axis_index("wg")
         tile_base = lax.axis_index("tiles") * tile
         query_length, key_length, offset, counted = (extent_ref[b * 4 + i] for i in range(4))
         first_row = jnp.maximum(counted, tile_base - offset) if is_causal else counted
