@@ -42,7 +42,8 @@ def budget(config: CacheConfig, layer: int, layers: int, prompt: np.ndarray | in
     Shares that add up to 1 keep everything, whatever their rounding. Where the other tokens are dropped, a prompt
     keeps at least its last one, so no cache is ever empty.
     """
-    allocation, prompt = config.allocation, np.asarray(prompt, np.int32)
+    config, prompt = config.of_layer(layer), np.asarray(prompt, np.int32)
+    allocation = config.allocation
     share = heavy_share(allocation, layer, layers)
     if allocation.budget is None:
         recent = count(prompt, allocation.recent)

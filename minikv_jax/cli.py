@@ -443,6 +443,52 @@ def _evaluate_in_parallel(jobs: int, model: str, dtype: str | None, name: str, w
         parallel.run_orders(todo, jobs, functools.partial(load, path, dtype), name, out, command, progress)
 
 
+@app.command()
+@click.option("--model", default="smollm2", show_default=True, help="Folder, GGUF file, or 'smollm2'.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the weights.")
+@click.option("--set", "settings", multiple=True, metavar="KNOB=VALUE", help="Change a knob of minikv_plus.")
+@click.option("--precise", type=click.IntRange(min=0), help="Layers to give 4 bits; by default an eighth of them.")
+@click.option("--brief", type=click.IntRange(min=0), help="Layers that keep less; by default twice as many.")
+@click.option("--length", type=int, default=2048, show_default=True, help="Tokens of a text or record.")
+@click.option("--limit", type=int, default=4, show_default=True, help="Texts, and as many records.")
+@click.option("--new-tokens", type=int, default=128, show_default=True, help="Tokens that follow a text.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything drawn.")
+@click.option("--texts", type=Path, help="Folder of .txt files, read beside the texts that are always there.")
+@click.option("--out", type=Path, required=True, help="The JSON file to write.")
+def calibrate(
+    model: str,
+    dtype: str | None,
+    settings: tuple[str, ...],
+    precise: int | None,
+    brief: int | None,
+    length: int,
+    out: Path,
+    **asked,
+) -> None:
+    """Find the layers of a model that need more bits and those that need fewer tokens, for minikv_plus."""
+    import datetime
+
+    from minikv_jax.bench.timing import write_results
+    from minikv_jax.evals.calibrate import calibrate as choose
+    from minikv_jax.evals.task import Lab, Settings
+
+    command = " ".join(["minikv", *(shlex.quote(part) for part in sys.argv[1:])])
+    loaded, tokenizer = _load(model, dtype)
+    lab = Lab(loaded, tokenizer, Settings(split="dev", lengths=(length,), **asked))
+    layers = loaded.config.num_layers
+    precise = layers // 8 if precise is None else precise
+    brief = 2 * precise if brief is None else brief
+    every = str(list(range(layers))).replace(" ", "")
+    config = presets.with_settings("minikv_plus", [*settings, f"precise={every}", f"brief={every}"])
+    with _progress_bar(f"{layers} layers") as progress:
+        found = choose(lab, config, precise, brief, progress)
+    rows = [{"layer": i, "gain": g, "harm": h} for i, (g, h) in enumerate(zip(found.gain, found.harm))]
+    chosen = {"precise": found.precise, "brief": found.brief, "loss": found.loss}
+    write_results(out, "layers", command, datetime.date.today().isoformat(), rows, **chosen)
+    knobs = [*settings, *(f"{name}={str(list(chosen[name])).replace(' ', '')}" for name in ("precise", "brief"))]
+    print(f"minikv_plus:{','.join(knobs)}\nThis leaves {found.loss:.0%} of the loss without them. Figures: {out}")
+
+
 def main() -> None:
     """Runs the program. A mistake of the user's is one message on standard error and exit code 2."""
     try:

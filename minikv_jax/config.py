@@ -225,6 +225,12 @@ class CacheConfig:
             front of the window.
         rotate_keys: hold keys, and ask with queries, after a Hadamard rotation, which spreads outlier channels.
         rotate_values: likewise for values; the output is rotated back.
+        precise: layers whose first tier has `precise_codec` instead. A few layers, often one, do the looking up of
+            single tokens, and need more bits than all others (KVTuner, arXiv 2502.04420, gives each layer its own).
+        precise_codec: of `precise` layers, with the groups of `codec`.
+        brief: layers whose first tier takes the tokens of `brief_allocation` instead: those that look at little else
+            than first and newest tokens (DuoAttention, arXiv 2410.10819, tells heads apart so).
+        brief_allocation: of `brief` layers, with the sinks of `allocation`.
         quantized_first: a codec that a prompt's keys and values go through before any tokens are chosen. The tiers hold
             what it gives back, so that dense ones have the numbers (not the bytes) of a cache that quantises first and
             then selects codes, whose groups keep the ranges of neighbours that left.
@@ -247,6 +253,10 @@ class CacheConfig:
     exact_sinks: bool = False
     rotate_keys: bool = False
     rotate_values: bool = False
+    precise: tuple[int, ...] = ()
+    precise_codec: Codec | None = None
+    brief: tuple[int, ...] = ()
+    brief_allocation: Allocation | None = None
     quantized_first: Codec | None = None
     evict: Literal["never", "before", "after"] = "never"
     dtype: str | None = None
@@ -275,6 +285,28 @@ class CacheConfig:
         )
         _require(codecs or not (self.rotate_keys or self.rotate_values), "Rotation needs a tier of fewer than 16 bits.")
         self._check_window()
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        for name, other in (("precise", self.precise_codec), ("brief", self.brief_allocation)):
+            layers = getattr(self, name)
+            good = isinstance(layers, tuple) and all(isinstance(i, int) and i >= 0 for i in layers)
+            _require(good, f"{name}={layers!r}: give a tuple of layers, counted from 0.")
+            _require(
+                bool(layers) == (other is not None), f"{name}={layers} needs what these layers have, and only then."
+            )
+        if not (self.precise or self.brief):
+            return
+        _require(
+            self.evict == "never" and self.retained is None and self.window_style == "block",
+            "precise and brief go with methods that keep what they chose, in one tier and a window of the block style.",
+        )
+        if self.precise_codec is not None:
+            same = ("token_group", "key_axis", "metadata_dtype", "balance", "dense")
+            differ = [name for name in same if getattr(self.precise_codec, name) != getattr(self.codec, name)]
+            _require(not differ, f"precise_codec must have the codec's {', '.join(differ)}.")
+        if self.brief_allocation is not None:
+            _require(self.brief_allocation.sinks == self.allocation.sinks, "All layers have the same number of sinks.")
 
     def _check_window(self) -> None:
         _require(
@@ -307,6 +339,24 @@ class CacheConfig:
         """A copy with some fields changed, as `dataclasses.replace`."""
         return dataclasses.replace(self, **changes)
 
+    def of_layer(self, layer: int) -> "CacheConfig":
+        """The method as this layer has it: nothing is `precise` or `brief` any more."""
+        if not (self.precise or self.brief):
+            return self
+        return self.replace(
+            codec=self.precise_codec if layer in self.precise else self.codec,
+            allocation=self.brief_allocation if layer in self.brief else self.allocation,
+            precise=(),
+            precise_codec=None,
+            brief=(),
+            brief_allocation=None,
+        )
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether layers keep different numbers of tokens."""
+        return self.allocation.is_pyramid or bool(self.brief)
+
     @property
     def program(self) -> "CacheConfig":
         """What compiled code depends on: the method less its name and amounts, for budgets are numbers given to it."""
@@ -317,7 +367,7 @@ class CacheConfig:
     @property
     def selects(self) -> bool:
         """Whether some tokens of a prompt may stay outside the first tier."""
-        return not self.allocation.keeps_everything
+        return not self.allocation.keeps_everything or bool(self.brief)
 
     @property
     def first_encoded(self) -> int:

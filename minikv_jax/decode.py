@@ -115,7 +115,7 @@ def _counted_once(cache: KVCache) -> KVCache:
 
     A loop copies each number that it carries once a step: for 32 layers that took as long as attending to a window.
     """
-    if cache.config.allocation.is_pyramid:
+    if cache.config.layers_differ:
         return cache
     others = jax.tree.map(lambda x: None if x.ndim == 1 else x, cache.layers[1:])
     return dataclasses.replace(cache, layers=(cache.layers[0], *others))
@@ -123,9 +123,10 @@ def _counted_once(cache: KVCache) -> KVCache:
 
 def _counted_in_every_layer(cache: KVCache) -> KVCache:
     """What `_counted_once` left out, filled in again."""
-    first, *others = cache.layers
-    others = [
-        jax.tree.map(lambda x, of_first: of_first if x is None else x, layer, first, is_leaf=lambda x: x is None)
-        for layer in others
-    ]
-    return dataclasses.replace(cache, layers=(first, *others))
+    flatten = functools.partial(jax.tree.flatten, is_leaf=lambda x: x is None)
+    counted, _ = flatten(cache.layers[0])
+    layers = [cache.layers[0]]
+    for layer in cache.layers[1:]:  # of the same arrays, whose codes may be of another width
+        leaves, structure = flatten(layer)
+        layers.append(jax.tree.unflatten(structure, [y if x is None else x for x, y in zip(leaves, counted)]))
+    return dataclasses.replace(cache, layers=tuple(layers))

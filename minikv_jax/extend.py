@@ -120,10 +120,8 @@ def prefill_in_chunks(
     compressed = []
     for i, layer in enumerate(cache.layers):
         key, value = (x[:, :, :longest].swapaxes(1, 2) for x in (layer.segment.key, layer.segment.value))
-        budget = allocate.budgets(cache_config, i, layers, lengths, longest)
+        config, budget = cache_config.of_layer(i), allocate.budgets(cache_config, i, layers, lengths, longest)
         scores, shape = layer.ledger.scores[:, :, :longest], Shape.of(cache_config, i, layers)
-        compressed.append(
-            compress_layer(key, value, scores, queries[i], lengths, budget, config=cache_config, shape=shape)
-        )
+        compressed.append(compress_layer(key, value, scores, queries[i], lengths, budget, config=config, shape=shape))
     room = jnp.full(lengths.shape, cache_config.generated_capacity, jnp.int32)
     return logits, KVCache(tuple(compressed), jnp.array(lengths), room, cache_config)

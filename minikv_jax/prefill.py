@@ -301,13 +301,14 @@ def prefill(
     x = embed(model, tokens, rows)
     caches = []
     for i, layer in enumerate(model.layers):
-        x, *attended = read_layer(layer, x, lengths, rows, score_rows=cache_config.score_rows, sliding_window=None)
+        config = cache_config.of_layer(i)
+        x, *attended = read_layer(layer, x, lengths, rows, score_rows=config.score_rows, sliding_window=None)
         budget = allocate.budgets(cache_config, i, layers, lengths, tokens.shape[1])
         # Every layer is compressed at the largest layer's capacity and then cut: one program for a whole pyramid.
-        cache = compress_layer(*attended, lengths, budget, config=cache_config, shape=largest)
+        cache = compress_layer(*attended, lengths, budget, config=config, shape=largest)
         shape = Shape.of(cache_config, i, layers)
         if shape != largest:
-            compress_to = functools.partial(compress, config=cache_config, shape=shape)
+            compress_to = functools.partial(compress, config=config, shape=shape)
             like = jax.eval_shape(compress_to, *attended, lengths, budget)
             cache = _shrink(cache, tuple(leaf.shape for leaf in jax.tree.leaves(like)))
         caches.append(cache)
@@ -355,6 +356,11 @@ def checked(model: Llama, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], c
             f"position, which compressed rows do not have. Keep prompt and answer within {window} tokens."
         )
     _check_codecs(config, model.config.head_dim)
+    beyond = [i for i in (*config.precise, *config.brief) if i >= model.config.num_layers]
+    if beyond:
+        raise ConfigError(
+            f"This model has {model.config.num_layers} layers, counted from 0, and none numbered {beyond}."
+        )
     return config.replace(prompt_capacity=prompt_capacity)
 
 

@@ -1,9 +1,10 @@
 """The methods, one row each. A row is a value: change a knob with the arguments, anything else with `.replace`."""
 
+import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from minikv_jax.config import Allocation, Amount, CacheConfig, Codec, Rank
 from minikv_jax.errors import ConfigError, MiniKVError
@@ -171,6 +172,9 @@ def minikv_plus(
     residual: int = 128,
     sinks: int = 4,
     keeps: int | None = None,
+    precise: Sequence[int] = (),
+    brief: Sequence[int] = (),
+    brief_share: float = 0.5,
 ) -> CacheConfig:
     """MiniKV's cache with what measurement adds to it: every token in 2.25 bits, or fewer tokens in fewer bytes.
 
@@ -188,24 +192,33 @@ def minikv_plus(
         residual: tokens of the window, whose older ones are encoded when it is full.
         sinks: first tokens that stay dense.
         keeps: newest tokens that always stay dense; by default half of the window, where that is whole groups.
+        precise: layers whose keys and values take 4 bits. `minikv calibrate` finds the few that pay it back.
+        brief: layers that keep `brief_share` of the prompt, half of it for attention and half newest; likewise.
+        brief_share: see `brief`.
     """
     if keeps is None:
         keeps = residual // 2 if residual % (2 * group_size) == 0 else 0
     mild = (0.95, 0.9, 0.85)
+    codec = Codec(
+        key_bits,
+        value_bits,
+        group_size,
+        group_size,
+        metadata_dtype="float8_e4m3fn",
+        key_clip=mild,
+        value_clip=mild,
+        key_feedback=True,
+    )
+    half = float(brief_share) / 2
     return CacheConfig(
         name="minikv_plus",
         rank=Rank(by="attention"),
         allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks),
-        codec=Codec(
-            key_bits,
-            value_bits,
-            group_size,
-            group_size,
-            metadata_dtype="float8_e4m3fn",
-            key_clip=mild,
-            value_clip=mild,
-            key_feedback=True,
-        ),
+        codec=codec,
+        precise=tuple(precise),
+        precise_codec=dataclasses.replace(codec, key_bits=4, value_bits=4) if precise else None,
+        brief=tuple(brief),
+        brief_allocation=Allocation(heavy=half, recent=half, sinks=sinks) if brief else None,
         window=residual,
         window_keeps=keeps,
         exact_sinks=True,

@@ -78,7 +78,7 @@ def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generat
         if config.retained is not None:
             kept = prompt
         kept += generated if config.evict == "never" or config.retained is not None else 0
-        layer = planned_layer(config, Shape.of(config, i, layers), heads, head_size)
+        layer = planned_layer(config.of_layer(i), Shape.of(config, i, layers), heads, head_size)
         sizes.append(_size(layer, kept, prompt + generated))
     return _report(sizes, sum(size.bytes_held for size in sizes))
 

@@ -42,7 +42,7 @@ class Prompt:
     caches: dict[str, KVCache]
 
 
-def _read_layers(model: Llama, tokens, lengths, rows: Sequence[int | str]) -> Iterator[dict[int | str, tuple]]:
+def read_layers(model: Llama, tokens, lengths, rows: Sequence[int | str]) -> Iterator[dict[int | str, tuple]]:
     """What each layer gives in turn, for each way to count scores: its result, and all that is compressed of it."""
     at_once = chunk_rows(*tokens.shape)
     x = embed(model, tokens, at_once)
@@ -67,11 +67,12 @@ def read_prompt(
     largest = {name: Shape.largest(config, layers) for name, config in methods.items()}
     held: dict[str, list[LayerCache]] = {name: [] for name in methods}
     x = None
-    for i, read in enumerate(_read_layers(model, tokens, lengths, _rows(methods))):
+    for i, read in enumerate(read_layers(model, tokens, lengths, _rows(methods))):
         for name, config in methods.items():
             x, *attended = _of(read, config)
             budget = allocate.budgets(config, i, layers, lengths, tokens.shape[1])
-            held[name].append(compress_layer(*attended, lengths, budget, config=config, shape=largest[name]))
+            own = config.of_layer(i)
+            held[name].append(compress_layer(*attended, lengths, budget, config=own, shape=largest[name]))
     caches = {}
     for name, config in methods.items():
         room = jnp.full(lengths.shape, config.generated_capacity, jnp.int32)
@@ -137,15 +138,14 @@ def read_follows(
     counted = [
         [jnp.asarray(np.arange(i, i + _RUN) < counts[:, None]) for i in s] for s, (_, counts) in zip(starts, follows)
     ]
-    for i, read in enumerate(_read_layers(model, tokens, lengths, _rows(methods))):
+    for i, read in enumerate(read_layers(model, tokens, lengths, _rows(methods))):
         for name, config in methods.items():
             _, *attended = _of(read, config)
             budget = allocate.budgets(config, i, layers, lengths, tokens.shape[1])
             shape = Shape(*(tokens.shape[1] + config.generated_capacity + 1,) * 2)
-            cache = compress_layer(*attended, lengths, budget, config=config.program, shape=shape)
-            x[name] = [
-                _read_runs(model.layers[i], *run, cache, config.program) for run in zip(x[name], places, counted)
-            ]
+            program = config.of_layer(i).program
+            cache = compress_layer(*attended, lengths, budget, config=program, shape=shape)
+            x[name] = [_read_runs(model.layers[i], *run, cache, program) for run in zip(x[name], places, counted)]
     return {name: [jnp.concatenate(runs, axis=1) for runs in found] for name, found in x.items()}
 
 
@@ -215,7 +215,7 @@ def attention_errors(
 
 def received(model: Llama, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], rows: int | str) -> np.ndarray:
     """Attention that each token receives from all of a prompt's rows or from its last ones, [B, layers, K, T]."""
-    scores = [read[rows][3] for read in _read_layers(model, tokens, lengths, [rows])]
+    scores = [read[rows][3] for read in read_layers(model, tokens, lengths, [rows])]
     return np.stack(jax.device_get(scores), axis=1)
 
 
