@@ -518,7 +518,7 @@ def ceilings(take_turn: Callable[[], None] = lambda: None) -> dict:
 def _child(command: Sequence[str], settings: Mapping[str, str], turn: AbstractContextManager) -> dict:
     """The row that a process prints, which gets ready, says so, and waits until `turn` is entered.
 
-    {"failed": the end of its message} where there is none. The turn ends with the process, its memory given back.
+    {"failed": the last line of its message} where there is none. The turn ends with the process, its memory given back.
     """
     pipe, output, seconds = subprocess.PIPE, "", 0.0
     with (
@@ -537,7 +537,8 @@ def _child(command: Sequence[str], settings: Mapping[str, str], turn: AbstractCo
                 seconds = time.perf_counter() - start
         if process.wait() or not output:
             errors.seek(0)
-            return {"failed": errors.read()[-600:]}
+            message = errors.read().strip().splitlines() or ["it ended without a word"]
+            return {"failed": message[-1][:600]}  # what a traceback ends with
     return json.loads(output.splitlines()[-1]) | {"gpu_s": seconds}
 
 

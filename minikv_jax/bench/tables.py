@@ -223,6 +223,20 @@ def quality(folder: Path) -> str:
     return "\n\n".join(parts) or _NOT_YET
 
 
+def layers(folder: Path) -> str:
+    """Models with layers of their own: quality beside the bits of tiers."""
+    from minikv_jax.evals import summary
+    from minikv_jax.evals.tasks import METRICS
+
+    parts, names = [], ("kl", "top1", "ppl", "lines", "shared", "chain")
+    for path in sorted(folder.glob("layers-quality-*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row | {"bits_per_element": row["bits_of_tiers"]} for row in results["rows"] if row["task"] in names]
+        table = summary.table(rows, METRICS, names).replace("bits per element", "bits of tiers", 1)
+        parts.append(f"{results['rows'][0]['model']}. {_source(results)}\n\n{table}")
+    return "\n\n".join(parts) or _NOT_YET
+
+
 def _shape(row: dict) -> str:
     shape = row["shape"]
     return f"{shape['N']} query and {shape['K']} key/value heads of {shape['H']} where a case does not say otherwise. "
@@ -236,6 +250,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "decode": decode,
     "e2e": e2e,
     "quality": quality,
+    "layers": layers,
 }
 
 

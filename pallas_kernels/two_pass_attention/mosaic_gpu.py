@@ -18,6 +18,12 @@ Layout. One block of threads is `warpgroups` consumers and one producer that sta
              3       x   x   x   x                                   3       x   x   x   x
             the tile stays, keys and values stream by                            ^ the tile stays, rows stream by
 
+Two blocks of pass 1 are a pair (a cluster) that meets the same keys: two heads of a group, or two tiles of rows where
+heads are no pairs. Each TMA copy brings half of a tile from L2 and writes it into both, so that L2 reads half as much.
+Time is the same where the tensor cores wait for exponentials; under a power limit it is 2 to 4 % less, for moving bytes
+is power (both passes, S = 32768, chains of 0.25 s: 0.96 of single blocks; 131072: 0.98; 8192: 1.00). The same for pass
+2, two tiles of keys that meet the same rows, costs 1 to 3 % at S = 8192 and gains nothing beyond.
+
 In pass 2 a warpgroup multiplies [keys, H] by [H, rows], so that a column sum of the softmax is a sum along the lanes'
 own registers: no atomics, one owner per key, and the same bits on every run.
 
@@ -36,10 +42,11 @@ tensor cores of an SM busy for 1024 cycles (4096 FLOP per cycle) and its special
 exponentials per cycle), so pass 2 lives on overlapping the two: four consumers of 64 keys, each free to run ahead, do
 that better than two of 128. At H = 64 the exponentials alone are the limit. In pass 1 a consumer starts Q K^T of a step
 together with P V of the step before and computes its softmax meanwhile; the consumers take turns on the tensor cores.
-Of a large matrix product's rate (790 TFLOP/s, measured) pass 1 reaches 0.69 at S = 8192 and 0.76 at S = 32768, pass 2
-0.71 and 0.77, cuDNN's flash 0.63 and 0.74 (`minikv bench prefill`). At S = 8192 what is missing is products and
-exponentials waiting for each other. During long prompts the clock falls to 1,400 to 1,600 MHz, for cuDNN's kernel
-too, probably at the card's power limit, where time is energy and pass 2 costs half of what cuDNN's two products do.
+Of a large matrix product's rate (790 TFLOP/s, measured) pass 1 reaches 0.67 at S = 8192 and 0.76 at S = 32768, pass 2
+0.72 and 0.77, cuDNN's flash 0.63 and 0.72 (`minikv bench prefill`). At S = 8192 what is missing is products and
+exponentials waiting for each other. All of it runs at the card's power limit (690 to 699 of 700 W, and the driver says
+so at every reading): the clock falls to 1,700 MHz at S = 8192 and to 1,550 beyond, for cuDNN's kernel to 1,320, and
+time is energy.
 
 Edges. TMA fills what lies outside an array with zeros and drops stores there, in whole groups of 8 rows; if T or S is
 no multiple of 8, the wrapper copies query, key and value into padded arrays. Log-sum-exps and scores leave by stores
@@ -106,7 +113,8 @@ class ScoreBlocks:
 # against 14913).
 # Later still, pass 2 of a whole group at S = 8192 and 32768, on a card that spreads 5 to 10 %: 563 and 7940 us; keys in
 # registers and 64 rows per step 580 and 8063, 128 rows 690 and 9628; products with the rows on the left, two consumers
-# of 128 keys, 640 and 9237.
+# of 128 keys, 640 and 9237. Both passes with three consumers against 192 rows 1.10 and 1.04 times those with four against
+# 128, with two against 256 rows 1.08 and 1.07 times.
 _BLOCKS = {
     64: (ForwardBlocks(3, 64, 128), ScoreBlocks(stages=5)),
     96: (ForwardBlocks(), ScoreBlocks(stages=3)),
