@@ -353,11 +353,6 @@ class CacheConfig:
         )
 
     @property
-    def layers_differ(self) -> bool:
-        """Whether layers keep different numbers of tokens."""
-        return self.allocation.is_pyramid or bool(self.brief)
-
-    @property
     def program(self) -> "CacheConfig":
         """What compiled code depends on: the method less its name and amounts, for budgets are numbers given to it."""
         sinks = self.allocation.sinks

@@ -111,22 +111,31 @@ def decode_loop(
 
 
 def _counted_once(cache: KVCache) -> KVCache:
-    """Without the numbers that sequences have in every layer but the first, where layers keep the same.
+    """Without the numbers that a layer shares with an earlier one that keeps as many tokens.
 
     A loop copies each number that it carries once a step: for 32 layers that took as long as attending to a window.
     """
-    if cache.config.layers_differ:
-        return cache
-    others = jax.tree.map(lambda x: None if x.ndim == 1 else x, cache.layers[1:])
-    return dataclasses.replace(cache, layers=(cache.layers[0], *others))
+    layers = [
+        layer if i == first else jax.tree.map(lambda x: None if x.ndim == 1 else x, layer)
+        for i, (layer, first) in enumerate(zip(cache.layers, _first_alike(cache)))
+    ]
+    return dataclasses.replace(cache, layers=tuple(layers))
 
 
 def _counted_in_every_layer(cache: KVCache) -> KVCache:
     """What `_counted_once` left out, filled in again."""
     flatten = functools.partial(jax.tree.flatten, is_leaf=lambda x: x is None)
-    counted, _ = flatten(cache.layers[0])
-    layers = [cache.layers[0]]
-    for layer in cache.layers[1:]:  # of the same arrays, whose codes may be of another width
-        leaves, structure = flatten(layer)
+    layers = []
+    for layer, first in zip(cache.layers, _first_alike(cache)):
+        # Of the same arrays, whose codes may be of another width.
+        (leaves, structure), (counted, _) = flatten(layer), flatten(cache.layers[first])
         layers.append(jax.tree.unflatten(structure, [y if x is None else x for x, y in zip(leaves, counted)]))
     return dataclasses.replace(cache, layers=tuple(layers))
+
+
+def _first_alike(cache: KVCache) -> list[int]:
+    """For each layer the first one that keeps as many tokens."""
+    allocations = [cache.config.of_layer(i).allocation for i in range(len(cache.layers))]
+    if cache.config.allocation.is_pyramid:
+        return list(range(len(allocations)))
+    return [allocations.index(x) for x in allocations]
