@@ -113,8 +113,8 @@ class ScoreBlocks:
 # against 14913).
 # Later still, pass 2 of a whole group at S = 8192 and 32768, on a card that spreads 5 to 10 %: 563 and 7940 us; keys in
 # registers and 64 rows per step 580 and 8063, 128 rows 690 and 9628; products with the rows on the left, two consumers
-# of 128 keys, 640 and 9237. Both passes with three consumers against 192 rows 1.10 and 1.04 times those with four against
-# 128, with two against 256 rows 1.08 and 1.07 times.
+# of 128 keys, 640 and 9237. Both passes with three consumers against 192 rows take 1.10 and 1.04 times those with four
+# against 128, with two against 256 rows 1.08 and 1.07 times.
 _BLOCKS = {
     64: (ForwardBlocks(3, 64, 128), ScoreBlocks(stages=5)),
     96: (ForwardBlocks(), ScoreBlocks(stages=3)),
