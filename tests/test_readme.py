@@ -1,5 +1,6 @@
 """The README's example runs as written, its commands exist, and its generated parts are in step with their sources."""
 
+import json
 import os
 import re
 import subprocess
@@ -53,7 +54,12 @@ def test_tables_of_results(tmp_path, monkeypatch):
     monkeypatch.delitem(tables.PARTS, "sizes")  # slow, and in the README's own test already
     text = "".join(f"<!-- {name} -->\nbehind\n<!-- /{name} -->\n" for name in tables.PARTS)
     written = tables.render(text, tmp_path)
-    assert written.count("Not measured yet.") == 5 and "behind" not in written and "`minikv`" in written
+    assert written.count("Not measured yet.") == 6 and "behind" not in written and "`minikv`" in written
+    row = {"model": "tiny", "case": "all", "task": "kl", "method": "minikv_plus:precise=[1]", "value": 0.5, "low": 0.4}
+    row |= {"high": 0.6, "bits_per_element": 3.5, "bits_of_tiers": 2.25, "cases": 2, "samples": 2}
+    results = {"device": "cpu", "versions": {}, "date": "today", "command": "minikv eval", "rows": [row]}
+    (tmp_path / "layers-quality-tiny.json").write_text(json.dumps(results))
+    assert "| `minikv_plus:precise=[1]` | 2.25 | 0.5 (0.4 to 0.6) |" in tables.render(text, tmp_path)
     with pytest.raises(MiniKVError, match="cpu"):
         tables.render(text.replace("<!-- cpu -->", ""), tmp_path)
 
