@@ -228,8 +228,8 @@ class CacheConfig:
         precise: layers whose first tier has `precise_codec` instead. A few layers, often one, do the looking up of
             single tokens, and need more bits than all others (KVTuner, arXiv 2502.04420, gives each layer its own).
         precise_codec: of `precise` layers, with the groups of `codec`.
-        brief: layers whose first tier takes the tokens of `brief_allocation` instead: those that look at little else
-            than first and newest tokens (DuoAttention, arXiv 2410.10819, tells heads apart so).
+        brief: layers whose first tier takes the tokens of `brief_allocation` instead: those that lose little by it
+            (DuoAttention, arXiv 2410.10819, lets heads keep first and newest tokens only).
         brief_allocation: of `brief` layers, with the sinks of `allocation`.
         quantized_first: a codec that a prompt's keys and values go through before any tokens are chosen. The tiers hold
             what it gives back, so that dense ones have the numbers (not the bytes) of a cache that quantises first and

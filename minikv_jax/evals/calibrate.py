@@ -1,8 +1,8 @@
 """Which layers of a model need more bits, and which hardly need a text at all: `minikv calibrate`.
 
 Layers differ by two orders of magnitude in what two bits do to predictions. Those that look a single token up, often
-one or two of a model, lose most of the right answers; others look at the first and the newest tokens only. So each
-layer's cache is exchanged on its own for a finer and for a smaller one, and what that changes is measured where it
+one or two of a model, lose most of the right answers; others lose nothing when half of a prompt goes. So each layer's
+cache is exchanged on its own for a finer and for a smaller one, and what that changes is measured where it
 matters: on answers about records, and on texts. KVTuner (arXiv 2502.04420) searches bits per layer in this spirit,
 DuoAttention (arXiv 2410.10819) tells retrieving from streaming heads.
 

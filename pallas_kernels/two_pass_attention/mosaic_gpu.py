@@ -73,16 +73,12 @@ _REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32), 4: (112, 32)}
 
 @dataclasses.dataclass(frozen=True)
 class ForwardBlocks:
-    """Tile sizes of pass 1: `warpgroups` consumers of `rows` query rows each, against `keys` keys per step.
-
-    With `pairs` two blocks of threads load each tile of keys and values once for both.
-    """
+    """Tile sizes of pass 1: `warpgroups` consumers of `rows` query rows each, against `keys` keys per step."""
 
     warpgroups: int = 2
     rows: int = 64
     keys: int = 128
     stages: int = 2
-    pairs: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,21 +214,19 @@ def _forward(
     key_bytes = 2 * key.shape[1] * size * key.dtype.itemsize
     cohort = _cohort(batch * key.shape[2], key_bytes, group * tiles) * group
     # Two heads of a group meet the same keys, and so do, all but the last ones, two tiles of rows of one head.
-    head_pairs = blocks.pairs and group % 2 == 0
-    row_pairs = blocks.pairs and not head_pairs
-    axis = "pair" if blocks.pairs else None
-    wide = 2 * tile if row_pairs else tile
+    head_pairs = group % 2 == 0
+    wide = tile if head_pairs else 2 * tile
     wide_tiles = -(-t // wide)
 
     def kernel(q_ref, k_ref, v_ref, last_v_ref, extent_ref, out_ref, lse_ref, *scratch):
         q_smem, k_smem, v_smem, lse_smem, p_smem, *barriers = scratch
         q_bar, k_bar, v_bar, k_free, v_free, turn = barriers
-        head = lax.axis_index("heads")
+        head, wide_row = lax.axis_index("heads"), (wide_tiles - 1 - lax.axis_index("tiles")) * wide
         if head_pairs:
-            head = head * 2 + lax.axis_index("pair")
+            head, first_row = head * 2 + lax.axis_index("pair"), wide_row
+        else:
+            first_row = wide_row + lax.axis_index("pair") * tile
         (b, h), wg = _head_of(heads, cohort, head), lax.axis_index("wg")
-        wide_row = (wide_tiles - 1 - lax.axis_index("tiles")) * wide
-        first_row = wide_row + lax.axis_index("pair") * tile if row_pairs else wide_row
         query_length, key_length, offset = (extent_ref[b * 4 + i] for i in range(3))
         end = key_length
         if is_causal:
@@ -373,12 +367,12 @@ def _forward(
                 at = b, pl.ds(step * keys, keys), kv_head
                 if wait:
                     plgpu.barrier_wait(k_free.at[slot])
-                plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[slot], k_bar.at[slot], collective_axes=axis)
+                plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[slot], k_bar.at[slot], collective_axes="pair")
                 if wait:
                     plgpu.barrier_wait(v_free.at[slot])
 
                 def load_values(ref):
-                    plgpu.copy_gmem_to_smem(ref, v_smem.at[slot], v_bar.at[slot], collective_axes=axis)
+                    plgpu.copy_gmem_to_smem(ref, v_smem.at[slot], v_bar.at[slot], collective_axes="pair")
 
                 if last_v_ref is None:
                     load_values(v_ref.at[at])
@@ -401,7 +395,7 @@ def _forward(
 
     swizzled = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=_swizzled(size))
     # A copy that fills both blocks' slots waits for the consumers of both.
-    all_free = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",)) if axis else plgpu.Barrier
+    all_free = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
     return plgpu.kernel(
         kernel,
         out_type=(
@@ -423,8 +417,8 @@ def _forward(
         ],
         grid=(batch * heads // cohort, wide_tiles, cohort // 2 if head_pairs else cohort),  # the last varies fastest
         grid_names=("cohorts", "tiles", "heads"),
-        cluster=(2,) if axis else (),
-        cluster_names=("pair",) if axis else (),
+        cluster=(2,),
+        cluster_names=("pair",),
         num_threads=wgs + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
