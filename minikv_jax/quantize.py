@@ -60,39 +60,46 @@ def encode(
     low, high = grouped.min(axis=axis, keepdims=True), grouped.max(axis=axis, keepdims=True)
     levels = (1 << bits) - 1
 
-    def within(low, high, down=_nearest, up=_nearest):
+    def grid(low, high, down=_nearest, up=_nearest):
         if integer_zero:
             scale = up(jnp.maximum(high - low, 1e-5) / levels, metadata_dtype)
             step = scale.astype(jnp.float32)
-            whole = jnp.clip(-jnp.round(low / jnp.where(step > 0, step, 1)), 0, levels)
-            codes = jnp.where(step > 0, jnp.round(grouped / jnp.where(step > 0, step, 1)) + whole, 0)
-            return jnp.clip(codes, 0, levels), scale, (-whole * step).astype(metadata_dtype)
+            whole = jnp.clip(-jnp.round(_over(low, step)), 0, levels)
+            return scale, (-whole * step).astype(metadata_dtype)
         zero = down(low, metadata_dtype)
         # The papers' code has the unrounded minimum here, which differs for float16 by less than its last bit.
         lowest = low if metadata_dtype == "float16" else zero.astype(jnp.float32)
-        scale = up(jnp.maximum(high - lowest, 0) / levels, metadata_dtype)
-        step = scale.astype(jnp.float32)
-        codes = jnp.where(step > 0, (grouped - zero.astype(jnp.float32)) / jnp.where(step > 0, step, 1), 0)
-        return jnp.round(jnp.clip(codes, 0, levels)), scale, zero
+        return up(jnp.maximum(high - lowest, 0) / levels, metadata_dtype), zero
 
-    def error(codes, scale, zero):
-        restored = codes * scale.astype(jnp.float32) + zero.astype(jnp.float32)
+    def codes_on(scale, zero):
+        step, least = scale.astype(jnp.float32), zero.astype(jnp.float32)
+        if integer_zero:
+            return jnp.clip(jnp.round(_over(grouped, step)) + jnp.round(_over(-least, step)), 0, levels)
+        return jnp.round(jnp.clip(_over(grouped - least, step), 0, levels))
+
+    def error(scale, zero):
+        restored = codes_on(scale, zero) * scale.astype(jnp.float32) + zero.astype(jnp.float32)
         return jnp.square(restored - grouped).sum(axis=axis, keepdims=True)
 
     middle, half = (low + high) / 2, (high - low) / 2
-    others = [within(middle - half * factor, middle + half * factor) for factor in clip]
+    others = [grid(middle - half * factor, middle + half * factor) for factor in clip]
     if metadata_dtype != "float16" and not integer_zero:
-        others.append(
-            within(low, high, functools.partial(_outwards, jnp.floor), functools.partial(_outwards, jnp.ceil))
-        )
-    best = within(low, high)
+        others.append(grid(low, high, functools.partial(_outwards, jnp.floor), functools.partial(_outwards, jnp.ceil)))
+    scale, zero = grid(low, high)
+    least = error(scale, zero) if others else None
     for other in others:
-        better = error(*other) < error(*best)
-        best = tuple(jnp.where(better, new, old) for new, old in zip(other, best))
-    codes, scale, zero = best
+        found = error(*other)
+        better = found < least
+        scale, zero, least = (jnp.where(better, *pair) for pair in zip((*other, found), (scale, zero, least)))
+    codes = codes_on(scale, zero)
     # XLA's minimum may pass over NaN (it does on CPUs); a group that holds one must come back as NaN, not as garbage.
     zero = jnp.where(jnp.isnan(grouped).any(axis=axis, keepdims=True), jnp.nan, zero)
     return Codes(codes.astype(jnp.uint8).reshape(x.shape), scale.squeeze(axis), zero.squeeze(axis))
+
+
+def _over(x: Float[Array, "..."], step: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x / step, and 0 where the step is."""
+    return jnp.where(step > 0, x / jnp.where(step > 0, step, 1), 0)
 
 
 def _nearest(x: Float[Array, "..."], dtype: str) -> Float[Array, "..."]:
@@ -138,18 +145,17 @@ def encode_with_feedback(
     coupling = _coupling(moment)
 
     def step(error, run):
-        x, coupling, start = run
+        x, coupling, own, undone, start = run
         added = jnp.einsum("bkhs,bkhw->bkws", error, coupling)
-        own = jax.lax.dynamic_slice_in_dim(coupling, start, width, axis=2)
         # Where the run's numbers would end up if rounding them cost nothing more: what their scales must span.
-        ahead = jnp.einsum("bkws,bkwv->bkvs", added, jnp.linalg.inv(own + jnp.eye(width)))
+        ahead = jnp.einsum("bkws,bkwv->bkvs", added, undone)
         grids = encode(x + ahead, bits, group_size, "channels", metadata_dtype, clip)
         scale, zero = (jnp.repeat(y.astype(jnp.float32), group_size, axis=3) for y in grids[1:])
         rounded, errors = [], []
         for i in range(width):
             wanted = x[:, :, i] + added[:, :, i] + sum(e * own[:, :, j, i, None] for j, e in enumerate(errors))
             size = scale[:, :, i]
-            code = jnp.where(size > 0, (wanted - zero[:, :, i]) / jnp.where(size > 0, size, 1), 0)
+            code = _over(wanted - zero[:, :, i], size)
             rounded.append(jnp.round(jnp.clip(code, 0, (1 << bits) - 1)))
             errors.append(x[:, :, i] - (rounded[-1] * size + zero[:, :, i]))
         error = jax.lax.dynamic_update_slice_in_dim(error, jnp.stack(errors, axis=2), start, axis=2)
@@ -158,9 +164,10 @@ def encode_with_feedback(
     # A channel's tokens lie together here, for the groups over them and for what every step reads and writes.
     x = jnp.swapaxes(x.astype(jnp.float32), -1, -2)
     b, k, _, s = x.shape
-    runs = x.reshape(b, k, -1, width, s), coupling.reshape(b, k, h, -1, width)
-    runs = jnp.moveaxis(runs[0], 2, 0), jnp.moveaxis(runs[1], 3, 0)
-    _, codes = jax.lax.scan(step, jnp.zeros_like(x), (*runs, jnp.arange(0, h, width)))
+    own = jnp.diagonal(coupling.reshape(b, k, h // width, width, h // width, width), axis1=2, axis2=4)
+    runs = x.reshape(b, k, -1, width, s), coupling.reshape(b, k, h, -1, width), own
+    runs = [jnp.moveaxis(y, axis, 0) for y, axis in zip(runs, (2, 3, 4))]
+    _, codes = jax.lax.scan(step, jnp.zeros_like(x), (*runs, _inverse(runs[-1]), jnp.arange(0, h, width)))
     return Codes(*(jnp.moveaxis(y, 0, 2).reshape(b, k, h, -1).swapaxes(-1, -2) for y in codes))
 
 
@@ -173,6 +180,16 @@ def _coupling(moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:
     # With channels counted from the last, Cholesky's lower factor is the upper one.
     factor = jnp.linalg.cholesky(moment[..., ::-1, ::-1])[..., ::-1, ::-1]
     return jnp.triu(factor / jnp.diagonal(factor, axis1=-2, axis2=-1)[..., None, :], 1)
+
+
+def _inverse(above: Float[Array, "... W W"]) -> Float[Array, "... W W"]:
+    """(1 + N)^-1 of strictly upper triangular N: (1 - N)(1 + N^2)(1 + N^4)..., which ends, for N^W = 0."""
+    width = above.shape[-1]
+    product = functools.partial(jnp.matmul, precision="highest")
+    inverse, power, reached = jnp.eye(width) - above, product(above, above), 2
+    while reached < width:
+        inverse, power, reached = product(inverse, jnp.eye(width) + power), product(power, power), 2 * reached
+    return inverse
 
 
 def decode(codes: Codes, group_size: int, group_axis: GroupAxis) -> Float[Array, "B K S H"]:

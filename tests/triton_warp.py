@@ -166,6 +166,15 @@ def _instructions(shared):
         "load2": lambda a: shared.words(a, 2),
         "load4": lambda a: shared.words(a, 4),
         "mma": lambda *a: _mma(*(_lanes(x) for x in a[:6]), tuple(_lanes(x) for x in a[6])),
+        "masked_mma": lambda a, b0, b1, c, MASK: _mma(
+            *(_lanes(x & np.int32(MASK)) for x in a), _lanes(b0), _lanes(b1), tuple(_lanes(x) for x in c)
+        ),
+        "twice_masked_mma": lambda a, e, b0, b1, c, MASK, THIRD: _mma(
+            *(_lanes(x & np.int32(MASK) | y & np.int32(THIRD)) for x, y in zip(a, e)),
+            _lanes(b0),
+            _lanes(b1),
+            tuple(_lanes(x) for x in c),
+        ),
         "mma_bfloat16": lambda *a: _mma(
             *(_lanes(x) for x in a[:6]), tuple(_lanes(x) for x in a[6]), numbers=_bfloat16s
         ),
@@ -174,10 +183,11 @@ def _instructions(shared):
         "transpose8": _transpose8,
         "shuffle": lambda x, lane: _lanes(x)[_lanes(lane)].view(Register),
         "warp_max": lambda x: register(np.full(LANES, x.max(), np.int32)),
-        "low_bytes": lambda x: (x & 0xFF) | ((x & 0xFF00) << 8),
-        "high_bytes": lambda x: ((x >> 16) & 0xFF) | ((x >> 8) & 0xFF0000),
-        "low_bytes_up": lambda x: ((x & 0xFF) << 8) | ((x & 0xFF00) << 16),
-        "high_bytes_up": lambda x: ((x >> 8) & 0xFF00) | (x & np.int32(-16777216)),
+        "spread": lambda x: ((x & 0xFF) | ((x & 0xFF00) << 8), ((x >> 16) & 0xFF) | ((x >> 8) & 0xFF0000)),
+        "spread_up": lambda x: (
+            ((x & 0xFF) << 8) | ((x & 0xFF00) << 16),
+            ((x >> 8) & 0xFF00) | (x & np.int32(-16777216)),
+        ),
         "multiply2": multiply2,
         "half_as_float": lambda x, shift: (
             _halves(_lanes(x))[np.arange(LANES), _lanes(shift) // 16].astype(np.float32).view(Register)

@@ -72,10 +72,8 @@ def as_bytes(pointer):
 
 
 @triton.jit
-def encode_within(
-    x, low, high, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr
-):  # fmt: skip
-    """Codes (as float32), scale and minimum (as stored, rounded UP and DOWN) of groups whose range is [low, high]."""
+def grid_within(low, high, BITS: tl.constexpr, KIND: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr):
+    """Scale and minimum, as stored, rounded UP and DOWN, of groups whose range is [low, high]."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     LIMIT: tl.constexpr = 65504.0 if KIND == 0 else (3.3895313892515355e38 if KIND == 1 else 448.0)
     clipped = tl.minimum(tl.maximum(low, -LIMIT), LIMIT)
@@ -83,19 +81,38 @@ def encode_within(
     lowest = low if KIND == 0 else from_stored(zero, KIND)
     span = tl.maximum(high - lowest, 0.0)
     scale = to_stored(tl.minimum(tl.div_rn(span, tl.full(span.shape, LEVELS, tl.float32)), LIMIT), KIND, UP)
-    step = tl.expand_dims(from_stored(scale, KIND), AXIS)
-    above = x - tl.expand_dims(from_stored(zero, KIND), AXIS)
-    divisor = tl.broadcast_to(tl.where(step > 0, step, 1.0), above.shape)
-    codes = tl.where(step > 0, tl.div_rn(above, divisor), 0.0)
-    return round_even(tl.minimum(tl.maximum(codes, 0.0), LEVELS * 1.0)), scale, zero
+    return scale, zero
 
 
 @triton.jit
-def better_of(x, best, other, AXIS: tl.constexpr, KIND: tl.constexpr):
-    """Of two encodings of each group the one with the smaller squared error; equal: the first."""
-    better = squared_error(x, other, AXIS, KIND) < squared_error(x, best, AXIS, KIND)
-    codes = tl.where(tl.expand_dims(better, AXIS), other[0], best[0])
-    return codes, tl.where(better, other[1], best[1]), tl.where(better, other[2], best[2])
+def codes_on(x, scale, zero, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr):
+    """Codes as float32, and the numbers that they stand for."""
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    step = tl.expand_dims(from_stored(scale, KIND), AXIS)
+    least = tl.expand_dims(from_stored(zero, KIND), AXIS)
+    above = x - least
+    divisor = tl.broadcast_to(tl.where(step > 0, step, 1.0), above.shape)
+    codes = tl.where(step > 0, tl.div_rn(above, divisor), 0.0)
+    codes = round_even(tl.minimum(tl.maximum(codes, 0.0), LEVELS * 1.0))
+    return codes, codes * step + least
+
+
+@triton.jit
+def squared_error(x, scale, zero, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr):
+    restored = codes_on(x, scale, zero, AXIS, BITS, KIND)[1]
+    return tl.sum((restored - x) * (restored - x), AXIS)
+
+
+@triton.jit
+def better_of(
+    x, best, low, high,
+    AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    """The (scale, minimum, squared error) of each group that has the smaller error; equal: the one given."""
+    scale, zero = grid_within(low, high, BITS, KIND, DOWN, UP)
+    error = squared_error(x, scale, zero, AXIS, BITS, KIND)
+    better = error < best[2]
+    return tl.where(better, scale, best[0]), tl.where(better, zero, best[1]), tl.where(better, error, best[2])
 
 
 @triton.jit
@@ -107,22 +124,23 @@ def encode(x, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, CLIP: 
     # Minimum and maximum pass NaN over; a group that holds one must come back as NaN.
     broken = tl.max((x != x).to(tl.int32), AXIS)
     low = tl.where(broken > 0, float("nan"), low)
-    best = encode_within(x, low, high, AXIS, BITS, KIND, 0, 0)
-    middle = (low + high) / 2
-    half = (high - low) / 2
-    for i in tl.static_range(len(CLIP)):
-        other = encode_within(x, middle - half * CLIP[i], middle + half * CLIP[i], AXIS, BITS, KIND, 0, 0)
-        best = better_of(x, best, other, AXIS, KIND)
-    if KIND != 0:
-        best = better_of(x, best, encode_within(x, low, high, AXIS, BITS, KIND, -1, 1), AXIS, KIND)
-    return best[0].to(tl.uint8), best[1], best[2]
-
-
-@triton.jit
-def squared_error(x, encoded, AXIS: tl.constexpr, KIND: tl.constexpr):
-    codes, scale, zero = encoded
-    restored = codes * tl.expand_dims(from_stored(scale, KIND), AXIS) + tl.expand_dims(from_stored(zero, KIND), AXIS)
-    return tl.sum((restored - x) * (restored - x), AXIS)
+    scale, zero = grid_within(low, high, BITS, KIND, 0, 0)
+    if len(CLIP) > 0 or KIND != 0:
+        error = squared_error(x, scale, zero, AXIS, BITS, KIND)
+        middle = (low + high) / 2
+        half = (high - low) / 2
+        # One body for all factors: each copy of it costs the compiler a second.
+        for i in range(len(CLIP)):
+            factor = 1.0
+            for j in tl.static_range(len(CLIP)):
+                factor = tl.where(i == j, CLIP[j], factor)
+            shrunk = half * factor
+            scale, zero, error = better_of(
+                x, (scale, zero, error), middle - shrunk, middle + shrunk, AXIS, BITS, KIND, 0, 0
+            )  # fmt: skip
+        if KIND != 0:
+            scale, zero, error = better_of(x, (scale, zero, error), low, high, AXIS, BITS, KIND, -1, 1)
+    return codes_on(x, scale, zero, AXIS, BITS, KIND)[0].to(tl.uint8), scale, zero
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,22 +15,22 @@ from pallas_kernels.packed_decode._triton_instructions import (
     column_max,
     copy16,
     half_as_float,
-    high_bytes,
-    high_bytes_up,
     limit_registers,
     load1,
     load2,
     load4,
-    low_bytes,
-    low_bytes_up,
+    masked_mma,
     mma,
     multiply2,
     pair,
     read,
     ring,
     shuffle,
+    spread,
+    spread_up,
     store1,
     transpose8,
+    twice_masked_mma,
     wait_group,
     warp_barrier,
     warp_max,
@@ -68,8 +68,8 @@ def metadata4(address, KIND: tl.constexpr, SIGNED: tl.constexpr):
         x = load2(address)
         return from_bfloat16(x[0]), from_bfloat16(x[1])
     else:
-        y = load1(address)
-        return from_float8(low_bytes_up(y), SIGNED), from_float8(high_bytes_up(y), SIGNED)
+        x = spread_up(load1(address))
+        return from_float8(x[0], SIGNED), from_float8(x[1], SIGNED)
 
 
 @triton.jit
@@ -82,11 +82,12 @@ def metadata8(address, KIND: tl.constexpr, SIGNED: tl.constexpr):
         return from_bfloat16(x[0]), from_bfloat16(x[1]), from_bfloat16(x[2]), from_bfloat16(x[3])
     else:
         y = load2(address)
+        x = spread_up(y[0]) + spread_up(y[1])
         return (
-            from_float8(low_bytes_up(y[0]), SIGNED),
-            from_float8(high_bytes_up(y[0]), SIGNED),
-            from_float8(low_bytes_up(y[1]), SIGNED),
-            from_float8(high_bytes_up(y[1]), SIGNED),
+            from_float8(x[0], SIGNED),
+            from_float8(x[1], SIGNED),
+            from_float8(x[2], SIGNED),
+            from_float8(x[3], SIGNED),
         )
 
 
@@ -150,53 +151,67 @@ def fetch(to, source, valid, lane, BYTES: tl.constexpr):
         copy16(to + 512 * i + 16 * lane, source + 512 * i + 16 * lane, use)
 
 
-@triton.jit
-def fragment(x, y, PLANE: tl.constexpr, BITS: tl.constexpr):
-    """Left operand of an `mma` from words of rows g and g + 8: the codes of a plane, as float16 subnormals."""
-    MASK: tl.constexpr = (((1 << BITS) - 1) * 0x10001) << (BITS * PLANE)
-    return low_bytes(x) & MASK, low_bytes(y) & MASK, high_bytes(x) & MASK, high_bytes(y) & MASK
+@triton.constexpr_function
+def ones(count, first):
+    """A word whose halves have `count` ones from bit `first` on."""
+    return ((1 << count) - 1) * 0x10001 << first
 
 
 @triton.jit
-def third_bits(x, y, g, W: tl.constexpr, PLANE: tl.constexpr, NARROW: tl.constexpr):
-    """`fragment` of the one-bit part of three-bit codes: bit 2 plane + (row >= 16) of the word moves to 2 plane + 2."""
-    MASK: tl.constexpr = (4 * 0x10001) << (2 * PLANE)
+def rows_of_codes(x, y):
+    """Left operand of an `mma` from words of rows g and g + 8, the codes of all planes in it."""
+    low = spread(x)
+    high = spread(y)
+    return low[0], high[0], low[1], high[1]
+
+
+@triton.jit
+def third_bits(x, y, g, W: tl.constexpr, NARROW: tl.constexpr):
+    """`rows_of_codes` of the one-bit part of three-bit codes: bit 2 plane + (row >= 16) moves to 2 plane + 2."""
     up = 2 - row_of(g, W, 0, NARROW) // 16
     down = 2 - row_of(g, W, 1, NARROW) // 16
-    return (
-        (low_bytes(x) << up) & MASK,
-        (low_bytes(y) << down) & MASK,
-        (high_bytes(x) << up) & MASK,
-        (high_bytes(y) << down) & MASK,
-    )
+    e = rows_of_codes(x, y)
+    return e[0] << up, e[1] << down, e[2] << up, e[3] << down
 
 
 @triton.jit
-def key_tile(
+def key_tiles(
     d,
     words,
     high,
     s,
     g,
     K: tl.constexpr,
-    TILE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     NARROW: tl.constexpr,
 ):
-    """d plus the products of tile TILE over 16 channels, the K-th words of the lanes' rows."""
+    """d plus the products of a block's eight tiles over 16 channels, the K-th words of the lanes' rows.
+
+    The codes are float16 subnormals where they lie: a plane's are cut out by its mask.
+    """
     PART: tl.constexpr = 2 if BITS == 3 else BITS
     UNITS: tl.constexpr = PART // 2
-    W: tl.constexpr = TILE % 2
-    RUN: tl.constexpr = TILE // 2
-    PLANE: tl.constexpr = RUN // UNITS
-    FIRST: tl.constexpr = 4 * (RUN % UNITS) + 2 * W
-    GROUP_INDEX: tl.constexpr = (32 * RUN + 16 * W) // GROUP
-    a = fragment(words[FIRST][K], words[FIRST + 1][K], PLANE, PART)
+    codes = ()
+    for i in tl.static_range(2 * UNITS):
+        codes = codes + (rows_of_codes(words[2 * i][K], words[2 * i + 1][K]),)
+    thirds = ()
     if BITS == 3:
-        e = third_bits(high[2 * W][K], high[2 * W + 1][K], g, W, PLANE, NARROW)
-        a = (a[0] | e[0], a[1] | e[1], a[2] | e[2], a[3] | e[3])
-    return mma(a[0], a[1], a[2], a[3], s[GROUP_INDEX][0], s[GROUP_INDEX][1], d)
+        for w in tl.static_range(2):
+            thirds = thirds + (third_bits(high[2 * w][K], high[2 * w + 1][K], g, w, NARROW),)
+    after = ()
+    for tile in tl.static_range(8):
+        a = codes[2 * (tile // 2 % UNITS) + tile % 2]
+        b = s[16 * tile // GROUP]
+        if BITS == 3:
+            e = thirds[tile % 2]
+            x = twice_masked_mma(
+                a, e, b[0], b[1], d[tile], ones(2, tile // 2 * 2), ones(1, tile // 2 * 2 + 2)
+            )  # fmt: skip
+            after = after + (x,)
+        else:
+            after = after + (masked_mma(a, b[0], b[1], d[tile], ones(PART, PART * (tile // 2 // UNITS))),)
+    return after
 
 
 @triton.jit
@@ -259,10 +274,7 @@ def key_products(
                 s = ()
                 for i in tl.static_range(GROUPS):
                     s = s + ((multiply2(q0, scales[i][2 * c]), multiply2(q1, scales[i][2 * c + 1])),)
-                after = ()
-                for tile in tl.static_range(8):
-                    after = after + (key_tile(d[tile], words, high, s, g, 2 * half + c, tile, BITS, GROUP, NARROW),)
-                d = after
+                d = key_tiles(d, words, high, s, g, 2 * half + c, BITS, GROUP, NARROW)
     return d, z
 
 
@@ -308,10 +320,7 @@ def channel_key_products(
                     q0 = tl.where(own, q0, 0)
                     q1 = tl.where(own, q1, 0)
                 z = mma(one, none, one, none, q0, q1, z)
-                after = ()
-                for tile in tl.static_range(8):
-                    after = after + (key_tile(d[tile], words, high, ((q0, q1),), g, k, tile, BITS, 128, False),)
-                d = after
+                d = key_tiles(d, words, high, ((q0, q1),), g, k, BITS, 128, False)
         scaled = ()
         for run in tl.static_range(4):
             first = (128 * group + 32 * run + 8 * (g // 2)) * BYTES
@@ -374,13 +383,15 @@ def value_products(
                         else:
                             words = words + (load2(address + 8 * t),)
                 for w in tl.static_range(2):
+                    rows = ()
+                    for i in tl.static_range(TOGETHER):
+                        rows = rows + (rows_of_codes(words[2 * i][w], words[2 * i + 1][w]),)
                     for plane in tl.static_range(8 // BITS):
+                        b0 = s[4 * (plane * UNITS + u) + 2 * w]
+                        b1 = s[4 * (plane * UNITS + u) + 2 * w + 1]
                         after = ()
                         for i in tl.static_range(TOGETHER):
-                            a = fragment(words[2 * i][w], words[2 * i + 1][w], plane, BITS)
-                            b0 = s[4 * (plane * UNITS + u) + 2 * w]
-                            b1 = s[4 * (plane * UNITS + u) + 2 * w + 1]
-                            after = after + (mma(a[0], a[1], a[2], a[3], b0, b1, part[i]),)
+                            after = after + (masked_mma(rows[i], b0, b1, part[i], ones(BITS, BITS * plane)),)
                         part = after
             done = done + part
     return done
