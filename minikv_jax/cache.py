@@ -166,12 +166,17 @@ def compress(
         config: the method.
         shape: static capacities (`Shape.of`).
     """
-    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-    # Padding may hold anything; zeros keep NaN out of everything stored.
-    tokens = key.shape[2]
-    present = (jnp.arange(tokens) < lengths[:, None])[:, None]
-    key, value = (jnp.where(present[..., None], x, 0) for x in (key, value))
+    tokens = key.shape[1]
+    present = jnp.arange(tokens) < lengths[:, None]
     dtype = config.dtype or key.dtype
+    # Padding may hold anything; zeros keep NaN out of everything stored.
+    key, value = (jnp.where(present[..., None, None], x, 0) for x in (key, value))
+    if config.keeps_all_as_it_is:
+        # Filled up before it is turned: one pass makes the segment, and nothing as large lies beside it.
+        rows = (jnp.swapaxes(segments.fit(x.astype(dtype), shape.segment, axis=1), 1, 2) for x in (key, value))
+        return LayerCache(DenseSegment(*rows, jnp.array(lengths)))
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+    present = present[:, None]
     scores = rank.refine(scores, value, lengths, budget.recent, config.rank)
     key, value = _rotated(key, config.rotate_keys), _rotated(value, config.rotate_values)
     units = None

@@ -365,6 +365,12 @@ class CacheConfig:
         return not self.allocation.keeps_everything or bool(self.brief)
 
     @property
+    def keeps_all_as_it_is(self) -> bool:
+        """Whether a prompt's cache is its keys and values."""
+        plain = self.codec.dense and self.quantized_first is None and self.retained is None
+        return plain and self.evict == "never" and not self.selects
+
+    @property
     def first_encoded(self) -> int:
         """Row of a full window from which on it is encoded: exact sinks stay in front of it."""
         return self.allocation.sinks if self.exact_sinks else 0

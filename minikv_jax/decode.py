@@ -18,6 +18,10 @@ def _decode_layer(layer: LlamaLayer, cache: LayerCache, x, lengths, accept, conf
     """One layer over one new token. Jitted on its own, it is traced and lowered once for all layers of one shape."""
     query, key, value = layer.before_attention(x, lengths[:, None])
     cache, attention = read_token(cache, query, key, value, lengths, accept, config)
+    if cache.ledger is not None:
+        # Nothing but the step's end waits for the scores, so XLA would keep every layer's logits until then.
+        ledger, attention = jax.lax.optimization_barrier((cache.ledger, attention))
+        cache = dataclasses.replace(cache, ledger=ledger)
     return cache, layer.after_attention(x, attention)
 
 

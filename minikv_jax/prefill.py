@@ -169,6 +169,8 @@ def compress_layer(key, value, scores, queries, lengths, budget, config, shape, 
     """
     arrays = key, value, scores, queries
     b, tokens, heads, head_size = key.shape
+    if config.keeps_all_as_it_is:  # one pass over each
+        return compress(*arrays, lengths, budget, config=config, shape=shape)
 
     def some_heads(arrays, lengths, budget):
         together = max(at_once // (arrays[0].shape[0] * tokens * head_size), 1)
@@ -272,7 +274,8 @@ def prefill(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    """Reads prompts and compresses them, one layer at a time: no two layers' full keys and values exist together.
+    """Reads prompts and compresses them, one layer at a time: no two layers' full keys and values exist together, nor
+    those of more sequences than it takes to fill a device (`sequences_at_once`).
 
     Pure; works inside `jax.jit` as it is (`cache_config` is static by itself). Outside `jit` it compiles one layer
     and runs it for all, which starts faster.
@@ -282,7 +285,7 @@ def prefill(
         tokens: [B, T] token ids, padded on the right.
         lengths: [B] int32 true lengths, 1 <= length <= T.
         cache_config: the method and its capacities.
-        progress: called with (layers done, layers) as they finish; only outside `jit`.
+        progress: called with (layers done, all), of every group of sequences, as they finish; only outside `jit`.
 
     Returns:
         float32 logits [B, V] of the token after each prompt, and the cache.
@@ -294,9 +297,35 @@ def prefill(
     model = as_model(params)
     lengths = jnp.asarray(lengths, jnp.int32)
     cache_config = checked(model, tokens, lengths, cache_config)
+    batch, layers = tokens.shape[0], model.config.num_layers
+    together = sequences_at_once(*tokens.shape)
+    if together == batch:
+        return _prefill(model, tokens, lengths, cache_config, progress)
+    if isinstance(tokens, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
+        groups = [x.reshape(-1, together, *x.shape[1:]) for x in (tokens, lengths)]
+        parts = jax.lax.map(lambda group: _prefill(model, *group, cache_config, None), tuple(groups))
+        return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), parts)
+
+    def finished(before: int):
+        return progress and (lambda done, _: progress(before + done, batch // together * layers))
+
+    parts = []
+    for i in range(batch // together):
+        group = slice(i * together, (i + 1) * together)
+        parts.append(_prefill(model, tokens[group], lengths[group], cache_config, finished(i * layers)))
+    return _joined(parts)
+
+
+def sequences_at_once(batch: int, tokens: int) -> int:
+    """Sequences of a [batch, tokens] prompt that are read through all layers before others: as many as fill one call of
+    attention. Hidden states of more would only wait for their turn, two bytes a channel of every token."""
+    most = max(min(_ATTENDED_ROWS // max(tokens, 1), batch), 1)
+    return next(n for n in range(most, 0, -1) if batch % n == 0)
+
+
+def _prefill(model: Llama, tokens, lengths, cache_config: CacheConfig, progress) -> tuple[Array, KVCache]:
     layers = model.config.num_layers
     largest = Shape.largest(cache_config, layers)
-
     rows = chunk_rows(*tokens.shape)
     x = embed(model, tokens, rows)
     caches = []
@@ -319,6 +348,23 @@ def prefill(
     room = jnp.full(lengths.shape, cache_config.generated_capacity, jnp.int32)
     # A copy: the cache is made to be donated, the caller's lengths are not.
     return logits_at(model, x, lengths - 1), KVCache(tuple(caches), jnp.array(lengths), room, cache_config)
+
+
+def _joined(parts: list[tuple[Array, KVCache]]) -> tuple[Array, KVCache]:
+    """Logits and cache of all sequences. Layer by layer, and `parts` is emptied, so that only one is there twice."""
+    caches = [cache for _, cache in parts]
+    logits, lengths, room = (
+        jnp.concatenate(x) for x in zip(*((logits, cache.lengths, cache.room) for logits, cache in parts))
+    )
+    config, waiting = caches[0].config, [list(cache.layers) for cache in caches]
+    del caches, parts[:]
+    layers = [_concatenated([some.pop(0) for some in waiting]) for _ in range(len(waiting[0]))]
+    return logits, KVCache(tuple(layers), lengths, room, config)
+
+
+@jax.jit
+def _concatenated(parts: list):
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
 def checked(model: Llama, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], config: CacheConfig) -> CacheConfig:

@@ -102,10 +102,10 @@ def empty_like(segment: Segment, batch: int, capacity: int) -> Segment:
     return PackedSegment(zeros(segment.keys), zeros(segment.values), length, balance, segment.codec)
 
 
-def fit(x: Float[Array, "B K S H"], rows: int) -> Float[Array, "B K rows H"]:
-    """Cut or filled with zeros to `rows`."""
-    x = x[:, :, :rows]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, rows - x.shape[2]), (0, 0)))
+def fit(x: Float[Array, "..."], rows: int, axis: int = 2) -> Float[Array, "..."]:
+    """Cut or filled with zeros to `rows` along `axis`."""
+    x = jax.lax.slice_in_dim(x, 0, min(rows, x.shape[axis]), axis=axis)
+    return jnp.pad(x, [(0, rows - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
 
 # ---- codec ---------------------------------------------------------------------------------------------------------

@@ -17,13 +17,13 @@ PROMPT = 1 << 16
 WIDE = CONFIG.replace(head_dim=64, num_layers=2, max_position_embeddings=1 << 20)
 
 
-def program(config, donated: str | None = "cache") -> str:
-    """The compiled step's text, for one sequence. Nothing is allocated."""
-    model = jax.eval_shape(lambda: Llama(WIDE, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(params=0)))
+def compiled(config, donated: str | None = "cache", shape=WIDE) -> jax.stages.Compiled:
+    """The compiled step for one sequence. Nothing is allocated."""
+    model = jax.eval_shape(lambda: Llama(shape, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(params=0)))
     config = config.replace(prompt_capacity=PROMPT)
     cache = jax.eval_shape(lambda model: empty_cache(model, config, 1), model)
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return jax.jit(decode_step, donate_argnames=donated).lower(model, cache, token).compile().as_text()
+    return jax.jit(decode_step, donate_argnames=donated).lower(model, cache, token).compile()
 
 
 def materialised(text: str):
@@ -44,7 +44,7 @@ def check(config, rows: int):
     numbers = rows * WIDE.num_kv_heads * WIDE.head_dim
     bits = 16 if config.codec.dense else config.codec.key_bits
     stored = numbers if bits == 16 else numbers * bits // 8
-    text = program(config)
+    text = compiled(config).as_text()
     assert not copied(text, stored)
     floats = ("f32", "bf16", "f16")
     held = ("parameter", "get-tuple-element", "bitcast", "custom-call", "conditional", "while", "optimization-barrier")
@@ -59,7 +59,7 @@ def test_the_cache_is_neither_copied_nor_unpacked(config):
 
 
 def test_a_cache_that_is_not_donated_is_copied():
-    assert copied(program(presets.full(), donated=None), PROMPT * WIDE.num_kv_heads * WIDE.head_dim)
+    assert copied(compiled(presets.full(), donated=None).as_text(), PROMPT * WIDE.num_kv_heads * WIDE.head_dim)
 
 
 @pytest.mark.gpu
@@ -69,3 +69,13 @@ def test_the_cache_is_neither_copied_nor_unpacked_on_a_gpu(method):
         presets.METHODS[method](),
         rows={"full": PROMPT, "h2o": PROMPT // 5, "mikv": PROMPT // 5}.get(method, PROMPT // 3),
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["h2o", "mikv"])
+def test_logits_for_scores_are_there_for_one_layer_at_a_time(method):
+    config, logits = presets.METHODS[method](), 4 * (PROMPT // 5) * WIDE.num_heads
+    few, many = (
+        compiled(config, shape=WIDE.replace(num_layers=n)).memory_analysis().temp_size_in_bytes for n in (2, 8)
+    )
+    assert logits < few and many < few + logits

@@ -32,7 +32,7 @@ from minikv_jax import (
 )
 from minikv_jax.cache import QueryStatistics, Shape
 from minikv_jax.models.llama import Llama
-from minikv_jax.prefill import chunk_rows, compress_layer
+from minikv_jax.prefill import chunk_rows, compress_layer, sequences_at_once
 from minikv_jax.sampling import sample
 
 MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
@@ -294,21 +294,48 @@ def in_chunks_of(monkeypatch, rows: int, attended: int):
 
 
 @pytest.mark.parametrize(
-    ("method", "attended"),
+    ("method", "rows", "attended"),
     [
-        ("minikv", 128),
-        ("minikv", 512),
-        ("snapkv", 256),
-        *(pytest.param("mikv", n, marks=pytest.mark.slow) for n in (128, 512)),
+        ("minikv", 3 * 128, 3 * 384),  # all sequences at once
+        ("minikv", 128, 128),  # one after the other
+        ("snapkv", 128, 256),
+        *(pytest.param("mikv", *x, marks=pytest.mark.slow) for x in ((3 * 128, 3 * 384), (128, 128))),
     ],
 )
-def test_a_prompt_read_in_chunks_of_rows_is_the_prompt(method, attended, monkeypatch):
+def test_a_prompt_read_in_chunks_of_rows_is_the_prompt(method, rows, attended, monkeypatch):
     text, lengths, later, config = tokens(3, 300), jnp.array([300, 40, 131]), tokens(3, 4), METHODS[method]
     whole, _ = follow(config, text, lengths, later)
-    in_chunks_of(monkeypatch, 3 * 128, 3 * attended)
+    in_chunks_of(monkeypatch, rows, attended)
     in_chunks, _ = follow(config, text, lengths, later)
     assert nearly_equal(whole, in_chunks)
     np.testing.assert_allclose(whole[:, 0], in_chunks[:, 0], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["minikv_pyramid", "mikv", *(pytest.param(x, marks=pytest.mark.slow) for x in ("full", "kivi", "minikv_plus"))],
+)
+def test_sequences_read_one_group_after_the_other_are_the_batch(method, monkeypatch):
+    text, lengths, later, config = tokens(4, 60), jnp.array([60, 21, 33, 4]), tokens(4, 4), METHODS[method]
+    whole, expected = follow(config, text, lengths, later)
+    monkeypatch.setattr(sys.modules["minikv_jax.prefill"], "_ATTENDED_ROWS", 3 * 60)  # of 4 sequences 2 at once
+    in_groups, cache = follow(config, text, lengths, later)
+    assert nearly_equal(whole, in_groups)
+    chex.assert_trees_all_equal_shapes_and_dtypes(cache, expected)
+    done = []
+    eager = prefill(MODEL, text, lengths, config, progress=lambda *counts: done.append(counts))
+    assert done == [(i + 1, 4) for i in range(4)]  # two groups, two layers
+    inside = jax.jit(lambda model, text, lengths: prefill(model, text, lengths, config))(MODEL, text, lengths)
+    chex.assert_trees_all_equal_shapes_and_dtypes(inside, eager)
+    np.testing.assert_allclose(inside[0], eager[0], atol=2e-5)
+
+
+@given(batch=st.integers(1, 300), length=st.integers(0, 200_000))
+def test_groups_of_sequences_are_even_and_fill_a_call_of_attention(batch, length):
+    together = sequences_at_once(batch, length)
+    assert batch % together == 0 and (together == 1 or together * length <= 32768)
+    if batch * length <= 32768:
+        assert together == batch
 
 
 def test_logits_everywhere_are_the_same_in_chunks_of_rows(monkeypatch):
