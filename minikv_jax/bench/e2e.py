@@ -734,10 +734,14 @@ def plot(results: Path, picture: Path) -> None:
     panels = (
         ("llama3-8b-B8-S32768", "tokens_per_s", 1, "new tokens/s, batch 8, 32k prompt"),
         ("llama3-8b-B8-S32768", "decode_peak_bytes", 2.0**-30, "peak memory while decoding, GiB"),
-        ("llama3-8b-S32768-largest", "tokens_per_s", 1, "new tokens/s at the largest batch, 32k prompt"),
+        ("llama3-8b-S32768-largest", "tokens_per_s", 1, "new tokens/s, largest batch, 32k prompt"),
     )
     for axis, (case, name, unit, title) in zip(figure.subplots(1, 3), panels):
-        shown = [(row["method"], row[name] * unit) for row in rows if row["case"] == case and row.get(name)]
+        shown = [
+            (row["method"].replace(_OWN_LAYERS, "minikv_plus, own layers"), row[name] * unit)
+            for row in rows
+            if row["case"] == case and row.get(name)
+        ]
         axis.barh([method for method, _ in shown], [number for _, number in shown])
         axis.invert_yaxis()
         axis.set(title=title)

@@ -185,12 +185,19 @@ def e2e(folder: Path) -> str:
 
 
 def _compiling(rows: Sequence[dict]) -> str:
-    """The longest times to compile."""
-    longest = [max((row[f"{part}_compile_s"] for row in rows if f"{part}_compile_s" in row), default=0)
-               for part in ("prefill", "decode")]  # fmt: skip
-    return (
-        f" Compiling took at most {longest[0]:.1f} s (prompt) and {longest[1]:.1f} s (decode)." if all(longest) else ""
-    )
+    """What it takes to compile, in the first case of the smallest batch of which prompt and step were compiled."""
+    whole = [row for row in rows if {"prefill_compile_s", "decode_compile_s", "decode_cached_compile_s"} <= row.keys()]
+    if not whole:
+        return ""
+    first = min(whole, key=lambda row: row["shape"]["B"])
+    shape = first["shape"]
+    times = [
+        f"`{row['method']}` {row['decode_compile_s']:.1f} s ({row['decode_cached_compile_s']:.1f} s if JAX's persistent "
+        f"cache has it) and {row['prefill_compile_s']:.1f} s"
+        for row in whole
+        if (row["model"], row["shape"]) == (first["model"], shape)
+    ]
+    return f" Compiling step and prompt, {shape['B']} x {shape['S']:,}: {', '.join(times)}."
 
 
 def _kernels(row: dict, bandwidth: float) -> str:
