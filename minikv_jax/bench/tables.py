@@ -192,7 +192,7 @@ def _compiling(rows: Sequence[dict]) -> str:
     first = min(whole, key=lambda row: row["shape"]["B"])
     shape = first["shape"]
     times = [
-        f"`{row['method']}` {row['decode_compile_s']:.1f} s ({row['decode_cached_compile_s']:.1f} s if JAX's persistent "
+        f"`{row['method']}` {row['decode_compile_s']:.1f} s ({row['decode_cached_compile_s']:.1f} s if the persistent "
         f"cache has it) and {row['prefill_compile_s']:.1f} s"
         for row in whole
         if (row["model"], row["shape"]) == (first["model"], shape)
