@@ -203,7 +203,7 @@ def app() -> None:
 
 @app.command()
 @_asking
-@click.option("--method", default="minikv", show_default=True, help="See `minikv methods`.")
+@click.option("--method", default="minikv_plus", show_default=True, help="See `minikv methods`.")
 @click.option("--set", "settings", multiple=True, help="Change a knob of the method: --set bits=4.")
 def generate(method: str, settings: tuple[str, ...], as_json: bool, **request) -> None:
     """Answer a QUESTION about a text from a compressed cache."""

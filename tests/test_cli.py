@@ -20,8 +20,8 @@ def minikv(*arguments, **environment):
     [
         (["generate"], "prompt is empty"),
         (["generate", "--method", "minikv9", "hi"], "minikv9"),
-        (["generate", "--set", "bits=5", "hi"], "bits=5"),
-        (["generate", "--set", "bits", "hi"], "knob=value"),
+        (["generate", "--set", "key_bits=5", "hi"], "key_bits=5"),
+        (["generate", "--set", "key_bits", "hi"], "knob=value"),
         (["generate", "--set", "heavy=much", "hi"], "heavy"),
         (["generate", "--model", "no/such/folder", "hi"], "no/such/folder"),
         (["generate", "--prompt-file", "no/such/text", "hi"], "no/such/text"),
