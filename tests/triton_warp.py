@@ -138,12 +138,15 @@ def _instructions(shared):
     def multiply2(x, y):
         return _pack(_halves(_lanes(x)) * _halves(_lanes(y)))
 
-    def pair(low, high):
-        return _pack(np.stack([_lanes(low), _lanes(high)], axis=1))
+    def pair(low, high, BFLOAT16=False):
+        numbers = np.stack([_lanes(low), _lanes(high)], axis=1)
+        if not BFLOAT16:
+            return _pack(numbers)
+        return numbers.astype(ml_dtypes.bfloat16).view(np.int32).reshape(-1).view(Register)
 
-    def pair_bfloat16(low, high):
-        rounded = np.stack([_lanes(low), _lanes(high)], axis=1).astype(ml_dtypes.bfloat16)
-        return rounded.view(np.int32).reshape(-1).view(Register)
+    def mma(a0, a1, a2, a3, b0, b1, c, BFLOAT16=False):
+        words = (_lanes(x) for x in (a0, a1, a2, a3, b0, b1))
+        return _mma(*words, tuple(_lanes(x) for x in c), numbers=_bfloat16s if BFLOAT16 else _halves)
 
     def read4(address, valid):
         address, valid = _lanes(address), _lanes(valid).astype(bool)
@@ -165,20 +168,11 @@ def _instructions(shared):
         "load1": lambda a: shared.words(a, 1)[0],
         "load2": lambda a: shared.words(a, 2),
         "load4": lambda a: shared.words(a, 4),
-        "mma": lambda *a: _mma(*(_lanes(x) for x in a[:6]), tuple(_lanes(x) for x in a[6])),
-        "masked_mma": lambda a, b0, b1, c, MASK: _mma(
-            *(_lanes(x & np.int32(MASK)) for x in a), _lanes(b0), _lanes(b1), tuple(_lanes(x) for x in c)
+        "mma": mma,
+        "masked_mma": lambda a, b0, b1, c, MASK: mma(*(x & np.int32(MASK) for x in a), b0, b1, c),
+        "twice_masked_mma": lambda a, e, b0, b1, c, MASK, THIRD: mma(
+            *(x & np.int32(MASK) | y & np.int32(THIRD) for x, y in zip(a, e)), b0, b1, c
         ),
-        "twice_masked_mma": lambda a, e, b0, b1, c, MASK, THIRD: _mma(
-            *(_lanes(x & np.int32(MASK) | y & np.int32(THIRD)) for x, y in zip(a, e)),
-            _lanes(b0),
-            _lanes(b1),
-            tuple(_lanes(x) for x in c),
-        ),
-        "mma_bfloat16": lambda *a: _mma(
-            *(_lanes(x) for x in a[:6]), tuple(_lanes(x) for x in a[6]), numbers=_bfloat16s
-        ),
-        "pair_bfloat16": pair_bfloat16,
         "read4": read4,
         "transpose8": _transpose8,
         "shuffle": lambda x, lane: _lanes(x)[_lanes(lane)].view(Register),

@@ -157,11 +157,20 @@ def load4(address):
     )
 
 
+@triton.constexpr_function
+def mma_text(dtype, left, before=""):
+    """The product of a left operand [16, 16] of four words, named in `left`, with ($8, $9) [16, 8], plus $10..$13."""
+    return (
+        f"{before}mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 "
+        f"{{$0,$1,$2,$3}}, {{{left}}}, {{$8,$9}}, {{$10,$11,$12,$13}};"
+    )
+
+
 @triton.jit
-def mma(a0, a1, a2, a3, b0, b1, c):
-    """c + A B with A [16, 16] and B [16, 8] in float16, c [16, 8] in float32."""
+def mma(a0, a1, a2, a3, b0, b1, c, BFLOAT16: tl.constexpr = False):
+    """c + A B with A [16, 16] and B [16, 8] in float16 or bfloat16, c [16, 8] in float32."""
     return tl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+        mma_text("bf16" if BFLOAT16 else "f16", "$4,$5,$6,$7"),
         "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
         [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
         dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
@@ -172,14 +181,10 @@ def mma(a0, a1, a2, a3, b0, b1, c):
 
 @triton.constexpr_function
 def masked_mma_text(mask, third):
-    words = range(4)
-    operands = [f"and.b32 a{i}, ${4 + i}, {mask}; " for i in words]
+    steps = [f"and.b32 a{i}, ${4 + i}, {mask}; " for i in range(4)]
     if third:
-        operands += [f"and.b32 e{i}, ${14 + i}, {third}; or.b32 a{i}, a{i}, e{i}; " for i in words]
-    return (
-        "{ .reg .b32 a<4>, e<4>; " + "".join(operands) + "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{$0,$1,$2,$3}, {a0,a1,a2,a3}, {$8,$9}, {$10,$11,$12,$13}; }"
-    )
+        steps += [f"and.b32 e{i}, ${14 + i}, {third}; or.b32 a{i}, a{i}, e{i}; " for i in range(4)]
+    return "{ .reg .b32 a<4>, e<4>; " + mma_text("f16", "a0,a1,a2,a3", "".join(steps)) + " }"
 
 
 @triton.jit
@@ -205,19 +210,6 @@ def twice_masked_mma(a, e, b0, b1, c, MASK: tl.constexpr, THIRD: tl.constexpr):
         masked_mma_text(MASK, THIRD),
         "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f,r,r,r,r",
         [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3], e[0], e[1], e[2], e[3]],
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def mma_bfloat16(a0, a1, a2, a3, b0, b1, c):
-    """`mma` of bfloat16."""
-    return tl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
-        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-        [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
         dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
         is_pure=True,
         pack=1,
@@ -293,18 +285,15 @@ def half_as_float(x, shift):
 
 
 @triton.jit
-def pair(low, high):
-    """Rounds two float32 to a pair of float16."""
+def pair(low, high, BFLOAT16: tl.constexpr = False):
+    """Rounds two float32 to a pair of float16 or bfloat16."""
     return tl.inline_asm_elementwise(
-        "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def pair_bfloat16(low, high):
-    """Rounds two float32 to a pair of bfloat16."""
-    return tl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], dtype=tl.int32, is_pure=True, pack=1
+        "cvt.rn.bf16x2.f32 $0, $1, $2;" if BFLOAT16 else "cvt.rn.f16x2.f32 $0, $1, $2;",
+        "=r,f,f",
+        [high, low],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
     )
 
 

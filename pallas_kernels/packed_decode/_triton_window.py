@@ -19,21 +19,11 @@ from pallas_kernels.packed_decode._triton_instructions import (
     column_max,
     column_sum,
     mma,
-    mma_bfloat16,
     pair,
-    pair_bfloat16,
     read4,
     transpose8,
     write,
 )
-
-
-@triton.jit
-def product(a0, a1, a2, a3, b0, b1, c, BFLOAT16: tl.constexpr):
-    if BFLOAT16:
-        return mma_bfloat16(a0, a1, a2, a3, b0, b1, c)
-    else:
-        return mma(a0, a1, a2, a3, b0, b1, c)
 
 
 @triton.jit
@@ -53,7 +43,7 @@ def window_logits(q, low, high, BFLOAT16: tl.constexpr, H: tl.constexpr):
     nil = tl.zeros([32], tl.float32)
     d = (nil, nil, nil, nil)
     for i in tl.static_range(H // 16):
-        d = product(low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1], q[2 * i], q[2 * i + 1], d, BFLOAT16)
+        d = mma(low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1], q[2 * i], q[2 * i + 1], d, BFLOAT16)
     return d
 
 
@@ -68,7 +58,7 @@ def window_values(acc, fade, p, rows, BFLOAT16: tl.constexpr, H: tl.constexpr):
         a1 = ((rows[0][i] >> 16) & 0xFFFF) | (rows[1][i] & -65536)
         a2 = (rows[2][i] & 0xFFFF) | (rows[3][i] << 16)
         a3 = ((rows[2][i] >> 16) & 0xFFFF) | (rows[3][i] & -65536)
-        done = done + (product(a0, a1, a2, a3, p[0], p[1], x, BFLOAT16),)
+        done = done + (mma(a0, a1, a2, a3, p[0], p[1], x, BFLOAT16),)
     return done
 
 
@@ -128,10 +118,7 @@ def window_share(
         )
         fade = (tl.exp2(maximum[0] - new[0]), tl.exp2(maximum[1] - new[1]))
         e = (tl.exp2(x[0] - new[0]), tl.exp2(x[1] - new[1]), tl.exp2(x[2] - new[0]), tl.exp2(x[3] - new[1]))
-        if BFLOAT16:
-            p = (transpose8(pair_bfloat16(e[0], e[1])), transpose8(pair_bfloat16(e[2], e[3])))
-        else:
-            p = (transpose8(pair(e[0], e[1])), transpose8(pair(e[2], e[3])))
+        p = (transpose8(pair(e[0], e[1], BFLOAT16)), transpose8(pair(e[2], e[3], BFLOAT16)))
         total = (total[0] * fade[0] + e[0] + e[2], total[1] * fade[1] + e[1] + e[3])
         acc = window_values(acc, fade, p, values, BFLOAT16, H)
         maximum = new
