@@ -238,8 +238,8 @@ def layers(folder: Path) -> str:
     parts, names = [], ("kl", "top1", "ppl", "lines", "shared", "chain")
     for path in sorted(folder.glob("layers-quality-*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
-        rows = [row | {"bits_per_element": row["bits_of_tiers"]} for row in results["rows"] if row["task"] in names]
-        table = summary.table(rows, METRICS, names).replace("bits per element", "bits of tiers", 1)
+        rows = [row for row in results["rows"] if row["task"] in names]
+        table = summary.table(rows, METRICS, names, weight="bits_of_tiers")
         parts.append(f"{results['rows'][0]['model']}. {_source(results)}\n\n{table}")
     return "\n\n".join(parts) or _NOT_YET
 

@@ -100,17 +100,31 @@ def shown(row: Mapping, metric: Metric) -> str:
     return f"{value} ({' to '.join(ends)})" if ends else value
 
 
-def table(found: Sequence[Mapping], metrics: Mapping[str, Metric], names: Sequence[str] = (), case: str = ALL) -> str:
-    """Markdown: a line a method, fewest bits last; a column for each metric (those of `names`, or all there are)."""
+def table(
+    found: Sequence[Mapping],
+    metrics: Mapping[str, Metric],
+    names: Sequence[str] = (),
+    case: str = ALL,
+    weight: str = "bits_per_element",
+) -> str:
+    """Markdown: a line a method, fewest bits last; a column for each metric (those of `names`, or all there are).
+
+    `weight` is what bits are counted by.
+    """
     mine = [row for row in found if row["case"] == case]
     names = [name for name in (names or metrics) if any(row["task"] == name for row in mine)]
     bits: dict[str, list[float]] = {}
     for row in mine:
-        bits.setdefault(row["method"], []).append(row["bits_per_element"])
+        bits.setdefault(row["method"], []).append(row[weight])
     cells = {(row["task"], row["method"]): shown(row, metrics[row["task"]]) for row in mine}
-    lines = [["method", "bits per element", *names], ["---"] * (len(names) + 2)]
+    lines = [["method", weight.replace("_", " "), *names], ["---"] * (len(names) + 2)]
     for method in sorted(bits, key=lambda method: -float(np.mean(bits[method]))):
         low, high = f"{min(bits[method]):.2f}", f"{max(bits[method]):.2f}"
-        weight = low if low == high else f"{low} to {high}"
-        lines.append([f"`{method}`", weight, *(cells.get((name, method), "-") for name in names)])
+        lines.append(
+            [
+                f"`{method}`",
+                low if low == high else f"{low} to {high}",
+                *(cells.get((name, method), "-") for name in names),
+            ]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
