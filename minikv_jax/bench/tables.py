@@ -232,11 +232,20 @@ def quality(folder: Path) -> str:
 
 def layers(folder: Path) -> str:
     """Models with layers of their own: quality beside the bits of tiers."""
+    return _by_tiers(folder, "layers-quality-*.json", ("kl", "top1", "ppl", "lines", "shared", "chain"))
+
+
+def questions(folder: Path) -> str:
+    """Right answers about contexts that were compressed before, over many questions, beside the bits of tiers."""
+    return _by_tiers(folder, "questions-*.json", ("shared",))
+
+
+def _by_tiers(folder: Path, files: str, names: Sequence[str]) -> str:
     from minikv_jax.evals import summary
     from minikv_jax.evals.tasks import METRICS
 
-    parts, names = [], ("kl", "top1", "ppl", "lines", "shared", "chain")
-    for path in sorted(folder.glob("layers-quality-*.json")):
+    parts = []
+    for path in sorted(folder.glob(files)):
         results = json.loads(path.read_text(encoding="utf-8"))
         rows = [row for row in results["rows"] if row["task"] in names]
         table = summary.table(rows, METRICS, names, weight="bits_of_tiers")
@@ -258,6 +267,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "e2e": e2e,
     "quality": quality,
     "layers": layers,
+    "questions": questions,
 }
 
 
