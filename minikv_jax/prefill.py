@@ -307,7 +307,9 @@ def prefill(
         return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), parts)
 
     def finished(before: int):
-        return progress and (lambda done, _: progress(before + done, batch // together * layers))
+        if progress is None:
+            return None
+        return lambda done, _: progress(before + done, batch // together * layers)
 
     parts = []
     for i in range(batch // together):
