@@ -297,8 +297,7 @@ def prefill(
     model = as_model(params)
     lengths = jnp.asarray(lengths, jnp.int32)
     cache_config = checked(model, tokens, lengths, cache_config)
-    batch, layers = tokens.shape[0], model.config.num_layers
-    together = sequences_at_once(*tokens.shape)
+    batch, together = tokens.shape[0], sequences_at_once(*tokens.shape)
     if together == batch:
         return _prefill(model, tokens, lengths, cache_config, progress)
     if isinstance(tokens, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
@@ -306,16 +305,18 @@ def prefill(
         parts = jax.lax.map(lambda group: _prefill(model, *group, cache_config, None), tuple(groups))
         return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), parts)
 
-    def finished(before: int):
-        if progress is None:
-            return None
-        return lambda done, _: progress(before + done, batch // together * layers)
-
     parts = []
     for i in range(batch // together):
         group = slice(i * together, (i + 1) * together)
-        parts.append(_prefill(model, tokens[group], lengths[group], cache_config, finished(i * layers)))
+        parts.append(
+            _prefill(model, tokens[group], lengths[group], cache_config, _counted_from(progress, i, batch // together))
+        )
     return _joined(parts)
+
+
+def _counted_from(progress: Callable[[int, int], None] | None, group: int, groups: int):
+    """What the layers of one group of sequences report to."""
+    return None if progress is None else lambda done, layers: progress(group * layers + done, groups * layers)
 
 
 def sequences_at_once(batch: int, tokens: int) -> int:
