@@ -177,7 +177,7 @@ def compress_layer(key, value, scores, queries, lengths, budget, config, shape, 
         # Q-Hitter's mix looks at all heads of a layer.
         if together >= heads or config.rank.attention_weight < 1:
             return compress(*arrays, lengths, budget, config=config, shape=shape)
-        together = next(n for n in range(together, 0, -1) if heads % n == 0)
+        together = _even_share(heads, together)
 
         def one(first):
             def some(x, axis):
@@ -322,8 +322,12 @@ def _counted_from(progress: Callable[[int, int], None] | None, group: int, group
 def sequences_at_once(batch: int, tokens: int) -> int:
     """Sequences of a [batch, tokens] prompt that are read through all layers before others: as many as fill one call of
     attention. Hidden states of more would only wait for their turn, two bytes a channel of every token."""
-    most = max(min(_ATTENDED_ROWS // max(tokens, 1), batch), 1)
-    return next(n for n in range(most, 0, -1) if batch % n == 0)
+    return _even_share(batch, max(min(_ATTENDED_ROWS // max(tokens, 1), batch), 1))
+
+
+def _even_share(count: int, most: int) -> int:
+    """The largest divisor of `count` up to `most`: shares of one size need one program."""
+    return next(n for n in range(most, 0, -1) if count % n == 0)
 
 
 def _prefill(model: Llama, tokens, lengths, cache_config: CacheConfig, progress) -> tuple[Array, KVCache]:

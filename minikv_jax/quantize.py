@@ -72,10 +72,10 @@ def encode(
         return up(jnp.maximum(high - lowest, 0) / levels, metadata_dtype), zero
 
     def codes_on(scale, zero):
-        step, least = scale.astype(jnp.float32), zero.astype(jnp.float32)
+        step, minimum = scale.astype(jnp.float32), zero.astype(jnp.float32)
         if integer_zero:
-            return jnp.clip(jnp.round(_over(grouped, step)) + jnp.round(_over(-least, step)), 0, levels)
-        return jnp.round(jnp.clip(_over(grouped - least, step), 0, levels))
+            return jnp.clip(jnp.round(_over(grouped, step)) + jnp.round(_over(-minimum, step)), 0, levels)
+        return jnp.round(jnp.clip(_over(grouped - minimum, step), 0, levels))
 
     def error(scale, zero):
         restored = codes_on(scale, zero) * scale.astype(jnp.float32) + zero.astype(jnp.float32)

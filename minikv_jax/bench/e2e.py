@@ -436,7 +436,7 @@ def longest_prompt(shape: ModelConfig, config: CacheConfig, free: int) -> int:
     cache = planned_report(shape, config, probe, GENERATED).total.bytes_held / probe
     layer = 2 * 2 * shape.num_kv_heads * shape.head_dim
     # Next to the finished cache exist x, the last layer's keys and values as they were read and as they are laid out,
-    # and about as much in the allocator's holes.
+    # and about one layer's worth of holes between the allocator's blocks.
     return int((free - _RESERVE) / (cache + 3 * layer + 2 * shape.hidden_size))
 
 

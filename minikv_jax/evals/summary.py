@@ -109,7 +109,7 @@ def table(
 ) -> str:
     """Markdown: a line a method, fewest bits last; a column for each metric (those of `names`, or all there are).
 
-    `weight` is what bits are counted by.
+    `weight` is the field of the rows that bits are taken from, and with spaces the column's title.
     """
     mine = [row for row in found if row["case"] == case]
     names = [name for name in (names or metrics) if any(row["task"] == name for row in mine)]
@@ -120,11 +120,6 @@ def table(
     lines = [["method", weight.replace("_", " "), *names], ["---"] * (len(names) + 2)]
     for method in sorted(bits, key=lambda method: -float(np.mean(bits[method]))):
         low, high = f"{min(bits[method]):.2f}", f"{max(bits[method]):.2f}"
-        lines.append(
-            [
-                f"`{method}`",
-                low if low == high else f"{low} to {high}",
-                *(cells.get((name, method), "-") for name in names),
-            ]
-        )
+        span = low if low == high else f"{low} to {high}"
+        lines.append([f"`{method}`", span, *(cells.get((name, method), "-") for name in names)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
