@@ -136,7 +136,7 @@ def test_cases_of_a_split_are_its_own_and_repeat():
     def names_and_prompts(title, split, seed=0):
         return {case.name: case.prompt for case in TASKS[title].cases(lab(split=split, seed=seed, lengths=(3000,)))}
 
-    for title in ("kl", "lines", "shared", "passkey", "needle"):
+    for title in ("kl", "lines", "shared", "aware", "passkey", "needle"):
         dev, test = names_and_prompts(title, "dev"), names_and_prompts(title, "test")
         assert dev and dev == names_and_prompts(title, "dev")
         assert not set(dev.values()) & set(test.values())
@@ -145,7 +145,8 @@ def test_cases_of_a_split_are_its_own_and_repeat():
 
 
 def test_shared_context_is_compressed_before_and_with_the_question():
-    cases = shared.TASK.cases(lab(lengths=(3000,), limit=1))
+    asked = lab(lengths=(3000,), limit=2)
+    cases = [case for case in (*shared.TASK.cases(asked), *shared.AWARE.cases(asked)) if "/0" in case.name]
     kinds = {case.about["batch"].partition(", ")[2] for case in cases}
     assert kinds == {"before", "before, turns", "aware", "aware, turns"}
     before = next(case for case in cases if case.about["batch"].endswith("before"))

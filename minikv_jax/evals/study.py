@@ -207,7 +207,7 @@ def _few(model: ModelConfig, settings: Settings) -> dict[str, CacheConfig]:
 
 
 STUDY: dict[str, Piece] = {
-    "main": Piece("every method at its published settings", "kl,lines,shared", _DEFAULTS, _longest),
+    "main": Piece("every method at its published settings", "kl,lines,shared,aware", _DEFAULTS, _longest),
     "budgets": Piece("every method at 5 to 50 % of bfloat16", "kl,lines", at_equal_bytes, _longest),
     "few": Piece(
         "published settings, and MiniKV and minikv_plus at 10, 14 and 20 %", "kl,lines,shared", _few, _longest

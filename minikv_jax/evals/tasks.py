@@ -9,6 +9,7 @@ TASKS: dict[str, Task] = {
     "running": running.TASK,
     "lines": lines.TASK,
     "shared": shared.TASK,
+    "aware": shared.AWARE,
     "passkey": passkey.TASK,
     "needle": passkey.NEEDLE,
     "ruler": ruler.TASK,
