@@ -8,6 +8,7 @@ held counted: codes, metadata, window and counters.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from minikv_jax import presets
 from minikv_jax.config import CacheConfig
@@ -44,9 +45,9 @@ def _packed(name: str, x: float, window: int, bits: int) -> str:
 
 
 def _plus(name: str, x: float, window: int, bits: tuple[int, int]) -> str:
-    # All tokens first; below that half of what is kept is recent.
+    # All tokens first; below that half of what is kept is recent. Half of the window is whole groups and stays dense.
     kept = "" if x >= 1 else f"heavy={x / 2:.3f},recent={x / 2:.3f},"
-    groups = f"group_size={window}," if window < 64 else ""
+    groups = f"group_size={window // 2}," if window < 128 else ""
     return f"{name}:{kept}key_bits={bits[0]},value_bits={bits[1]},{groups}residual={window}"
 
 
@@ -67,27 +68,34 @@ def _counted(name: str, x: float, tokens: int) -> str:
     return f"{name}:{knob}={max(int(x * tokens), 40)}"
 
 
-# How each method is made smaller, and the bits it may take, fewest first.
-_KNOBS: Mapping[str, tuple[Callable[..., str], tuple]] = {
-    "streaming_llm": (_counted, (16,)),
-    "h2o": (_dense, (16,)),
-    "snapkv": (_dense, (16,)),
-    "pyramidkv": (_counted, (16,)),
-    "qhitter": (_dense, (4,)),
-    "minikv": (_packed, (2, 4, 8)),
-    "minikv_pyramid": (_packed, (2, 4, 8)),
-    "mikv": (_mikv, (4, 16)),
-    "minikv_plus": (_plus, ((2, 2), (3, 2), (4, 2), (4, 4), (8, 8))),
+class _Knobs(NamedTuple):
+    """How a method is made smaller, the bits it may take, fewest first, and the share of its bytes for a window."""
+
+    write: Callable[..., str]
+    bits: tuple = (16,)
+    window: float = 0.25
+
+
+_KNOBS: Mapping[str, _Knobs] = {
+    "streaming_llm": _Knobs(_counted),
+    "h2o": _Knobs(_dense),
+    "snapkv": _Knobs(_dense),
+    "pyramidkv": _Knobs(_counted),
+    "qhitter": _Knobs(_dense, (4,)),
+    "minikv": _Knobs(_packed, (2, 4, 8)),
+    "minikv_pyramid": _Knobs(_packed, (2, 4, 8)),
+    "mikv": _Knobs(_mikv, (4, 16)),
+    "minikv_plus": _Knobs(_plus, ((2, 2), (3, 2), (4, 2), (4, 4), (8, 8)), window=0.3),
 }
 
 
 def at_share(name: str, share: float, model: ModelConfig, prompt: int, generated: int) -> str | None:
     """The method's settings whose cache weighs a share of a bfloat16 one, or None where it cannot.
 
-    Fewest bits first, for they keep most tokens; the window is the largest that takes at most a quarter of the bytes.
+    Fewest bits first, for they keep most tokens; the window is the largest that takes its share of the bytes at most.
     """
-    write, widths = _KNOBS[name]
-    window = next((w for w in _WINDOWS if w / (prompt + generated) <= share / 4), _WINDOWS[-1])
+    write, widths, window_share = _KNOBS[name]
+    window = next((w for w in _WINDOWS if w / (prompt + generated) <= window_share * share), _WINDOWS[-1])
 
     def line(x: float, bits) -> str:
         return write(name, x, prompt) if write is _counted else write(name, x, window, bits)
