@@ -3,8 +3,8 @@
 KVCache
   layers[l]: LayerCache
     prefix     Segment | None                what forked sequences share
-    segment    DenseSegment | PackedSegment  the first tier, and where new tokens end up
-    retained   PackedSegment | None          the second tier (MiKV)
+    segment    DenseSegment | PackedSegment  the first tier
+    retained   PackedSegment | None          the second tier (MiKV); with a window, where new tokens end up
     window     DenseSegment | KiviWindow     the newest tokens, until they are encoded
     ledger     Ledger | None                 positions and scores of a first tier that gives tokens up
     units      Units | None                  powers of two in which all of these are held
@@ -13,7 +13,7 @@ All parts of a layer hold keys and values alike: after the method's rotations, i
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,11 @@ class LayerCache:
     units: Units | None = None
     prefix: tuple[Segment, ...] = ()
 
+    @property
+    def growing(self) -> Literal["segment", "retained"]:
+        """The tier that new tokens end up in. Nothing says of those which a window encodes that they matter."""
+        return "segment" if self.window is None or self.retained is None else "retained"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +131,10 @@ class Shape(NamedTuple):
         if config.evict == "never":
             # What a window encodes touches whole blocks, even at the end of the segment.
             touched = BLOCK * segments.touched_blocks(config.window - config.window_keeps) if config.window else 0
+            if config.window and config.retained:
+                # The first tier takes whole groups; what that leaves over goes to the other one.
+                spare = config.codec.token_group - 1 - config.window_keeps
+                return cls(kept - config.first_encoded, max(left + spare + generated, touched))
             return cls(max(kept - config.first_encoded - config.window_keeps + generated, touched), left)
         # A tier counted in tokens grows up to its size; one more row holds the token a step gives up.
         size = int(allocate.budget(config, layer, layers, prompt).total)
@@ -193,6 +202,8 @@ def compress(
 
     if config.quantized_first is not None:
         key, value = _quantized(config.quantized_first, key, value, lengths)
+    if config.window is not None and config.retained is not None:
+        return _in_two_tiers(key, value, scores, lengths, budget, config, shape, dtype, moment, units)
     friendliness = _friendliness(key, value, present, config) if config.rank.attention_weight < 1 else None
     kept = jnp.minimum(budget.total, lengths)
     if config.selects or config.evict != "never" or config.retained is not None:
@@ -220,6 +231,35 @@ def compress(
     if config.evict != "never":
         ledger = _ledger(rows, scores, friendliness, budget, lengths, config, segment.capacity)
     return LayerCache(segment, window, retained, ledger, units)
+
+
+def _in_two_tiers(
+    key, value, scores, lengths, budget: Budget, config: CacheConfig, shape: Shape, dtype, moment, units
+) -> LayerCache:
+    """A prompt whose most attended tokens have a tier of their own, beside that of all others; a window in front.
+
+    Sinks (where exact) and the newest tokens start the window; of those between, both tiers take whole groups.
+    """
+    sinks, group = config.first_encoded, config.codec.token_group
+    encoded = jnp.maximum(lengths - sinks - config.window_keeps, 0) // group * group
+    important = jnp.clip(budget.total - sinks, 0, encoded) // group * group
+    between = jnp.arange(key.shape[2] - sinks) < encoded[:, None, None]
+    key_between, value_between, scores = key[:, :, sinks:], value[:, :, sinks:], scores[:, :, sinks:]
+    none = jnp.zeros_like(lengths)
+    chosen = rank.best(scores, encoded, none, 0, important)
+
+    def tier(codec: Codec, mine: Bool[Array, "B K T"], count: Int[Array, "B"], capacity: int) -> segments.Segment:
+        rows = rank.in_text_order(mine, min(max(capacity, 1), mine.shape[-1]))
+        held = _gather(key_between, rows), _gather(value_between, rows)
+        return segments.build(codec, *held, count, capacity, dtype, None, moment)
+
+    segment = tier(config.codec, chosen, important, shape.segment)
+    retained = tier(config.retained, between & ~chosen, encoded - important, shape.retained)
+    row = jnp.arange(sinks + config.window)
+    row = jnp.where(row < sinks, row, row + encoded[:, None, None])
+    row = jnp.broadcast_to(row, (*key.shape[:2], row.shape[-1]))
+    window = DenseSegment(*(_gather(x, row).astype(dtype) for x in (key, value)), lengths - encoded)
+    return LayerCache(segment, window, retained, units=units)
 
 
 def _rotated(x: Float[Array, "... H"], wanted: bool) -> Float[Array, "... H"]:
@@ -401,17 +441,18 @@ def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig,
 def _arrive_in_window(layer: LayerCache, key, value, accept, first: int, keeps: int) -> LayerCache:
     """A window that is full with the new token is encoded at once (MiniKV Algorithm 1), from row `first` on and but for
     the newest `keeps`."""
+    tier = getattr(layer, layer.growing)
     try:
-        segment, window = segments.append_to_window(layer.segment, layer.window, key, value, accept, first, keeps)
-        return dataclasses.replace(layer, segment=segment, window=window)
+        tier, window = segments.append_to_window(tier, layer.window, key, value, accept, first, keeps)
+        return dataclasses.replace(layer, window=window, **{layer.growing: tier})
     except NotImplementedError:
         pass  # Not on this device, or not this codec. A CPU takes the condition for next to nothing.
     window = segments.append(layer.window, key, value, accept)
     full = window.length == window.capacity
-    segment, window = jax.lax.cond(
-        full.any(), lambda s, w: _flush(s, w, full, first, keeps), lambda s, w: (s, w), layer.segment, window
+    tier, window = jax.lax.cond(
+        full.any(), lambda s, w: _flush(s, w, full, first, keeps), lambda s, w: (s, w), tier, window
     )
-    return dataclasses.replace(layer, segment=segment, window=window)
+    return dataclasses.replace(layer, window=window, **{layer.growing: tier})
 
 
 def _flush(

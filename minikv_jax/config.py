@@ -216,7 +216,7 @@ class CacheConfig:
         name: of the method.
         rank, allocation: choose the tokens of the first tier.
         codec: of the first tier.
-        retained: codec of all other tokens; None drops them.
+        retained: codec of all other tokens, and of those that a window encodes; None drops them.
         window: newest tokens kept dense until they are encoded; None: new tokens go straight into the first tier.
         window_style: "block" encodes a full window at once, before the step's attention (MiniKV); "kivi" encodes a
             full window of keys after it, and values one by one as they grow older than the window.
@@ -274,10 +274,7 @@ class CacheConfig:
         _require(
             self.evict != "before" or self.rank.by == "position", "evict='before' goes with a rank by position only."
         )
-        _require(
-            self.retained is None or (not self.retained.dense and self.retained.token_group == 1),
-            "A retained tier takes tokens one at a time: give it fewer than 16 bits and key_axis='channels'.",
-        )
+        self._check_retained()
         codecs = [codec for codec in (self.codec, self.retained) if codec is not None and not codec.dense]
         _require(
             not self.rotate_keys or not any(codec.balance for codec in codecs),
@@ -286,6 +283,20 @@ class CacheConfig:
         _require(codecs or not (self.rotate_keys or self.rotate_values), "Rotation needs a tier of fewer than 16 bits.")
         self._check_window()
         self._check_layers()
+
+    def _check_retained(self) -> None:
+        if self.retained is None:
+            return
+        _require(not self.retained.dense, "A retained tier is for fewer than 16 bits: give it those.")
+        one_by_one = self.window is None
+        _require(
+            not one_by_one or self.retained.token_group == 1,
+            "Without a window a retained tier takes tokens one at a time: give it key_axis='channels'.",
+        )
+        _require(
+            one_by_one or self.retained.token_group == self.codec.token_group,
+            "Tiers behind one window need the same groups of tokens.",
+        )
 
     def _check_layers(self) -> None:
         for name, other in (("precise", self.precise_codec), ("brief", self.brief_allocation)):

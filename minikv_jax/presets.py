@@ -172,6 +172,7 @@ def minikv_plus(
     residual: int = 128,
     sinks: int = 4,
     keeps: int | None = None,
+    important: float = 0.0,
     precise: Sequence[int] = (),
     brief: Sequence[int] = (),
     brief_share: float = 0.5,
@@ -192,6 +193,8 @@ def minikv_plus(
         residual: tokens of the window, whose older ones are encoded when it is full.
         sinks: first tokens that stay dense.
         keeps: newest tokens that always stay dense; by default half of the window, where that is whole groups.
+        important: share of the prompt, by the attention it received, that takes 4 bits in a tier of its own. Goes with
+            all tokens kept; scores cost a second pass over the prompt's attention.
         precise: layers whose keys and values take 4 bits. `minikv calibrate` finds the few that pay it back.
         brief: layers that keep `brief_share` of the prompt, half of it for attention and half newest; likewise.
         brief_share: see `brief`.
@@ -210,13 +213,22 @@ def minikv_plus(
         key_feedback=True,
     )
     half = float(brief_share) / 2
+    everything = float(heavy) + float(recent) >= 1
+    if important and not everything:
+        raise ConfigError(
+            f"important={important} keeps the other tokens too: leave heavy={heavy} and recent={recent} at 1 together."
+        )
+    finer = dataclasses.replace(codec, key_bits=4, value_bits=4)
     return CacheConfig(
         name="minikv_plus",
-        rank=Rank(by="attention"),
-        allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks),
-        codec=codec,
+        rank=Rank(by="window", window=64) if important else Rank(by="attention"),
+        allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks)
+        if not important
+        else Allocation(heavy=float(important), recent=0.0, sinks=sinks),
+        codec=finer if important else codec,
+        retained=codec if important else None,
         precise=tuple(precise),
-        precise_codec=dataclasses.replace(codec, key_bits=4, value_bits=4) if precise else None,
+        precise_codec=finer if precise else None,
         brief=tuple(brief),
         brief_allocation=Allocation(heavy=half, recent=half, sinks=sinks) if brief else None,
         window=residual,

@@ -79,5 +79,5 @@ def _forked(layer: LayerCache, repeated, count: int, room: int) -> LayerCache:
     shared = tuple(part for part in (layer.segment, layer.retained) if part is not None)
     # New tokens still come through the window, which starts with what the prompt left in it.
     rows = room if layer.window is None else room + layer.window.capacity
-    own = segments.empty_like(layer.segment, count, rows)
+    own = segments.empty_like(getattr(layer, layer.growing), count, rows)
     return LayerCache(own, repeated(layer.window), units=repeated(layer.units), prefix=shared)

@@ -27,14 +27,16 @@ MODEL = Llama(CONFIG, rngs=nnx.Rngs(params=0))
 
 def small(config: CacheConfig) -> CacheConfig:
     """The method with groups of 8 and a window of 16, so that small prompts are encoded."""
-    codec = config.codec
     if config.window is None:
         return config
-    codec = dataclasses.replace(codec, key_group=8, value_group=8)
-    return config.replace(codec=codec, window=16, window_keeps=config.window_keeps // 8)
+    tiers = {"codec": config.codec, "retained": config.retained}
+    groups = {"key_group": 8, "value_group": 8}
+    tiers = {name: dataclasses.replace(codec, **groups) for name, codec in tiers.items() if codec is not None}
+    return config.replace(**tiers, window=16, window_keeps=config.window_keeps // 8)
 
 
 METHODS = {name: small(preset()) for name, preset in presets.METHODS.items()}
+METHODS["two_tiers"] = small(presets.minikv_plus(important=0.3))
 METHODS["streaming_llm"] = presets.streaming_llm(recent=20)
 METHODS["snapkv"] = presets.snapkv(budget=24, window=8)
 METHODS["pyramidkv"] = presets.pyramidkv(budget=24, window=8)
