@@ -37,8 +37,9 @@ from minikv_jax.sampling import sample
 
 MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
 step = jax.jit(decode_step, donate_argnames="cache")
-# Every method, those beyond the first two among the slow tests.
-EVERY = [name if name in ("full", "minikv", "two_tiers") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+# Every method, those beyond a few among the slow tests.
+FEW = ("full", "minikv", "two_tiers")
+EVERY = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 
 
 def follow(config, prompt, lengths, later, params=MODEL):

@@ -13,11 +13,12 @@ from hypothesis.extra import numpy as hnp
 from layer import draw, run
 from models import CONFIG, tokens
 
-from minikv_jax import ConfigError, prefill, presets, quantize
+from minikv_jax import Codec, ConfigError, prefill, presets, quantize, segments
 from minikv_jax.models.llama import Llama
 from minikv_jax.models.shapes import shape_of
 from minikv_jax.report import planned_report
 from minikv_jax.segments import rotate
+from pallas_kernels import two_pass_attention
 
 PLUS = presets.minikv_plus(group_size=8, residual=16)
 
@@ -67,6 +68,64 @@ def test_sinks_stay_as_they_came_and_stretch_no_group():
     for packed in ("keys", "values"):
         before, after = (getattr(x.after.segment, packed) for x in (quiet, again))
         np.testing.assert_array_equal(before.scale, after.scale)
+
+
+TIERS = presets.minikv_plus(group_size=8, residual=16, important=0.3)
+
+
+def _held(segment, layer, b):
+    """A tier's values of one sequence as they came, [K, tokens, H], on the CPU."""
+    _, value = segments.decode(segment.codec, *(quantize.from_packed(x) for x in (segment.keys, segment.values)), None)
+    value = np.asarray(rotate(value[b, :, : int(segment.length[b])]))
+    return value * np.asarray(layer.units.value)[b, :, None, None]
+
+
+def test_the_most_attended_tokens_have_four_bits_and_the_others_two():
+    lengths = np.array([90, 41, 12, 3])
+    prompt, stream = draw(np.random.default_rng(), 4, 90, 30, 2, 2, 16)
+    _, scores, _ = two_pass_attention(*prompt, query_lengths=lengths, key_value_lengths=lengths, score_rows=64)
+    seen = run(TIERS, *prompt, lengths, stream)
+    for b, length in enumerate(lengths):
+        # Sinks and eight or more of the newest stay dense; between them tiers take tokens in groups of eight.
+        between = max(length - 4 - 8, 0) // 8 * 8
+        important = min(int(0.3 * length), between) // 8 * 8
+        layer = seen.prompt
+        found = [int(part.length[b]) for part in (layer.segment, layer.retained, layer.window)]
+        assert found == [important, between - important, length - between]
+        for head in range(2):
+            best = np.sort(4 + np.argsort(-np.asarray(scores)[b, head, 4 : 4 + between], kind="stable")[:important])
+            rest = np.setdiff1d(np.arange(4, 4 + between), best)
+            for tier, rows, most in ((layer.segment, best, 0.15), (layer.retained, rest, 0.6)):
+                value, expected = _held(tier, layer, b)[head], prompt[2][b, rows, head]
+                assert value.shape == expected.shape
+                assert np.linalg.norm(value - expected) <= most * np.linalg.norm(expected)
+        # What windows encode joins the others.
+        after, encoded = seen.after, max(length + 30 - 4 - 8, 0) // 8 * 8
+        assert [int(after.segment.length[b]), int(after.retained.length[b])] == [important, encoded - important]
+
+
+def test_two_fine_tiers_answer_like_the_full_cache():
+    lengths = np.array([90, 41, 12, 3])
+    prompt, stream = draw(np.random.default_rng(), 4, 90, 30, 2, 2, 16)
+    fine = {name: dataclasses.replace(TIERS.codec, key_bits=8, value_bits=8) for name in ("codec", "retained")}
+    found, exact = (run(x, *prompt, lengths, stream).outputs for x in (TIERS.replace(**fine), presets.full()))
+    assert np.linalg.norm(found - exact) < 0.03 * np.linalg.norm(exact)
+    coarse = run(TIERS, *prompt, lengths, stream).outputs
+    assert np.linalg.norm(coarse - exact) > 0.1 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda: presets.minikv_plus(heavy=0.25, important=0.1), "leave heavy"),
+        (lambda: presets.minikv_plus(important=0.1, precise=(1,)), "in one tier"),
+        (lambda: TIERS.replace(retained=Codec()), "fewer than 16 bits"),
+        (lambda: TIERS.replace(retained=Codec(2, 2, 16, 16)), "same groups"),
+    ],
+)
+def test_tiers_that_do_not_go_together_are_named(make, words):
+    with pytest.raises(ConfigError, match=words):
+        make()
 
 
 @settings(max_examples=5)

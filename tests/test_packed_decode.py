@@ -286,42 +286,50 @@ def test_dense_matches_float64(heads, t, s, seed):
     assert compare_dense("xla", heads=heads[0], group=heads[1], t=t, s=s, seed=seed) < 1e-5
 
 
-def check_together(implementation, *, t=1, heads=2, group=2, h=64, dtype="bfloat16", lengths=((200, 33), (0, 0))):
-    """A packed and a dense segment as one softmax, and the logits of the first."""
+def check_together(
+    implementation, *, t=1, heads=2, group=2, h=64, dtype="bfloat16", lengths=((200, 33), (0, 0)), formats=("2-bit",)
+):
+    """Packed segments and a dense one as one softmax, and the logits of the first; `lengths` of each, by sequence."""
     rng = np.random.default_rng(7)
     b = len(lengths)
-    keys, values = segment(rng, b, heads, 2, h, FORMATS["2-bit"])
     query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)), dtype)
-    key, value = (jnp.asarray(rng.normal(size=(b, heads, 40, h)), dtype) for _ in range(2))
-    packed_length, dense_length = (jnp.asarray(x, jnp.int32) for x in zip(*lengths))
-    parts = [Part(query, keys, values, packed_length), Part(query, key, value, dense_length)]
+    held = [segment(rng, b, heads, 2, h, FORMATS[name]) for name in formats]
+    held.append(tuple(jnp.asarray(rng.normal(size=(b, heads, 40, h)), dtype) for _ in range(2)))
+    parts = [Part(query, *x, jnp.asarray(n, jnp.int32)) for x, n in zip(held, zip(*lengths), strict=True)]
     output, lse, logits = decode_attention(parts, return_logits=True, implementation=implementation)
-    for some, seen in ((parts[:1], (1, 0)), (parts, (1, 1))):
+    tensors = [[_float64(x) for x in pair] for pair in held]
+    for count in (1, len(parts)):
         wanted_output, wanted_lse = [], []
         for i in range(b):
-            held = [lengths[i][j] * seen[j] for j in range(2)]
-            rows = [
-                np.concatenate([dequantised(p)[i, :, : held[0]], np.asarray(d[i, :, : held[1]], np.float64)], 1)[None]
-                for p, d in ((keys, key), (values, value))
-            ]
-            out, top, total = attention(query[i : i + 1], *rows, np.full((1, heads), sum(held)), h**-0.5)
+            mine = list(zip(tensors, lengths[i]))[:count]
+            rows = [np.concatenate([pair[j][i, :, :n] for pair, n in mine], 1)[None] for j in range(2)]
+            out, top, total = attention(query[i : i + 1], *rows, np.full((1, heads), rows[0].shape[2]), h**-0.5)
             wanted_output.append(out[0] / np.maximum(total, 1e-30)[0][..., None])
             with np.errstate(divide="ignore"):
                 wanted_lse.append((top + np.log(total))[0])
-        got = (output, lse) if len(some) == 2 else decode_attention(some, implementation=implementation)
+        whole = count == len(parts)
+        got = (output, lse) if whole else decode_attention(parts[:count], implementation=implementation)
         assert got[0].dtype == query.dtype
         np.testing.assert_allclose(np.asarray(got[0], np.float64), wanted_output, rtol=2e-2, atol=4e-3)
         np.testing.assert_allclose(got[1], wanted_lse, rtol=2e-3, atol=5e-3)
-    wide = np.repeat(dequantised(keys), group, axis=1)
+    wide = np.repeat(tensors[0][0], group, axis=1)
     want = np.einsum("btnh,bnsh->btns", np.asarray(query, np.float64), wide) * h**-0.5
     for i in range(b):
         np.testing.assert_allclose(logits[i, ..., : lengths[i][0]], want[i, ..., : lengths[i][0]], rtol=1e-2, atol=1e-2)
+
+
+def _float64(x) -> np.ndarray:
+    return dequantised(x) if isinstance(x, PackedTensor) else np.asarray(x, np.float64)
+
+
+TWO_TIERS = {"formats": ("4-bit", "2-bit"), "lengths": ((64, 200, 33), (0, 0, 0), (8, 0, 40))}
 
 
 @pytest.mark.parametrize("t", [1, 3])
 def test_segments_attend_together(t):
     check_together("xla", t=t)
     check_together(None, t=t)
+    check_together(None, t=t, **TWO_TIERS)
 
 
 def test_wrong_arguments_are_refused():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_packed_decode import (
     FORMATS,
+    TWO_TIERS,
     attention,
     check_nothing_beyond_the_length,
     check_together,
@@ -72,10 +73,11 @@ def test_dense_rows_of_every_capacity(s):
 @pytest.mark.parametrize("heads", [(2, 2), (8, 4), (1, 12)])
 def test_segments_attend_together(heads, t, dtype):
     check_together("triton", t=t, heads=heads[0], group=heads[1], h=128, dtype=dtype)
+    check_together("triton", t=t, heads=heads[0], group=heads[1], h=128, dtype=dtype, **TWO_TIERS)
 
 
-@pytest.mark.parametrize(("rows", "launches"), [(128, 2), (1024, 3)])
-def test_a_window_joins_the_launch_of_the_codes_before_it(rows, launches):
+@pytest.mark.parametrize(("tiers", "rows", "launches"), [(1, 128, 2), (1, 1024, 3), (2, 128, 3)])
+def test_a_window_joins_the_launch_of_the_codes_before_it(tiers, rows, launches):
     rng = np.random.default_rng(0)
     keys, values = segment(rng, 1, 8, 4, 128, FORMATS["2-bit"])
     query = jnp.zeros((1, 1, 32, 128), jnp.bfloat16)
@@ -83,7 +85,7 @@ def test_a_window_joins_the_launch_of_the_codes_before_it(rows, launches):
 
     @jax.jit
     def attend(query, keys, values, window, lengths):
-        return decode_attention([Part(query, keys, values, lengths), Part(query, window, window, lengths)])
+        return decode_attention([Part(query, keys, values, lengths)] * tiers + [Part(query, window, window, lengths)])
 
     program = attend.lower(query, keys, values, window, jnp.asarray([100])).compile().as_text()
     assert program.count('custom_call_target="triton_kernel_call_ffi"') == launches

@@ -118,8 +118,8 @@ def decode_attention(
 ) -> tuple[Array, ...]:
     """Softmax attention over several segments as one: what `merge_partials` makes of their partials.
 
-    On a CUDA device one or two segments take a launch each and one that joins all their shares; a dense window behind a
-    packed segment goes along in its launch.
+    On a CUDA device one or two segments take a launch each and one that joins all their shares; a small dense window
+    behind the last of them goes along in its launch, if that one is packed.
 
     Args:
         parts: the segments; all queries have one shape and dtype.

@@ -391,19 +391,21 @@ def dense_decode_attention(query, key, value, lengths, *, scale: float, return_l
 
 
 def decode_attention(parts: Sequence, *, scale: float, return_logits: bool):
-    """`api.decode_attention` over one or two segments: a launch for each, or one for codes and the window behind them,
-    and one that joins their shares."""
-    if len(parts) > 2:
-        raise NotImplementedError(f"joins two segments at most, not {len(parts)}")
+    """`api.decode_attention` over one or two segments, and perhaps a window behind: a launch for each segment, the
+    window in that of the codes before it, and one that joins their shares."""
+    behind = _as_window(parts[-1]) if len(parts) > 1 and isinstance(parts[-2][1], PackedTensor) else None
+    segments = parts if behind is None else parts[:-1]
+    if len(segments) > 2:
+        raise NotImplementedError(f"joins two segments and a small window at most, not {len(parts)} segments")
     for query, keys, values, _ in parts:
         packed = isinstance(keys, PackedTensor)
         _require(decline(keys, values, scale) if packed else decline_dense(query, keys))
     query, keys = parts[0][:2]
-    packed = isinstance(keys, PackedTensor)
-    heads = (keys.codes if packed else keys).shape[1]
-    window = _as_window(parts[1]) if packed and len(parts) == 2 else None
-    if window is not None:
-        parts = parts[:1]
-    shares = [_shares(*part, scale, return_logits and i == 0, window) for i, part in enumerate(parts)]
-    output, lse, _ = _merge(query, heads, shares[0], shares[1] if len(parts) == 2 else None, normalize=True)
+    heads = (keys.codes if isinstance(keys, PackedTensor) else keys).shape[1]
+    windows = [None] * (len(segments) - 1) + [behind]
+    shares = [
+        _shares(*segment, scale, return_logits and i == 0, window)
+        for i, (segment, window) in enumerate(zip(segments, windows))
+    ]
+    output, lse, _ = _merge(query, heads, shares[0], shares[1] if len(shares) == 2 else None, normalize=True)
     return (output, lse, _natural(shares[0], query, heads)) if return_logits else (output, lse)
