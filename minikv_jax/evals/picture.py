@@ -11,11 +11,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from minikv_jax import presets
 from minikv_jax.evals.summary import ALL
 from minikv_jax.evals.tasks import METRICS
 
 # What a picture shows where it is there, and the scale of its axis.
-_PANELS = {"kl": "log", "top1": "linear", "ppl": "linear", "run_kl": "log", "lines": "linear", "shared": "linear"}
+_PANELS = {"kl": "log", "top1": "linear", "ppl": "symlog", "run_kl": "log", "lines": "linear", "shared": "linear"}
 _MAPPED = ("passkey", "needle")
 _PATH = "run_kl_path"
 
@@ -40,13 +41,14 @@ def save_quality(rows: Sequence[Mapping], path: Path, panels: Sequence[str] = ()
     names = [name for name in (panels or _PANELS) if name in there]
     if not names:
         return None
-    methods = list(dict.fromkeys(_family(row) for row in mine))
+    known = list(presets.METHODS)  # in this order, so that a method has its colour in every picture
+    methods = sorted({_family(row) for row in mine}, key=lambda name: (*known, name).index(name))
     figure, axes = _canvas(len(names), len(models), 4.2, 3.4)
     for i, model in enumerate(models):
         for axis, name in zip(axes[i], names):
             found = [row for row in mine if row["model"] == model and row["task"] == name]
             _lines(axis, found, methods)
-            logarithmic = _PANELS.get(name) == "log" and any(row["value"] > 0 for row in found)
+            scale = _PANELS.get(name, "linear")
             axis.set(
                 title=f"{model}: {name}",
                 xlabel="bits per element, all held",
@@ -54,7 +56,9 @@ def save_quality(rows: Sequence[Mapping], path: Path, panels: Sequence[str] = ()
             )
             axis.set_xscale("log", base=2)
             axis.yaxis.label.set_fontsize("x-small")
-            if logarithmic:
+            if scale == "symlog":  # grows by a few per cent or a hundredfold, or falls a little
+                axis.set_yscale("symlog", linthresh=0.1)
+            elif scale == "log" and any(row["value"] > 0 for row in found):
                 axis.set_yscale("log")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize="small")
@@ -126,7 +130,7 @@ def save_paths(rows: Sequence[Mapping], path: Path) -> Path | None:
         for row in (row for row in mine if row["model"] == model):
             label = f"{row['method']} ({row['bits_per_element']:.2f} bits)"
             axis.plot(range(1, len(row["profile"]) + 1), row["profile"], marker="o", markersize=4, label=label)
-        axis.set(title=model, xlabel="part of the answer", ylabel=METRICS[_PATH].about, ylim=(0, None))
+        axis.set(title=model, xlabel="part of the answer", ylabel=METRICS[_PATH].about, yscale="log")
         axis.legend(fontsize="x-small")
     return _save(figure, path)
 
