@@ -193,8 +193,8 @@ def minikv_plus(
         residual: tokens of the window, whose older ones are encoded when it is full.
         sinks: first tokens that stay dense.
         keeps: newest tokens that always stay dense; by default half of the window, where that is whole groups.
-        important: share of the prompt, by the attention it received, that takes 4 bits in a tier of its own. Goes with
-            all tokens kept; scores cost a second pass over the prompt's attention.
+        important: share of the prompt, by what its last 256 queries attend to, that takes 4 bits in a tier of its own.
+            An eighth leaves half of the error for a quarter bit. All other tokens must be kept.
         precise: layers whose keys and values take 4 bits. `minikv calibrate` finds the few that pay it back.
         brief: layers that keep `brief_share` of the prompt, half of it for attention and half newest; likewise.
         brief_share: see `brief`.
@@ -221,7 +221,7 @@ def minikv_plus(
     finer = dataclasses.replace(codec, key_bits=4, value_bits=4)
     return CacheConfig(
         name="minikv_plus",
-        rank=Rank(by="window", window=64) if important else Rank(by="attention"),
+        rank=Rank(by="window", window=256) if important else Rank(by="attention"),
         allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks)
         if not important
         else Allocation(heavy=float(important), recent=0.0, sinks=sinks),
