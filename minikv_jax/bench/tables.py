@@ -240,6 +240,11 @@ def questions(folder: Path) -> str:
     return _by_tiers(folder, "questions-*.json", ("shared",))
 
 
+def tiers(folder: Path) -> str:
+    """Most attended tokens in a tier of their own: quality beside the bits of tiers."""
+    return _by_tiers(folder, "tiers-*.json", ("kl", "top1", "ppl"))
+
+
 def _by_tiers(folder: Path, files: str, names: Sequence[str]) -> str:
     from minikv_jax.evals import summary
     from minikv_jax.evals.tasks import METRICS
@@ -268,6 +273,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "quality": quality,
     "layers": layers,
     "questions": questions,
+    "tiers": tiers,
 }
 
 
