@@ -13,6 +13,8 @@ All parts of a layer hold keys and values alike: after the method's rotations, i
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -202,8 +204,10 @@ def compress(
 
     if config.quantized_first is not None:
         key, value = _quantized(config.quantized_first, key, value, lengths)
+    build = functools.partial(segments.build, dtype=dtype, balance=balance, moment=moment)
     if config.window is not None and config.retained is not None:
-        return _in_two_tiers(key, value, scores, lengths, budget, config, shape, dtype, moment, units)
+        tiers = _in_two_tiers(key, value, scores, lengths, budget, config, shape, dtype, build)
+        return LayerCache(*tiers, units=units)
     friendliness = _friendliness(key, value, present, config) if config.rank.attention_weight < 1 else None
     kept = jnp.minimum(budget.total, lengths)
     if config.selects or config.evict != "never" or config.retained is not None:
@@ -217,26 +221,30 @@ def compress(
     sinks, group = config.first_encoded, config.codec.token_group
     whole = jnp.maximum(kept - sinks - config.window_keeps, 0) // group * group if config.window else kept
     first = first_key[:, :, sinks:], first_value[:, :, sinks:]
-    segment = segments.build(config.codec, *first, whole, shape.segment, dtype, balance, moment)
+    segment = build(config.codec, *first, whole, shape.segment)
     window = retained = ledger = None
     if config.window is not None:
-        row = jnp.arange(sinks + config.window)
-        row = jnp.where(row < sinks, row, row + whole[:, None, None])
-        window = DenseSegment(*(_gather(x, row).astype(dtype) for x in (first_key, first_value)), kept - whole)
+        window = _window(first_key, first_value, kept, whole, config, dtype)
     if config.retained is not None:
         rest = rank.in_text_order(present & ~chosen, min(max(shape.retained, 1), tokens))
-        retained = segments.build(
-            config.retained, _gather(key, rest), _gather(value, rest), lengths - kept, shape.retained, dtype, balance
-        )
+        retained = build(config.retained, _gather(key, rest), _gather(value, rest), lengths - kept, shape.retained)
     if config.evict != "never":
         ledger = _ledger(rows, scores, friendliness, budget, lengths, config, segment.capacity)
     return LayerCache(segment, window, retained, ledger, units)
 
 
 def _in_two_tiers(
-    key, value, scores, lengths, budget: Budget, config: CacheConfig, shape: Shape, dtype, moment, units
-) -> LayerCache:
-    """A prompt whose most attended tokens have a tier of their own, beside that of all others; a window in front.
+    key: Float[Array, "B K T H"],
+    value: Float[Array, "B K T H"],
+    scores: Float[Array, "B K T"],
+    lengths: Int[Array, "B"],
+    budget: Budget,
+    config: CacheConfig,
+    shape: Shape,
+    dtype: jnp.dtype,
+    build: Callable[..., Segment],
+) -> tuple[Segment, DenseSegment, Segment]:
+    """A prompt's most attended tokens, its window, and all other tokens, of which none is dropped.
 
     Sinks (where exact) and the newest tokens start the window; of those between, both tiers take whole groups.
     """
@@ -245,21 +253,25 @@ def _in_two_tiers(
     important = jnp.clip(budget.total - sinks, 0, encoded) // group * group
     between = jnp.arange(key.shape[2] - sinks) < encoded[:, None, None]
     key_between, value_between, scores = key[:, :, sinks:], value[:, :, sinks:], scores[:, :, sinks:]
-    none = jnp.zeros_like(lengths)
-    chosen = rank.best(scores, encoded, none, 0, important)
+    chosen = rank.best(scores, encoded, jnp.zeros_like(lengths), 0, important)
 
-    def tier(codec: Codec, mine: Bool[Array, "B K T"], count: Int[Array, "B"], capacity: int) -> segments.Segment:
+    def tier(codec: Codec, mine: Bool[Array, "B K T"], count: Int[Array, "B"], capacity: int) -> Segment:
         rows = rank.in_text_order(mine, min(max(capacity, 1), mine.shape[-1]))
-        held = _gather(key_between, rows), _gather(value_between, rows)
-        return segments.build(codec, *held, count, capacity, dtype, None, moment)
+        return build(codec, _gather(key_between, rows), _gather(value_between, rows), count, capacity)
 
-    segment = tier(config.codec, chosen, important, shape.segment)
-    retained = tier(config.retained, between & ~chosen, encoded - important, shape.retained)
+    return (
+        tier(config.codec, chosen, important, shape.segment),
+        _window(key, value, lengths, encoded, config, dtype),
+        tier(config.retained, between & ~chosen, encoded - important, shape.retained),
+    )
+
+
+def _window(key, value, held: Int[Array, "B"], encoded: Int[Array, "B"], config: CacheConfig, dtype) -> DenseSegment:
+    """Of `held` tokens [B, K, T, H] in text order: exact sinks, and those behind the `encoded` ones."""
+    sinks = config.first_encoded
     row = jnp.arange(sinks + config.window)
     row = jnp.where(row < sinks, row, row + encoded[:, None, None])
-    row = jnp.broadcast_to(row, (*key.shape[:2], row.shape[-1]))
-    window = DenseSegment(*(_gather(x, row).astype(dtype) for x in (key, value)), lengths - encoded)
-    return LayerCache(segment, window, retained, units=units)
+    return DenseSegment(*(_gather(x, row).astype(dtype) for x in (key, value)), held - encoded)
 
 
 def _rotated(x: Float[Array, "... H"], wanted: bool) -> Float[Array, "... H"]:

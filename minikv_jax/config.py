@@ -297,6 +297,10 @@ class CacheConfig:
             one_by_one or self.retained.token_group == self.codec.token_group,
             "Tiers behind one window need the same groups of tokens.",
         )
+        _require(
+            one_by_one or self.rank.attention_weight == 1,
+            "Tiers behind one window are ranked by attention alone: leave attention_weight at 1.",
+        )
 
     def _check_layers(self) -> None:
         for name, other in (("precise", self.precise_codec), ("brief", self.brief_allocation)):

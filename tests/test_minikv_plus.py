@@ -14,6 +14,7 @@ from layer import draw, run
 from models import CONFIG, tokens
 
 from minikv_jax import Codec, ConfigError, prefill, presets, quantize, segments
+from minikv_jax.config import Rank
 from minikv_jax.models.llama import Llama
 from minikv_jax.models.shapes import shape_of
 from minikv_jax.report import planned_report
@@ -74,7 +75,7 @@ TIERS = presets.minikv_plus(group_size=8, residual=16, important=0.3)
 
 
 def _held(segment, layer, b):
-    """A tier's values of one sequence as they came, [K, tokens, H], on the CPU."""
+    """A tier's values of sequence b as they came, [K, tokens, H]."""
     _, value = segments.decode(segment.codec, *(quantize.from_packed(x) for x in (segment.keys, segment.values)), None)
     value = np.asarray(rotate(value[b, :, : int(segment.length[b])]))
     return value * np.asarray(layer.units.value)[b, :, None, None]
@@ -121,6 +122,7 @@ def test_two_fine_tiers_answer_like_the_full_cache():
         (lambda: presets.minikv_plus(important=0.1, precise=(1,)), "in one tier"),
         (lambda: TIERS.replace(retained=Codec()), "fewer than 16 bits"),
         (lambda: TIERS.replace(retained=Codec(2, 2, 16, 16)), "same groups"),
+        (lambda: TIERS.replace(rank=Rank(by="attention", attention_weight=0.5)), "by attention alone"),
     ],
 )
 def test_tiers_that_do_not_go_together_are_named(make, words):
