@@ -259,8 +259,10 @@ def _in_two_tiers(
         rows = rank.in_text_order(mine, min(max(capacity, 1), mine.shape[-1]))
         return build(codec, _gather(key_between, rows), _gather(value_between, rows), count, capacity)
 
+    # No more tokens come to the first tier.
+    first = tier(config.codec, chosen, important, shape.segment)
     return (
-        tier(config.codec, chosen, important, shape.segment),
+        dataclasses.replace(first, coupling=None) if isinstance(first, PackedSegment) else first,
         _window(key, value, lengths, encoded, config, dtype),
         tier(config.retained, between & ~chosen, encoded - important, shape.retained),
     )

@@ -146,9 +146,9 @@ class Codec:
             equations 2-4).
         key_clip: shrink factors of a group's range to try; the one with the smallest squared error is kept.
         value_clip: likewise for values.
-        key_feedback: rounding errors of a prompt's key channels are made up for in the channels after them, as far as
-            the prompt's queries can tell (GPTQ, arXiv 2210.17323, with queries in the place of a layer's inputs). Costs
-            nothing once the prompt is encoded; keys of new tokens are rounded alone.
+        key_feedback: rounding errors of key channels are made up for in the channels after them, as far as the prompt's
+            queries can tell (GPTQ, arXiv 2210.17323, with queries in the place of a layer's inputs). Keys of new tokens
+            go by those queries too: a tier that grows keeps H (H - 1) / 2 numbers of them a head.
         integer_zero: the minimum is a whole number of scales (Q-Hitter's quantiser).
     """
 

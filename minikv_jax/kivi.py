@@ -115,7 +115,7 @@ def _write(segment: PackedSegment, key: Run, value: Run) -> PackedSegment:
     heads = key.rows.shape[1]
 
     def flush(keys):
-        codes = segments.encode_keys(segment.codec, key.rows, segment.balance)
+        codes = segments.encode_new_keys(segment, key.rows)
         return segments.write_codes(keys, codes, _per_head(key.start, heads), key.when)
 
     keys = jax.lax.cond(key.when.any(), flush, lambda keys: keys, segment.keys)

@@ -60,31 +60,29 @@ def encode(
     low, high = grouped.min(axis=axis, keepdims=True), grouped.max(axis=axis, keepdims=True)
     levels = (1 << bits) - 1
 
-    def grid(low, high, down=_nearest, up=_nearest):
+    def grid(low, high, down=jnp.round, up=jnp.round):
         if integer_zero:
-            scale = up(jnp.maximum(high - low, 1e-5) / levels, metadata_dtype)
-            step = scale.astype(jnp.float32)
-            whole = jnp.clip(-jnp.round(_over(low, step)), 0, levels)
-            return scale, (-whole * step).astype(metadata_dtype)
-        zero = down(low, metadata_dtype)
+            scale = _stored(jnp.maximum(high - low, 1e-5) / levels, metadata_dtype, up)
+            whole = jnp.clip(-jnp.round(_over(low, scale)), 0, levels)
+            return scale, _stored(-whole * scale, metadata_dtype)
+        zero = _stored(low, metadata_dtype, down)
         # The papers' code has the unrounded minimum here, which differs for float16 by less than its last bit.
-        lowest = low if metadata_dtype == "float16" else zero.astype(jnp.float32)
-        return up(jnp.maximum(high - lowest, 0) / levels, metadata_dtype), zero
+        lowest = low if metadata_dtype == "float16" else zero
+        return _stored(jnp.maximum(high - lowest, 0) / levels, metadata_dtype, up), zero
 
     def codes_on(scale, zero):
-        step, minimum = scale.astype(jnp.float32), zero.astype(jnp.float32)
         if integer_zero:
-            return jnp.clip(jnp.round(_over(grouped, step)) + jnp.round(_over(-minimum, step)), 0, levels)
-        return jnp.round(jnp.clip(_over(grouped - minimum, step), 0, levels))
+            return jnp.clip(jnp.round(_over(grouped, scale)) + jnp.round(_over(-zero, scale)), 0, levels)
+        return jnp.round(jnp.clip(_over(grouped - zero, scale), 0, levels))
 
     def error(scale, zero):
-        restored = codes_on(scale, zero) * scale.astype(jnp.float32) + zero.astype(jnp.float32)
+        restored = codes_on(scale, zero) * scale + zero
         return jnp.square(restored - grouped).sum(axis=axis, keepdims=True)
 
     middle, half = (low + high) / 2, (high - low) / 2
     others = [grid(middle - half * factor, middle + half * factor) for factor in clip]
     if metadata_dtype != "float16" and not integer_zero:
-        others.append(grid(low, high, functools.partial(_outwards, jnp.floor), functools.partial(_outwards, jnp.ceil)))
+        others.append(grid(low, high, jnp.floor, jnp.ceil))
     scale, zero = grid(low, high)
     least = error(scale, zero) if others else None
     for other in others:
@@ -94,7 +92,8 @@ def encode(
     codes = codes_on(scale, zero)
     # XLA's minimum may pass over NaN (it does on CPUs); a group that holds one must come back as NaN, not as garbage.
     zero = jnp.where(jnp.isnan(grouped).any(axis=axis, keepdims=True), jnp.nan, zero)
-    return Codes(codes.astype(jnp.uint8).reshape(x.shape), scale.squeeze(axis), zero.squeeze(axis))
+    scale, zero = (x.squeeze(axis).astype(metadata_dtype) for x in (scale, zero))
+    return Codes(codes.astype(jnp.uint8).reshape(x.shape), scale, zero)
 
 
 def _over(x: Float[Array, "..."], step: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -102,18 +101,17 @@ def _over(x: Float[Array, "..."], step: Float[Array, "..."]) -> Float[Array, "..
     return jnp.where(step > 0, x / jnp.where(step > 0, step, 1), 0)
 
 
-def _nearest(x: Float[Array, "..."], dtype: str) -> Float[Array, "..."]:
-    limit = float(jnp.finfo(dtype).max)
-    return jnp.clip(x, -limit, limit).astype(dtype)
+def _stored(x: Float[Array, "..."], dtype: str, whole: Callable = jnp.round) -> Float[Array, "..."]:
+    """The float32 number that a short float holds of x, within its range: the nearest, the next one below it (`whole`
+    is floor) or above it (ceil).
 
-
-def _outwards(whole: Callable, x: Float[Array, "..."], dtype: str) -> Float[Array, "..."]:
-    """x as a short float, never above it (`whole` is floor) or below it (ceil), but within the dtype's range."""
+    Computed, not converted there and back: XLA takes such a pair of conversions for none on a GPU.
+    """
     info = jnp.finfo(dtype)
     x = jnp.clip(x, -float(info.max), float(info.max))
     exponent = jnp.maximum(jnp.frexp(x)[1] - 1, max(info.minexp, -100))
     last_bit = jnp.ldexp(jnp.float32(1), exponent - info.nmant)
-    return (whole(x / last_bit) * last_bit).astype(dtype)
+    return whole(x / last_bit) * last_bit
 
 
 # Channels whose scales are chosen together, when what earlier channels add to them is known: enough for a matrix
@@ -123,7 +121,7 @@ _TOGETHER = 8
 
 def encode_with_feedback(
     x: Float[Array, "B K S H"],
-    moment: Float[Array, "B K H H"],
+    coupling: Float[Array, "B K H H"],
     bits: int,
     group_size: int,
     metadata_dtype: str = "float16",
@@ -138,11 +136,10 @@ def encode_with_feedback(
 
     Args:
         x, bits, group_size, metadata_dtype, clip: as `encode`.
-        moment: M of the queries that will meet x; its size does not matter.
+        coupling: U - 1, of the queries that will meet x (`coupling`).
     """
     h = x.shape[-1]
     width = next(width for width in range(min(_TOGETHER, h), 0, -1) if h % width == 0)
-    coupling = _coupling(moment)
 
     def step(error, run):
         x, coupling, own, undone, start = run
@@ -171,8 +168,11 @@ def encode_with_feedback(
     return Codes(*(jnp.moveaxis(y, 0, 2).reshape(b, k, h, -1).swapaxes(-1, -2) for y in codes))
 
 
-def _coupling(moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:
-    """U - 1 of moment = U D U^T: how errors of channels (rows) add up in later ones (columns)."""
+def coupling(moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:
+    """U - 1 of moment = U D U^T: how errors of channels (rows) add up in later ones (columns).
+
+    The moment's size does not matter. No number is above 10 sqrt(H) or so, for the damping bounds D from below.
+    """
     h = moment.shape[-1]
     mean = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None] / h
     # One part in a hundred of the mean keeps the factors finite where queries leave a direction empty.
@@ -180,6 +180,18 @@ def _coupling(moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:
     # With channels counted from the last, Cholesky's lower factor is the upper one.
     factor = jnp.linalg.cholesky(moment[..., ::-1, ::-1])[..., ::-1, ::-1]
     return jnp.triu(factor / jnp.diagonal(factor, axis1=-2, axis2=-1)[..., None, :], 1)
+
+
+def folded(coupling: Float[Array, "... H H"]) -> Float[Array, "... half H"]:
+    """A strictly upper triangular matrix in half of its room: its last rows, turned round, lie below the first ones."""
+    rows = -(-coupling.shape[-1] // 2)
+    return (coupling + coupling[..., ::-1, ::-1])[..., :rows, :]
+
+
+def unfolded(folded: Float[Array, "... half H"]) -> Float[Array, "... H H"]:
+    """The inverse of `folded`, float32."""
+    folded, h = folded.astype(jnp.float32), folded.shape[-1]
+    return jnp.triu(jnp.concatenate([folded, folded[..., : h // 2, :][..., ::-1, ::-1]], axis=-2), 1)
 
 
 def _inverse(above: Float[Array, "... W W"]) -> Float[Array, "... W W"]:

@@ -25,7 +25,8 @@ class Size:
     Attributes:
         tokens_kept: of all sequences together, averaged over the layers for a whole cache.
         tokens_read: of all sequences together.
-        bytes_tiers: codes, scales and minima of all tiers, their unused room included. Papers count only this.
+        bytes_tiers: codes, scales and minima of all tiers, their unused room included, and what feedback needs. Papers
+            count only this.
         bytes_window: the dense window.
         bytes_held: everything: tiers, window, scores, balancers, counters.
         bytes_bfloat16: of a cache that keeps every token read in bfloat16.
@@ -139,7 +140,7 @@ def _size(layer: LayerCache, tokens_kept: int, read: int) -> Size:
     heads, head_size = rows.shape[1], rows.shape[-1]
     tiers = (*layer.prefix, segment, layer.retained)
     tier_arrays = [
-        (tier.key, tier.value) if isinstance(tier, DenseSegment) else (tier.keys, tier.values)
+        (tier.key, tier.value) if isinstance(tier, DenseSegment) else (tier.keys, tier.values, tier.coupling)
         for tier in tiers
         if tier is not None
     ]

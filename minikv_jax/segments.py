@@ -46,13 +46,15 @@ class DenseSegment:
 class PackedSegment:
     """Keys and values as packed codes. Tokens at and past `length` are meaningless.
 
-    `balance` (MiKV's b, float32) multiplies a key before it is stored and divides the queries that meet it.
+    `balance` (MiKV's b, float32) multiplies a key before it is stored and divides the queries that meet it. `coupling`
+    is what feedback needs to encode more keys (`quantize.coupling`, folded, as long as metadata), where more will come.
     """
 
     keys: PackedTensor
     values: PackedTensor
     length: Int[Array, "B"]
     balance: Float[Array, "B K H"] | None
+    coupling: Float[Array, "B K half H"] | None
     codec: Codec = dataclasses.field(metadata={"static": True})
 
     @property
@@ -75,15 +77,26 @@ def build(
 ) -> Segment:
     """A segment of the first rows, with room for `capacity` tokens (packed: rounded up to whole blocks).
 
-    `balance` is MiKV's, `moment` that of the queries (`encode_keys`).
+    `balance` is MiKV's, `moment` that of the queries (`QueryStatistics`).
     """
     if codec.dense:
         return DenseSegment(fit(key, capacity).astype(dtype), fit(value, capacity).astype(dtype), length)
     capacity = max(-(-capacity // BLOCK), 1) * BLOCK
     balance = balance if codec.balance else None
-    codes = encode_keys(codec, fit(key, capacity), balance, moment), encode_values(codec, fit(value, capacity))
+    coupling = _coupling(codec, balance, moment)
+    codes = encode_keys(codec, fit(key, capacity), balance, coupling), encode_values(codec, fit(value, capacity))
     keys, values = (quantize.to_packed(x, *shape) for x, shape in zip(codes, _layouts(codec, key.shape[-1])))
-    return PackedSegment(keys, values, length, balance, codec)
+    kept = None if coupling is None else quantize.folded(coupling).astype(codec.metadata_dtype)
+    return PackedSegment(keys, values, length, balance, kept, codec)
+
+
+def _coupling(codec: Codec, balance, moment) -> Float[Array, "B K H H"] | None:
+    """That of the moment of the queries as they meet the segment's keys, if the codec wants feedback."""
+    if not codec.key_feedback or moment is None:
+        return None
+    if balance is not None:
+        moment = moment / (balance[..., None] * balance[..., None, :])
+    return quantize.coupling(moment)
 
 
 def empty_like(segment: Segment, batch: int, capacity: int) -> Segment:
@@ -98,8 +111,8 @@ def empty_like(segment: Segment, batch: int, capacity: int) -> Segment:
     def zeros(packed):
         return jax.tree.map(lambda x: jnp.zeros((batch, x.shape[1], blocks, *x.shape[3:]), x.dtype), packed)
 
-    balance = None if segment.balance is None else jnp.repeat(segment.balance, batch, axis=0)
-    return PackedSegment(zeros(segment.keys), zeros(segment.values), length, balance, segment.codec)
+    balance, coupling = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), (segment.balance, segment.coupling))
+    return PackedSegment(zeros(segment.keys), zeros(segment.values), length, balance, coupling, segment.codec)
 
 
 def fit(x: Float[Array, "..."], rows: int, axis: int = 2) -> Float[Array, "..."]:
@@ -128,17 +141,15 @@ def encode_keys(
     codec: Codec,
     key: Float[Array, "B K S H"],
     balance: Float[Array, "B K H"] | None,
-    moment: Float[Array, "B K H H"] | None = None,
+    coupling: Float[Array, "B K H H"] | None = None,
 ) -> Codes:
-    """Codes of keys; by feedback if the codec wants it and the `moment` of the queries (`QueryStatistics`) is there."""
+    """Codes of keys; with feedback where there is a `coupling` (`quantize.coupling`)."""
     bits, group, axis, _ = _layouts(codec, key.shape[-1])[0]
     if balance is not None:
         key = key.astype(jnp.float32) * balance[:, :, None]
-    if not codec.key_feedback or moment is None:
+    if coupling is None:
         return quantize.encode(key, bits, group, axis, codec.metadata_dtype, codec.key_clip, codec.integer_zero)
-    if balance is not None:
-        moment = moment / (balance[..., None] * balance[..., None, :])
-    return quantize.encode_with_feedback(key, moment, bits, group, codec.metadata_dtype, codec.key_clip)
+    return quantize.encode_with_feedback(key, coupling, bits, group, codec.metadata_dtype, codec.key_clip)
 
 
 def encode_values(codec: Codec, value: Float[Array, "B K S H"]) -> Codes:
@@ -148,7 +159,13 @@ def encode_values(codec: Codec, value: Float[Array, "B K S H"]) -> Codes:
 
 def encode(segment: PackedSegment, key: Float[Array, "B K S H"], value: Float[Array, "B K S H"]) -> tuple[Codes, Codes]:
     """New tokens as the segment stores them."""
-    return encode_keys(segment.codec, key, segment.balance), encode_values(segment.codec, value)
+    return encode_new_keys(segment, key), encode_values(segment.codec, value)
+
+
+def encode_new_keys(segment: PackedSegment, key: Float[Array, "B K S H"]) -> Codes:
+    """New keys as the segment stores them; with feedback by what the prompt's queries were, where it wants that."""
+    coupling = None if segment.coupling is None else quantize.unfolded(segment.coupling)
+    return encode_keys(segment.codec, key, segment.balance, coupling)
 
 
 def decode(
@@ -284,7 +301,7 @@ def _kernel_options(segment: PackedSegment) -> AppendOptions:
     codec = segment.codec
     if codec.integer_zero:
         raise NotImplementedError("whole zero points have no kernel")
-    return AppendOptions(codec.key_clip, codec.value_clip, segment.balance)
+    return AppendOptions(codec.key_clip, codec.value_clip, segment.balance, segment.coupling)
 
 
 def take(segment: Segment, slot: Int[Array, "B K"]) -> tuple[Float[Array, "B K 1 H"], Float[Array, "B K 1 H"]]:

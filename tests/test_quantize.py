@@ -1,5 +1,7 @@
 """Group-wise codes: golden values, and properties over drawn numbers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +88,21 @@ def test_numbers_beyond_the_metadata_do_not_become_infinite(metadata):
     x = jnp.asarray(np.random.default_rng().choice([-1e30, 0.0, 1e30], (1, 1, 128, 16)), jnp.float32)
     codes = quantize.encode(x, 2, 16, "tokens", metadata)
     assert np.all(np.isfinite(dequantize(quantize.to_packed(codes, 2, 16, "tokens", False))))
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("metadata", ["float16", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("clip", [(), (0.9, 0.8)])
+def test_codes_of_a_compiled_program_go_by_metadata_as_stored(clip, metadata, where):
+    # XLA drops conversions to a short float and back on a GPU: codes would go by scales that nobody has.
+    x = np.random.default_rng().standard_normal((2, 2, 128, 16)).astype(np.float32) + 5
+    with jax.default_device(jax.devices(where)[0]):
+        encode = functools.partial(quantize.encode, bits=3, group_size=16, group_axis="tokens")
+        codes = jax.jit(functools.partial(encode, metadata_dtype=metadata, clip=clip))(jnp.asarray(x))
+        codes = jax.device_get(codes)
+    scale, zero = (np.repeat(np.asarray(y, np.float32), 16, axis=2) for y in codes[1:])
+    wanted = np.clip((x - zero) / scale, 0, 7)
+    assert np.abs(codes.codes - wanted).max() <= 0.5001
 
 
 @given(

@@ -178,6 +178,60 @@ def encode_keys(
 
 
 @triton.jit
+def load_coupling(coupling, row, channel, KIND: tl.constexpr, H: tl.constexpr):
+    """What errors of channel `row` add in later ones, 0 in all others; of the folded triangle (`quantize.folded`)."""
+    at = tl.where(row < H // 2, row * H + channel, (H - 1 - row) * H + (H - 1 - channel))
+    later = channel > row
+    return tl.where(later, from_stored(tl.load(coupling + at, mask=later, other=0), KIND), 0.0)
+
+
+@triton.jit
+def encode_keys_with_feedback(
+    rows, factor, coupling, scratch, scale, zero, start,
+    COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
+    CLIP: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """`encode_keys`, channel after channel: what a channel's rounding leaves is added to the channels after it.
+
+    Scales of a run of channels are chosen together, from where its numbers would be if rounding them cost nothing more
+    (`quantize.encode_with_feedback`).
+    """
+    RUN: tl.constexpr = 8
+    RUNS: tl.constexpr = H // RUN
+    lane = tl.arange(0, RUN)
+    for i in range(COUNT // GROUP):
+        group = start // GROUP + i
+        token = i * GROUP + tl.arange(0, GROUP)
+        every = tl.arange(0, RUNS)[:, None] * RUN + lane[None, :]
+        added = tl.zeros([GROUP, RUNS, RUN], tl.float32)
+        for run in range(RUNS):
+            channel = run * RUN + lane
+            x = load_rows(rows, token, channel, COUNT, H)
+            if FACTOR:
+                x = x * tl.load(factor + channel)[None, :]
+            here = (tl.arange(0, RUNS) == run)[None, :, None]
+            wanted = x + tl.sum(tl.where(here, added, 0.0), 1)
+            ahead = wanted
+            for j in tl.static_range(RUN - 1):
+                moved = tl.sum(tl.where(lane[None, :] == j, ahead - x, 0.0), 1)
+                ahead -= moved[:, None] * load_coupling(coupling, run * RUN + j, channel, KIND, H)[None, :]
+            _, s, z = encode(ahead, 0, BITS, KIND, CLIP)
+            for j in tl.static_range(RUN - 1):
+                restored = codes_on(wanted, s, z, 0, BITS, KIND)[1]
+                error = tl.sum(tl.where(lane[None, :] == j, x - restored, 0.0), 1)
+                wanted += error[:, None] * load_coupling(coupling, run * RUN + j, channel, KIND, H)[None, :]
+            codes, restored = codes_on(wanted, s, z, 0, BITS, KIND)
+            # Out of that chain: nothing waits for these before the next run.
+            for j in tl.static_range(RUN):
+                error = tl.sum(tl.where(lane[None, :] == j, x - restored, 0.0), 1)
+                later = load_coupling(coupling, run * RUN + j, every, KIND, H)
+                added += error[:, None, None] * later[None, :, :]
+            tl.store(scratch + token[:, None] * H + channel[None, :], codes.to(tl.uint8))
+            tl.store(scale + group * H + channel, s)
+            tl.store(zero + group * H + channel, z)
+
+
+@triton.jit
 def encode_values(
     rows, scratch, scale, zero, start,
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
@@ -251,18 +305,25 @@ def pack(
 
 @triton.jit
 def write_keys(
-    rows, factor, scratch, codes, scale, zero, start, head, blocks,
+    rows, factor, coupling, scratch, codes, scale, zero, start, head, blocks,
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
-    CLIP: tl.constexpr, FACTOR: tl.constexpr,
+    CLIP: tl.constexpr, FACTOR: tl.constexpr, FEEDBACK: tl.constexpr,
 ):  # fmt: skip
     origin = head.to(tl.int64) * blocks
     scratch += head.to(tl.int64) * (COUNT * H)
     metadata = origin * (128 // GROUP * H)
     scale, zero = as_bytes(scale) + metadata, as_bytes(zero) + metadata
-    encode_keys(
-        rows, factor + head * H, scratch, scale, zero, start,
-        COUNT, BITS, GROUP, KIND, H, CLIP, FACTOR,
-    )  # fmt: skip
+    if FEEDBACK:
+        coupling = as_bytes(coupling) + head.to(tl.int64) * (H // 2 * H)
+        encode_keys_with_feedback(
+            rows, factor + head * H, coupling, scratch, scale, zero, start,
+            COUNT, BITS, GROUP, KIND, H, CLIP, FACTOR,
+        )  # fmt: skip
+    else:
+        encode_keys(
+            rows, factor + head * H, scratch, scale, zero, start,
+            COUNT, BITS, GROUP, KIND, H, CLIP, FACTOR,
+        )  # fmt: skip
     tl.debug_barrier()
     pack(scratch, codes + origin * (16 * BITS * H), start, COUNT, BITS, H, 1, H, 1, H)
 
@@ -307,13 +368,14 @@ def move_rows(rows, COUNT: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def append_kernel(
-    new_rows, accept, window_length, length, key_factor,
+    new_rows, accept, window_length, length, key_factor, key_coupling,
     _window_key, _window_value, _kc, _ks, _kz, _vc, _vs, _vz,
     heads, blocks,
     window_key, window_value, kc, ks, kz, vc, vs, vz,
     key_scratch, value_scratch,
     WINDOW: tl.constexpr, FIRST: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr,
     KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
+    KFEEDBACK: tl.constexpr,
     VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VCLIP: tl.constexpr,
 ):  # fmt: skip
     """A new token into the window of each accepting sequence; windows full with it are encoded from row FIRST on.
@@ -340,8 +402,9 @@ def append_kernel(
             if full:
                 tl.debug_barrier()
                 write_keys(
-                    window_key + rows + FIRST * H, key_factor, key_scratch, kc, ks, kz, start, head, blocks,
-                    COUNT, KBITS, KGROUP, KKIND, H, KCLIP, KFACTOR,
+                    window_key + rows + FIRST * H, key_factor, key_coupling, key_scratch, kc, ks, kz,
+                    start, head, blocks,
+                    COUNT, KBITS, KGROUP, KKIND, H, KCLIP, KFACTOR, KFEEDBACK,
                 )  # fmt: skip
                 move_rows(window_key + rows + FIRST * H, COUNT, KEEPS, H)
         else:
@@ -359,12 +422,13 @@ def append_kernel(
 @triton.jit
 def write_kernel(
     key_rows, key_first, key_start, key_when, value_rows, value_first, value_start, value_when,
-    key_factor,
+    key_factor, key_coupling,
     _kc, _ks, _kz, _vc, _vs, _vz,
     heads, blocks,
     kc, ks, kz, vc, vs, vz, key_scratch, value_scratch,
     KROWS: tl.constexpr, KCOUNT: tl.constexpr, VROWS: tl.constexpr, VCOUNT: tl.constexpr, H: tl.constexpr,
     KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
+    KFEEDBACK: tl.constexpr,
     VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VCLIP: tl.constexpr,
 ):  # fmt: skip
     """Rows `first` and on of dense keys become tokens `start` and on where `when`; values likewise."""
@@ -375,8 +439,8 @@ def write_kernel(
         if tl.load(key_when + batch) != 0:
             rows = key_rows + (head.to(tl.int64) * KROWS + tl.load(key_first + batch)) * H
             write_keys(
-                rows, key_factor, key_scratch, kc, ks, kz, tl.load(key_start + batch), head, blocks,
-                KCOUNT, KBITS, KGROUP, KKIND, H, KCLIP, KFACTOR,
+                rows, key_factor, key_coupling, key_scratch, kc, ks, kz, tl.load(key_start + batch), head, blocks,
+                KCOUNT, KBITS, KGROUP, KKIND, H, KCLIP, KFACTOR, KFEEDBACK,
             )  # fmt: skip
     else:
         if tl.load(value_when + batch) != 0:

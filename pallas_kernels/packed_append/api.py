@@ -46,6 +46,8 @@ def packed_append(
         keeps: rows that stay dense when the others are encoded, at most half of those behind `first`; static.
         options: `key_clip` and `value_clip` are shrink factors of a group's range to try beside 1; the one with the
             smallest squared error is kept. `key_factor` [B, K, H] multiplies keys before they are encoded.
+            `key_coupling` [B, K, H / 2, H], a folded triangle, says how the rounding error of each channel of a key is
+            to be added to later ones (`minikv_jax.quantize.folded`).
         implementation: None or "triton". There is no other: what XLA does well here depends on the device, see
             `minikv_jax.cache`.
 
@@ -59,7 +61,7 @@ def packed_append(
             f"new key {new_key.shape} and value {new_value.shape} do not fit windows {window_key.shape} and "
             f"{window_value.shape}."
         )
-    _check(keys, values, window_key.shape, accept, window_length, length)
+    _check(keys, values, options, window_key.shape, accept, window_length, length)
     if not 0 <= first < window:
         raise ValueError(f"first={first} must be a row of the window of {window}.")
     if not 0 <= 2 * keeps <= window - first:
@@ -92,7 +94,7 @@ def packed_write(
         NotImplementedError: no implementation takes this device or these formats; the message says why.
     """
     for run in (key, value):
-        _check(keys, values, run.rows.shape, run.first, run.start, run.when)
+        _check(keys, values, options, run.rows.shape, run.first, run.start, run.when)
         if not 0 < run.count <= run.rows.shape[2]:
             raise ValueError(f"A run of {run.count} does not fit {run.rows.shape[2]} rows.")
     return first_that_accepts(
@@ -101,8 +103,14 @@ def packed_write(
     )  # fmt: skip
 
 
-def _check(keys: PackedTensor, values: PackedTensor, rows: tuple[int, ...], *per_sequence: Array) -> None:
+def _check(
+    keys: PackedTensor, values: PackedTensor, options: Options, rows: tuple[int, ...], *per_sequence: Array
+) -> None:
     b, heads, _, h = rows
+    for name, shape in (("key_factor", (b, heads, h)), ("key_coupling", (b, heads, h // 2, h))):
+        given = getattr(options, name)
+        if given is not None and given.shape != shape:
+            raise ValueError(f"{name} {given.shape} must be {shape}.")
     for packed in (keys, values):
         if packed.codes.shape[:2] != (b, heads) or packed.head_size != h:
             raise ValueError(f"Rows {rows} do not fit codes {packed.codes.shape} of head size {packed.head_size}.")

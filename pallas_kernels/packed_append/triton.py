@@ -21,6 +21,10 @@ Codes go through scratch memory (one byte each, 16 KiB a head) because groups an
 
 The limit. A step in which nothing is full moves two rows a head: the launch is all it costs. A flush of 128 rows of 128
 channels reads 64 KiB, and writes 16 KiB, a head; it runs once in 128 steps, so its 2 B K programs need not be fast.
+
+With feedback between channels (`key_coupling`) those take turns: the scales of eight are searched at once, then each is
+rounded, and what that leaves is added to all channels behind it, in registers. A flush of 64 rows of 128 channels is
+then a chain of 128 such additions of 64 x 128 numbers, and takes as long as that chain, however few heads there are.
 """
 
 from typing import NamedTuple
@@ -78,6 +82,7 @@ class Options(NamedTuple):
     key_clip: tuple[float, ...] = ()
     value_clip: tuple[float, ...] = ()
     key_factor: Float[Array, "B K H"] | None = None
+    key_coupling: Float[Array, "B K half H"] | None = None
 
 
 def constants(keys: PackedTensor, values: PackedTensor, options: Options) -> dict:
@@ -89,6 +94,7 @@ def constants(keys: PackedTensor, values: PackedTensor, options: Options) -> dic
         KKIND=KINDS[keys.scale.dtype.name],
         KCLIP=tuple(map(float, options.key_clip)),
         KFACTOR=options.key_factor is not None,
+        KFEEDBACK=options.key_coupling is not None,
         VBITS=values.bits,
         VGROUP=values.group_size,
         VKIND=KINDS[values.scale.dtype.name],
@@ -96,14 +102,16 @@ def constants(keys: PackedTensor, values: PackedTensor, options: Options) -> dic
     )
 
 
-def _factor(options: Options, instead: Array) -> Array:
-    """The keys' factor; `instead` of one that is not there, a pointer that is never followed."""
-    return instead if options.key_factor is None else options.key_factor.astype(jnp.float32)
+def _optional(keys: PackedTensor, options: Options, instead: Array) -> list[Array]:
+    """The keys' factor and coupling; `instead` of one that is not there, a pointer that is never followed."""
+    factor, coupling = options.key_factor, options.key_coupling
+    factor = instead if factor is None else factor.astype(jnp.float32)
+    return [factor, *([instead] if coupling is None else _arrays(coupling.astype(keys.scale.dtype)))]
 
 
-def _arrays(keys: PackedTensor, values: PackedTensor) -> list[Array]:
-    """The six arrays. Triton knows no float8 on older chips: there it gets bytes, which costs XLA a copy."""
-    leaves = jax.tree.leaves((keys, values))
+def _arrays(*trees: PackedTensor | Array) -> list[Array]:
+    """All arrays. Triton knows no float8 on older chips: there it gets bytes, which costs XLA a copy."""
+    leaves = jax.tree.leaves(trees)
     if float(getattr(jax.devices()[0], "compute_capability", "0.0")) >= 8.9:
         return leaves
     return [jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x for x in leaves]
@@ -144,7 +152,7 @@ def packed_append(
     counters = [x.astype(jnp.int32) for x in (accept, window_length, length)]
     # As one array XLA finishes both (rotary embedding, scaling, rounding) in one launch.
     new_rows = jnp.concatenate([new_key, new_value], axis=1)
-    inputs = [new_rows, *counters, _factor(options, counters[0]), *changed]
+    inputs = [new_rows, *counters, *_optional(keys, options, counters[0]), *changed]
     scratch = _scratch(b, heads, count, h)
     window_key, window_value, *packed, _, _ = triton_call.call(
         *inputs,
@@ -153,7 +161,7 @@ def packed_append(
         kernel=kernels.append_kernel,
         out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed), scratch, scratch],
         grid=(b * heads, 2),
-        num_warps=4,
+        num_warps=8,
         input_output_aliases={len(inputs) - len(changed) + i: i for i in range(len(changed))},
         WINDOW=window,
         FIRST=first,
@@ -184,7 +192,7 @@ def packed_write(
     inputs = []
     for run in (key, value):
         inputs += [run.rows, *(x.astype(jnp.int32) for x in (run.first, run.start, run.when))]
-    inputs.append(_factor(options, inputs[1]))
+    inputs += _optional(keys, options, inputs[1])
     packed = triton_call.call(
         *inputs,
         *changed,
@@ -196,7 +204,7 @@ def packed_write(
             *(_scratch(b, heads, run.count, h) for run in (key, value)),
         ],
         grid=(b * heads, 2),
-        num_warps=4,
+        num_warps=8,
         input_output_aliases={len(inputs) + i: i for i in range(len(changed))},
         KROWS=key.rows.shape[2],
         KCOUNT=key.count,

@@ -29,6 +29,7 @@ from .methods import (
 from .quantiser import (
     METADATA_BITS,
     Quantised,
+    damped,
     dequantise,
     gptq,
     hadamard,
@@ -65,6 +66,7 @@ __all__ = [
     "channel_balancer",
     "column_sums",
     "count_of",
+    "damped",
     "dequantise",
     "full_mib",
     "gptq",

@@ -16,6 +16,7 @@ from .attention import View, attend, causal_attention, column_sums, window_score
 from .quantiser import (
     EXACT_BITS,
     METADATA_BITS,
+    damped,
     gptq,
     hadamard,
     integer_zero_roundtrip,
@@ -23,6 +24,7 @@ from .quantiser import (
     roundtrip_per_channel,
     roundtrip_per_token,
     searched_grid,
+    with_coupling_of,
 )
 
 
@@ -535,8 +537,8 @@ class MiniKV(Method):
 class MiniKVPlus(MiniKV):
     """MiniKV with additions. The first `sinks` tokens are kept on top of the others, and stay dense for good. Keys,
     values and queries are rotated by a Hadamard matrix. Grids of the groups are searched and have metadata of four
-    significant bits. The prompt's keys are rounded by GPTQ with the second moments of its queries. Of a prompt, and
-    of each full buffer, the newest `keeps` tokens stay dense.
+    significant bits. Keys are rounded by GPTQ with the second moments of the prompt's queries, whose triangle is kept
+    in eight bits for keys that come later. Of a prompt, and of each full buffer, the newest `keeps` tokens stay dense.
     """
 
     sinks: int = 4
@@ -544,6 +546,7 @@ class MiniKVPlus(MiniKV):
     factors: tuple[float, ...] = (0.95, 0.9, 0.85)
     feedback: bool = True
     metadata: str = "float8_e4m3fn"
+    later: list[np.ndarray] = field(init=False, repr=False, default_factory=list)
 
     def _compress(self, query, key, value):
         turn = hadamard(key.shape[-1])
@@ -558,16 +561,18 @@ class MiniKVPlus(MiniKV):
             self._keep(h, sorted(always | {int(others[i]) for i in best}))
             body = self.heads[h][self.sinks :]
             asked = grouped[:, h].reshape(-1, key.shape[2]) @ turn
-            self._encode(body[: max(len(body) - self.keeps, 0) // self.group * self.group], asked.T @ asked)
+            moment = damped(asked.T @ asked)
+            self._encode(body[: max(len(body) - self.keeps, 0) // self.group * self.group], moment)
+            self.later.append(with_coupling_of(moment, self.metadata))
 
     def _arrive(self, key, value):
         Method._arrive(self, key, value)
-        for head in self.heads:
+        for head, moment in zip(self.heads, self.later, strict=True):
             buffer = [token for token in head[self.sinks :] if not token.key.packed]
             if len(buffer) == self.residual:
-                self._encode(buffer[: self.residual - self.keeps], None)
+                self._encode(buffer[: self.residual - self.keeps], moment)
 
-    def _encode(self, tokens: list[Token], moment: np.ndarray | None) -> None:
+    def _encode(self, tokens: list[Token], moment: np.ndarray) -> None:
         if not tokens:
             return
         key, value = (np.stack([x.array for x in column]) for column in zip(*((t.key, t.value) for t in tokens)))
@@ -575,7 +580,7 @@ class MiniKVPlus(MiniKV):
         key, value = np.float32(key @ turn), np.float32(value @ turn)
         for start in range(0, len(key), self.group):
             group = key[start : start + self.group]
-            if moment is not None and self.feedback:
+            if self.feedback:
                 key[start : start + self.group] = gptq(group, self._grid, moment, self.code_bits)
             else:
                 back = [on_grid(column, self.code_bits, *self._grid(column)) for column in group.T]

@@ -116,10 +116,9 @@ def gptq(
 ) -> np.ndarray:
     """`x [T, H]` with every column rounded to its grid, the classical way (GPTQ, Algorithm 1): column after column, the
     columns to the right are moved to where they make up best for the error. Every eight columns the next eight grids
-    are chosen, from those columns as they have been moved. The Hessian is damped by a hundredth of its mean.
+    are chosen, from those columns as they have been moved.
     """
     size = x.shape[1]
-    hessian = hessian + 0.01 * np.trace(hessian) / size * np.eye(size)
     x, out = np.array(x, np.float64), np.zeros(x.shape)
     for c in range(size):
         if c % 8 == 0:
@@ -129,6 +128,26 @@ def gptq(
         out[:, c] = on_grid(x[:, c], bits, *grids[c % 8])
         x[:, c:] -= np.outer((x[:, c] - out[:, c]) / inverse[0, 0], inverse[0])
     return out
+
+
+def damped(hessian: np.ndarray) -> np.ndarray:
+    """With a hundredth of its mean on the diagonal."""
+    size = len(hessian)
+    return hessian + 0.01 * np.trace(hessian) / size * np.eye(size)
+
+
+def with_coupling_of(hessian: np.ndarray, dtype: str) -> np.ndarray:
+    """U D U^T whose unit upper triangular U is kept in a short dtype."""
+    size = len(hessian)
+    triangle = np.eye(size)
+    scales = np.zeros(size)
+    rest = np.array(hessian, np.float64)
+    for c in reversed(range(size)):  # Gauss, from the last column
+        scales[c] = rest[c, c]
+        triangle[:c, c] = rest[:c, c] / rest[c, c]
+        rest[:c, :c] -= np.outer(triangle[:c, c], rest[c, :c])
+    short = triangle.astype(np.float32).astype(np.dtype(dtype)).astype(np.float64)
+    return short @ np.diag(scales) @ short.T
 
 
 def roundtrip_per_token(x: np.ndarray, bits: int, group: int, metadata: str = "float16") -> np.ndarray:
