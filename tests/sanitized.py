@@ -47,7 +47,7 @@ def packed_decode(implementation):
 
 
 def appending(implementation):
-    for name in ("2-bit", "3 and 2 bits, fp8, clipped"):
+    for name in ("2-bit", "3 and 2 bits, fp8, clipped", "by feedback"):
         codec = append.CODECS[name]
         new, accept, rows, filled, packed, length = append.draw_append(RNG, codec, h=128, dtype=jnp.bfloat16)
         arguments = (*new, accept, *rows, filled, packed.keys, packed.values, length)

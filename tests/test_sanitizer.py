@@ -36,7 +36,7 @@ def sanitizer() -> str | None:
         ("two_pass:triton", 6),
         ("packed_decode:triton", 3),
         ("packed_decode:mosaic_gpu", 1),
-        ("packed_append:triton", 3),
+        ("packed_append:triton", 4),
     ],
 )
 def test_clean(kernel, calls, tool):
