@@ -146,9 +146,10 @@ class Codec:
             equations 2-4).
         key_clip: shrink factors of a group's range to try; the one with the smallest squared error is kept.
         value_clip: likewise for values.
-        key_feedback: rounding errors of key channels are made up for in the channels after them, as far as the prompt's
-            queries can tell (GPTQ, arXiv 2210.17323, with queries in the place of a layer's inputs). Keys of new tokens
-            go by those queries too: a tier that grows keeps H (H - 1) / 2 numbers of them a head.
+        key_feedback: whether rounding errors of key channels are made up for in the channels after them, as far as the
+            prompt's queries can tell (GPTQ, arXiv 2210.17323, with queries in the place of a layer's inputs): "none",
+            of the "prompt", where it costs no memory, or of "all" keys: for those of new tokens a tier keeps half a
+            matrix [H, H] a head, in the metadata's dtype, of what the prompt's queries were.
         integer_zero: the minimum is a whole number of scales (Q-Hitter's quantiser).
     """
 
@@ -161,7 +162,7 @@ class Codec:
     balance: bool = False
     key_clip: tuple[float, ...] = ()
     value_clip: tuple[float, ...] = ()
-    key_feedback: bool = False
+    key_feedback: Literal["none", "prompt", "all"] = "none"
     integer_zero: bool = False
 
     def __post_init__(self):
@@ -190,7 +191,11 @@ class Codec:
             factors = getattr(self, name)
             _require(all(0 < f <= 1 for f in factors), f"{name}={factors}: factors lie above 0 and at most at 1.")
         _require(
-            not self.key_feedback or (over_tokens and not self.integer_zero),
+            self.key_feedback in ("none", "prompt", "all"),
+            f"key_feedback={self.key_feedback!r}: choose none, prompt or all.",
+        )
+        _require(
+            self.key_feedback == "none" or (over_tokens and not self.integer_zero),
             "key_feedback goes from channel to channel: give key_axis='tokens', and no integer_zero.",
         )
         clipped = bool(self.key_clip or self.value_clip)

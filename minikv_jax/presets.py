@@ -176,12 +176,13 @@ def minikv_plus(
     precise: Sequence[int] = (),
     brief: Sequence[int] = (),
     brief_share: float = 0.5,
+    feedback: str = "all",
 ) -> CacheConfig:
     """MiniKV's cache with what measurement adds to it: every token in 2.25 bits, or fewer tokens in fewer bytes.
 
     The first tokens stay dense and out of all groups; keys and values are rotated before they are encoded (QuaRot,
     arXiv 2404.00456), the ranges of their groups searched for the least squared error, scales and minima kept in 8 bits
-    so that groups of 64 cost a quarter bit; errors of the prompt's keys are made up for between channels as its queries
+    so that groups of 64 cost a quarter bit; errors of keys are made up for between channels as the prompt's queries
     allow (`Codec.key_feedback`).
 
     Args:
@@ -198,6 +199,8 @@ def minikv_plus(
         precise: layers whose keys and values take 4 bits. `minikv calibrate` finds the few that pay it back.
         brief: layers that keep `brief_share` of the prompt, half of it for attention and half newest; likewise.
         brief_share: see `brief`.
+        feedback: "all", of the "prompt" or "none": which keys are encoded with feedback. For those of new tokens a
+            layer holds about as many bytes as H tokens take.
     """
     if keeps is None:
         keeps = residual // 2 if residual % (2 * group_size) == 0 else 0
@@ -210,7 +213,7 @@ def minikv_plus(
         metadata_dtype="float8_e4m3fn",
         key_clip=mild,
         value_clip=mild,
-        key_feedback=True,
+        key_feedback=feedback,
     )
     half = float(brief_share) / 2
     everything = float(heavy) + float(recent) >= 1

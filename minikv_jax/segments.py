@@ -73,7 +73,7 @@ def build(
     capacity: int,
     dtype: jnp.dtype,
     balance: Float[Array, "B K H"] | None,
-    moment: Float[Array, "B K H H"] | None = None,
+    moment: Float[Array, "B K H H"],
 ) -> Segment:
     """A segment of the first rows, with room for `capacity` tokens (packed: rounded up to whole blocks).
 
@@ -86,13 +86,13 @@ def build(
     coupling = _coupling(codec, balance, moment)
     codes = encode_keys(codec, fit(key, capacity), balance, coupling), encode_values(codec, fit(value, capacity))
     keys, values = (quantize.to_packed(x, *shape) for x, shape in zip(codes, _layouts(codec, key.shape[-1])))
-    kept = None if coupling is None else quantize.folded(coupling).astype(codec.metadata_dtype)
+    kept = quantize.folded(coupling).astype(codec.metadata_dtype) if codec.key_feedback == "all" else None
     return PackedSegment(keys, values, length, balance, kept, codec)
 
 
 def _coupling(codec: Codec, balance, moment) -> Float[Array, "B K H H"] | None:
     """That of the moment of the queries as they meet the segment's keys, if the codec wants feedback."""
-    if not codec.key_feedback or moment is None:
+    if codec.key_feedback == "none":
         return None
     if balance is not None:
         moment = moment / (balance[..., None] * balance[..., None, :])

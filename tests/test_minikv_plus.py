@@ -28,7 +28,7 @@ def test_its_cache_weighs_two_and_a_quarter_bits():
     # The newest 64 tokens are always in the window, so there is no room for their codes.
     coded = 4096 + 512 - 64
     total = planned_report(shape_of("llama2-7b"), presets.minikv_plus(sinks=0), 4096, 512).total
-    # What feedback needs, half a matrix a head, weighs as much as 57 tokens.
+    # What feedback needs, half a matrix a head, weighs as much as 114 tokens.
     triangles = 32 * 32 * 64 * 128
     assert total.bytes_tiers - triangles == -(-coded // 128) * 128 * 2**19 * 2.25 / 16
     # 132 tokens in 16 bits, and a counter for each layer.

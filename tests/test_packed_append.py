@@ -24,8 +24,8 @@ CODECS = {
     "3 and 2 bits, fp8, clipped": Codec(
         3, 2, 64, 64, metadata_dtype="float8_e4m3fn", key_clip=(0.95, 0.9, 0.85), value_clip=(0.95, 0.9)
     ),
-    "by feedback": Codec(2, 2, 64, 64, metadata_dtype="float8_e4m3fn", key_clip=(0.95, 0.9, 0.85), key_feedback=True),
-    "by feedback, 4 bits, float16": Codec(4, 2, 32, 32, key_feedback=True),
+    "by feedback": Codec(2, 2, 64, 64, metadata_dtype="float8_e4m3fn", key_clip=(0.95, 0.9, 0.85), key_feedback="all"),
+    "by feedback, 4 bits, float16": Codec(4, 2, 32, 32, key_feedback="all"),
     "4 and 8 bits, bfloat16": Codec(4, 8, 128, "head", metadata_dtype="bfloat16"),
     "8 and 4 bits, balanced": Codec(8, 4, 32, "half_head", value_clip=(0.9,), balance=True),
 }
@@ -244,7 +244,7 @@ def test_compiles_for(capability, name, kernel):
         types = dict.fromkeys(("key_rows", "value_rows"), "*bf16")
         counters = [f"{part}_{name}" for part in ("key", "value") for name in ("first", "start", "when")]
     counters = (*counters, "key_factor")
-    metadata["key_coupling"] = kind if codec.key_feedback else "*i32"
+    metadata["key_coupling"] = kind if codec.key_feedback == "all" else "*i32"
     types |= dict.fromkeys(counters, "*i32") | metadata | scratch | dict.fromkeys(constants, "constexpr")
     function = getattr(kernels, kernel)
     types = {name: types[name] for name in function.arg_names}
