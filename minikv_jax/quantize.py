@@ -62,13 +62,13 @@ def encode(
 
     def grid(low, high, down=jnp.round, up=jnp.round):
         if integer_zero:
-            scale = _stored(jnp.maximum(high - low, 1e-5) / levels, metadata_dtype, up)
+            scale = _stored(jnp.maximum(high - low, 1e-5), metadata_dtype, up, levels)
             whole = jnp.clip(-jnp.round(_over(low, scale)), 0, levels)
             return scale, _stored(-whole * scale, metadata_dtype)
         zero = _stored(low, metadata_dtype, down)
         # The papers' code has the unrounded minimum here, which differs for float16 by less than its last bit.
         lowest = low if metadata_dtype == "float16" else zero
-        return _stored(jnp.maximum(high - lowest, 0) / levels, metadata_dtype, up), zero
+        return _stored(jnp.maximum(high - lowest, 0), metadata_dtype, up, levels), zero
 
     def codes_on(scale, zero):
         if integer_zero:
@@ -101,17 +101,19 @@ def _over(x: Float[Array, "..."], step: Float[Array, "..."]) -> Float[Array, "..
     return jnp.where(step > 0, x / jnp.where(step > 0, step, 1), 0)
 
 
-def _stored(x: Float[Array, "..."], dtype: str, whole: Callable = jnp.round) -> Float[Array, "..."]:
-    """The float32 number that a short float holds of x, within its range: the nearest, the next one below it (`whole`
-    is floor) or above it (ceil).
+def _stored(x: Float[Array, "..."], dtype: str, whole: Callable = jnp.round, parts: int = 1) -> Float[Array, "..."]:
+    """The float32 number that a short float holds of x / parts, within its range: the nearest, the next one below it
+    (`whole` is floor) or above it (ceil).
 
-    Computed, not converted there and back: XLA takes such a pair of conversions for none on a GPU.
+    Computed, not converted there and back: XLA takes such a pair of conversions for none on a GPU. And divided once, by
+    no constant: XLA multiplies by a constant's inverse, whose last bit may tip a number that lies between two others.
     """
     info = jnp.finfo(dtype)
-    x = jnp.clip(x, -float(info.max), float(info.max))
-    exponent = jnp.maximum(jnp.frexp(x)[1] - 1, max(info.minexp, -100))
+    limit = float(info.max) * parts
+    x = jnp.clip(x, -limit, limit)
+    exponent = jnp.maximum(jnp.frexp(x / parts)[1] - 1, max(info.minexp, -100))
     last_bit = jnp.ldexp(jnp.float32(1), exponent - info.nmant)
-    return whole(x / last_bit) * last_bit
+    return whole(x / (parts * last_bit)) * last_bit
 
 
 # Channels whose scales are chosen together, when what earlier channels add to them is known: enough for a matrix

@@ -63,7 +63,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import triton_call
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
-from pallas_kernels.partial import Partial
+from pallas_kernels.partial import Partial, merge_partials
 
 KINDS = {"float16": 0, "bfloat16": 1, "float8_e4m3fn": 2}
 WINDOW = 512  # rows up to which a dense segment goes into a packed one's launch
@@ -392,15 +392,19 @@ def dense_decode_attention(query, key, value, lengths, *, scale: float, return_l
 
 def decode_attention(parts: Sequence, *, scale: float, return_logits: bool):
     """`api.decode_attention` over one or two segments, and perhaps a window behind: a launch for each segment, the
-    window in that of the codes before it, and one that joins their shares."""
+    window in that of the codes before it, and one that joins their shares. More segments, as two with float32 windows,
+    are joined by XLA."""
     behind = _as_window(parts[-1]) if len(parts) > 1 and isinstance(parts[-2][1], PackedTensor) else None
     segments = parts if behind is None else parts[:-1]
-    if len(segments) > 2:
-        raise NotImplementedError(f"joins two segments and a small window at most, not {len(parts)} segments")
     for query, keys, values, _ in parts:
         packed = isinstance(keys, PackedTensor)
         _require(decline(keys, values, scale) if packed else decline_dense(query, keys))
     query, keys = parts[0][:2]
+    if len(segments) > 2:
+        found = [_partial(*part, scale, return_logits and i == 0) for i, part in enumerate(parts)]
+        first, *logits = found[0] if return_logits else (found[0],)
+        output, lse = merge_partials([first, *found[1:]])
+        return output.astype(query.dtype), lse, *logits
     heads = (keys.codes if isinstance(keys, PackedTensor) else keys).shape[1]
     windows = [None] * (len(segments) - 1) + [behind]
     shares = [
