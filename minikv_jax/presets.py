@@ -195,7 +195,7 @@ def minikv_plus(
         sinks: first tokens that stay dense.
         keeps: newest tokens that always stay dense; by default half of the window, where that is whole groups.
         important: share of the prompt, by what its last 256 queries attend to, that takes 4 bits in a tier of its own.
-            An eighth leaves half of the error for a quarter bit. All other tokens must be kept.
+            A sixteenth leaves four fifths of the error for an eighth of a bit. All other tokens must be kept.
         precise: layers whose keys and values take 4 bits. `minikv calibrate` finds the few that pay it back.
         brief: layers that keep `brief_share` of the prompt, half of it for attention and half newest; likewise.
         brief_share: see `brief`.

@@ -109,7 +109,7 @@ def _stored(x: Float[Array, "..."], dtype: str, whole: Callable = jnp.round, par
     no constant: XLA multiplies by a constant's inverse, whose last bit may tip a number that lies between two others.
     """
     info = jnp.finfo(dtype)
-    limit = float(info.max) * parts
+    limit = min(float(info.max) * parts, float(jnp.finfo(jnp.float32).max))
     x = jnp.clip(x, -limit, limit)
     exponent = jnp.maximum(jnp.frexp(x / parts)[1] - 1, max(info.minexp, -100))
     last_bit = jnp.ldexp(jnp.float32(1), exponent - info.nmant)

@@ -65,12 +65,22 @@ def sizes(folder: Path) -> str:
     return f"One sequence of {titles}: {commands}.\n\n{_table(header, rows)}"
 
 
-def cpu(folder: Path) -> str:
+def _of(name: str) -> Callable[[Callable[[dict], str]], Callable[[Path], str]]:
+    """For a part that is written from the results of one file, if it is there."""
+
+    def part_of(write: Callable[[dict], str]) -> Callable[[Path], str]:
+        def part(folder: Path) -> str:
+            path = folder / name
+            return write(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else _NOT_YET
+
+        return part
+
+    return part_of
+
+
+@_of("cpu.json")
+def cpu(results: dict) -> str:
     """Decode and prefill beside transformers."""
-    path = folder / "cpu.json"
-    if not path.exists():
-        return _NOT_YET
-    results = json.loads(path.read_text(encoding="utf-8"))
     rows = []
     for row in results["rows"]:
         size = f"{row['bytes'] / 2**20:.1f} MiB" if "bytes" in row else "-"
@@ -85,12 +95,9 @@ def cpu(folder: Path) -> str:
     return title + "\n\n" + _table(["", "per new token", "prompt", "cache"], rows)
 
 
-def prefill(folder: Path) -> str:
+@_of("prefill.json")
+def prefill(results: dict) -> str:
     """Two-pass attention beside cuDNN, and what share of a large product's rate each part reaches."""
-    path = folder / "prefill.json"
-    if not path.exists():
-        return _NOT_YET
-    results = json.loads(path.read_text(encoding="utf-8"))
     rows = []
     for row in results["rows"]:
         rate = row["tflops"] / row["share_of_limit"]
@@ -111,12 +118,9 @@ def prefill(folder: Path) -> str:
     return f"{title}\n\n{_table(header, rows)}"
 
 
-def decode(folder: Path) -> str:
+@_of("decode.json")
+def decode(results: dict) -> str:
     """Attention over packed codes beside cuDNN in bfloat16."""
-    path = folder / "decode.json"
-    if not path.exists():
-        return _NOT_YET
-    results = json.loads(path.read_text(encoding="utf-8"))
     rows = []
     for row in results["rows"]:
         if row["implementation"] == "cudnn":
@@ -130,13 +134,7 @@ def decode(folder: Path) -> str:
     return f"Head size {results['rows'][0]['shape']['H']}. {_source(results)}\n\n{_table(header, rows)}"
 
 
-def e2e(folder: Path) -> str:
-    """Whole models, and where the time of a step goes."""
-    path = folder / "e2e.json"
-    if not path.exists():
-        return _NOT_YET
-    results = json.loads(path.read_text(encoding="utf-8"))
-    good = [row for row in results["rows"] if "failed" not in row]
+def _whole_models(rows: Sequence[dict]) -> str:
     columns = (
         ("new tokens/s", lambda row: f"{row['tokens_per_s']:,.0f}"),
         ("a step", lambda row: f"{row['step_ms']:.2f} ms"),
@@ -147,10 +145,8 @@ def e2e(folder: Path) -> str:
         ("peak / planned", lambda row: f"{row['peak_over_planned']:.2f}"),
         ("cache", lambda row: f"{row['cache_bytes'] / 2**30:.2f} GiB"),
     )
-    bandwidths = sorted({round(row.get("copy_bandwidth", results["copy_bandwidth"]) / 1e12, 2) for row in good})
-    bandwidths = bandwidths[:: max(len(bandwidths) - 1, 1)]  # the ends
-    rows = []
-    for row in good:
+    lines = []
+    for row in rows:
         shape = row["shape"]
         name = f"{row.get('model', '')}: {shape['B']} x {shape['S']:,}"
         cells = []
@@ -159,13 +155,27 @@ def e2e(folder: Path) -> str:
                 cells.append(cell(row))
             except KeyError:  # not measured in this case
                 cells.append("-")
-        rows.append([name, f"`{row['method']}`", *cells])
+        lines.append([name, f"`{row['method']}`", *cells])
+    return _table(["model: batch x prompt", "method", *(title for title, _ in columns)], lines)
+
+
+@_of("e2e-h200.json")
+def steps(results: dict) -> str:
+    """What a step of minikv_plus takes beside one of minikv, on the card of `e2e-h200.json`."""
+    return f"{_source(results)}\n\n{_whole_models([row for row in results['rows'] if 'failed' not in row])}"
+
+
+@_of("e2e.json")
+def e2e(results: dict) -> str:
+    """Whole models, and where the time of a step goes."""
+    good = [row for row in results["rows"] if "failed" not in row]
+    bandwidths = sorted({round(row.get("copy_bandwidth", results["copy_bandwidth"]) / 1e12, 2) for row in good})
+    bandwidths = bandwidths[:: max(len(bandwidths) - 1, 1)]  # the ends
     text = (
         "Random weights in bfloat16, the real decode loop with sampling; prompts are not counted as throughput, and "
         "the caches decoded from are synthetic. The floor is what a step must read over the bandwidth of a copy in the "
         f"same run, {' to '.join(f'{x:.2f}' for x in bandwidths)} TB/s. Planned are weights, exact cache, one layer's "
-        f"keys and values in bfloat16 and 256 MiB.{_compiling(good)} {_source(results)}\n\n"
-        + _table(["model: batch x prompt", "method", *(title for title, _ in columns)], rows)
+        f"keys and values in bfloat16 and 256 MiB.{_compiling(good)} {_source(results)}\n\n" + _whole_models(good)
     )
     ratios = [
         f"{row['speedup_vs_quantised_transformers']:.1f} ({row['shape']['B']} x {row['shape']['S']:,})"
@@ -270,6 +280,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "prefill": prefill,
     "decode": decode,
     "e2e": e2e,
+    "steps": steps,
     "quality": quality,
     "layers": layers,
     "questions": questions,
