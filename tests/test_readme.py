@@ -54,7 +54,7 @@ def test_tables_of_results(tmp_path, monkeypatch):
     monkeypatch.delitem(tables.PARTS, "sizes")  # slow, and in the README's own test already
     text = "".join(f"<!-- {name} -->\nbehind\n<!-- /{name} -->\n" for name in tables.PARTS)
     written = tables.render(text, tmp_path)
-    assert written.count("Not measured yet.") == 8 and "behind" not in written and "`minikv`" in written
+    assert written.count("Not measured yet.") == 9 and "behind" not in written and "`minikv`" in written
     row = {"model": "tiny", "case": "all", "task": "kl", "method": "minikv_plus:precise=[1]", "value": 0.5, "low": 0.4}
     row |= {"high": 0.6, "bits_per_element": 3.5, "bits_of_tiers": 2.25, "cases": 2, "samples": 2}
     results = {"device": "cpu", "versions": {}, "date": "today", "command": "minikv eval", "rows": [row]}
