@@ -102,7 +102,8 @@ def test_the_most_attended_tokens_have_four_bits_and_the_others_two():
                 value, expected = _held(tier, layer, b)[head], prompt[2][b, rows, head]
                 assert value.shape == expected.shape
                 assert np.linalg.norm(value - expected) <= most * np.linalg.norm(expected)
-        # What windows encode joins the others.
+        # What windows encode joins the others, and so needs what feedback goes by.
+        assert seen.prompt.segment.coupling is None and seen.prompt.retained.coupling is not None
         after, encoded = seen.after, max(length + 30 - 4 - 8, 0) // 8 * 8
         assert [int(after.segment.length[b]), int(after.retained.length[b])] == [important, encoded - important]
 
