@@ -138,7 +138,7 @@ def encode_with_feedback(
 
     Args:
         x, bits, group_size, metadata_dtype, clip: as `encode`.
-        coupling: U - 1, of the queries that will meet x (`coupling`).
+        coupling: U - 1, of the queries that will meet x (`coupling_of`).
     """
     h = x.shape[-1]
     width = next(width for width in range(min(_TOGETHER, h), 0, -1) if h % width == 0)
@@ -170,7 +170,7 @@ def encode_with_feedback(
     return Codes(*(jnp.moveaxis(y, 0, 2).reshape(b, k, h, -1).swapaxes(-1, -2) for y in codes))
 
 
-def coupling(moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:
+def coupling_of(moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:
     """U - 1 of moment = U D U^T: how errors of channels (rows) add up in later ones (columns).
 
     The moment's size does not matter. No number is above 10 sqrt(H) or so, for the damping bounds D from below.
@@ -184,14 +184,14 @@ def coupling(moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:
     return jnp.triu(factor / jnp.diagonal(factor, axis1=-2, axis2=-1)[..., None, :], 1)
 
 
-def folded(coupling: Float[Array, "... H H"]) -> Float[Array, "... half H"]:
+def fold(triangle: Float[Array, "... H H"]) -> Float[Array, "... half H"]:
     """A strictly upper triangular matrix in half of its room: its last rows, turned round, lie below the first ones."""
-    rows = -(-coupling.shape[-1] // 2)
-    return (coupling + coupling[..., ::-1, ::-1])[..., :rows, :]
+    rows = -(-triangle.shape[-1] // 2)
+    return (triangle + triangle[..., ::-1, ::-1])[..., :rows, :]
 
 
-def unfolded(folded: Float[Array, "... half H"]) -> Float[Array, "... H H"]:
-    """The inverse of `folded`, float32."""
+def unfold(folded: Float[Array, "... half H"]) -> Float[Array, "... H H"]:
+    """The inverse of `fold`, float32."""
     folded, h = folded.astype(jnp.float32), folded.shape[-1]
     return jnp.triu(jnp.concatenate([folded, folded[..., : h // 2, :][..., ::-1, ::-1]], axis=-2), 1)
 

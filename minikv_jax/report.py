@@ -25,8 +25,8 @@ class Size:
     Attributes:
         tokens_kept: of all sequences together, averaged over the layers for a whole cache.
         tokens_read: of all sequences together.
-        bytes_tiers: codes, scales and minima of all tiers, their unused room included, and what feedback needs. Papers
-            count only this.
+        bytes_tiers: codes, scales and minima of all tiers, their unused room included, which is what papers count, and
+            what feedback needs for new keys.
         bytes_window: the dense window.
         bytes_held: everything: tiers, window, scores, balancers, counters.
         bytes_bfloat16: of a cache that keeps every token read in bfloat16.

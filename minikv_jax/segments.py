@@ -47,7 +47,7 @@ class PackedSegment:
     """Keys and values as packed codes. Tokens at and past `length` are meaningless.
 
     `balance` (MiKV's b, float32) multiplies a key before it is stored and divides the queries that meet it. `coupling`
-    is what feedback needs to encode more keys (`quantize.coupling`, folded, as long as metadata), where more will come.
+    is what feedback needs for more keys, where more come: `quantize.coupling_of`, folded, in the dtype of metadata.
     """
 
     keys: PackedTensor
@@ -86,7 +86,7 @@ def build(
     coupling = _coupling(codec, balance, moment)
     codes = encode_keys(codec, fit(key, capacity), balance, coupling), encode_values(codec, fit(value, capacity))
     keys, values = (quantize.to_packed(x, *shape) for x, shape in zip(codes, _layouts(codec, key.shape[-1])))
-    kept = quantize.folded(coupling).astype(codec.metadata_dtype) if codec.key_feedback == "all" else None
+    kept = quantize.fold(coupling).astype(codec.metadata_dtype) if codec.key_feedback == "all" else None
     return PackedSegment(keys, values, length, balance, kept, codec)
 
 
@@ -96,7 +96,7 @@ def _coupling(codec: Codec, balance, moment) -> Float[Array, "B K H H"] | None:
         return None
     if balance is not None:
         moment = moment / (balance[..., None] * balance[..., None, :])
-    return quantize.coupling(moment)
+    return quantize.coupling_of(moment)
 
 
 def empty_like(segment: Segment, batch: int, capacity: int) -> Segment:
@@ -143,7 +143,7 @@ def encode_keys(
     balance: Float[Array, "B K H"] | None,
     coupling: Float[Array, "B K H H"] | None = None,
 ) -> Codes:
-    """Codes of keys; with feedback where there is a `coupling` (`quantize.coupling`)."""
+    """Codes of keys; with feedback where there is a `coupling` (`quantize.coupling_of`)."""
     bits, group, axis, _ = _layouts(codec, key.shape[-1])[0]
     if balance is not None:
         key = key.astype(jnp.float32) * balance[:, :, None]
@@ -164,7 +164,7 @@ def encode(segment: PackedSegment, key: Float[Array, "B K S H"], value: Float[Ar
 
 def encode_new_keys(segment: PackedSegment, key: Float[Array, "B K S H"]) -> Codes:
     """New keys as the segment stores them; with feedback by what the prompt's queries were, where it wants that."""
-    coupling = None if segment.coupling is None else quantize.unfolded(segment.coupling)
+    coupling = None if segment.coupling is None else quantize.unfold(segment.coupling)
     return encode_keys(segment.codec, key, segment.balance, coupling)
 
 

@@ -168,7 +168,7 @@ def test_feedback_is_gptq_and_saves_what_queries_see():
     queries = (rng.standard_normal((400, 4)) @ rng.standard_normal((4, 16))).astype(np.float32)
     moment = (queries.T @ queries)[None, None]
     plain = quantize.encode(jnp.asarray(x), 2, 32, "tokens")
-    fed = quantize.encode_with_feedback(jnp.asarray(x), quantize.coupling(jnp.asarray(moment)), 2, 32)
+    fed = quantize.encode_with_feedback(jnp.asarray(x), quantize.coupling_of(jnp.asarray(moment)), 2, 32)
     back = [np.asarray(quantize.decode(codes, 32, "tokens"))[0, 0] for codes in (plain, fed)]
     lost = [np.square((y - x[0, 0]) @ queries.T).mean() for y in back]
     assert lost[1] < 0.5 * lost[0]
@@ -186,9 +186,9 @@ def test_feedback_is_gptq_and_saves_what_queries_see():
 @pytest.mark.parametrize("size", [1, 2, 7, 16])
 def test_a_triangle_unfolds_to_what_it_was(size):
     triangle = np.triu(np.random.default_rng().standard_normal((2, 3, size, size)).astype(np.float32), 1)
-    half = quantize.folded(jnp.asarray(triangle))
+    half = quantize.fold(jnp.asarray(triangle))
     assert half.shape == (2, 3, -(-size // 2), size)
-    np.testing.assert_array_equal(quantize.unfolded(half), triangle)
+    np.testing.assert_array_equal(quantize.unfold(half), triangle)
 
 
 @settings(max_examples=10)
@@ -196,7 +196,7 @@ def test_a_triangle_unfolds_to_what_it_was(size):
 def test_a_coupling_fits_into_eight_bits(seed, rank, spread):
     rng = np.random.default_rng(seed)
     queries = rng.standard_normal((rank, 64)) * 10 ** (spread * rng.standard_normal(64))
-    coupling = np.asarray(quantize.coupling(jnp.asarray(queries.T @ queries, jnp.float32)[None, None]))
+    coupling = np.asarray(quantize.coupling_of(jnp.asarray(queries.T @ queries, jnp.float32)[None, None]))
     assert np.all(np.isfinite(coupling)) and np.abs(coupling).max() <= 10.1 * 64**0.5
 
 
@@ -219,7 +219,7 @@ def test_keys_of_new_tokens_go_by_the_prompts_queries():
 def test_feedback_without_queries_is_rounding():
     x = jnp.asarray(np.random.default_rng().standard_normal((1, 2, 128, 16)), jnp.float32)
     plain = quantize.encode(x, 2, 32, "tokens")
-    fed = quantize.encode_with_feedback(x, quantize.coupling(jnp.zeros((1, 2, 16, 16))), 2, 32)
+    fed = quantize.encode_with_feedback(x, quantize.coupling_of(jnp.zeros((1, 2, 16, 16))), 2, 32)
     for a, b in zip(plain, fed):
         np.testing.assert_array_equal(a, b)
 

@@ -7,6 +7,7 @@ A part stands between `<!-- NAME -->` and `<!-- /NAME -->`; the names are the ke
 """
 
 import argparse
+import functools
 import inspect
 import json
 import re
@@ -69,6 +70,7 @@ def _of(name: str) -> Callable[[Callable[[dict], str]], Callable[[Path], str]]:
     """For a part that is written from the results of one file, if it is there."""
 
     def part_of(write: Callable[[dict], str]) -> Callable[[Path], str]:
+        @functools.wraps(write)
         def part(folder: Path) -> str:
             path = folder / name
             return write(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else _NOT_YET

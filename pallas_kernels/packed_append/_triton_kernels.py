@@ -179,7 +179,7 @@ def encode_keys(
 
 @triton.jit
 def load_coupling(coupling, row, channel, KIND: tl.constexpr, H: tl.constexpr):
-    """What errors of channel `row` add in later ones, 0 in all others; of the folded triangle (`quantize.folded`)."""
+    """What errors of channel `row` add in later ones, 0 in all others; of the folded triangle (`quantize.fold`)."""
     at = tl.where(row < H // 2, row * H + channel, (H - 1 - row) * H + (H - 1 - channel))
     later = channel > row
     return tl.where(later, from_stored(tl.load(coupling + at, mask=later, other=0), KIND), 0.0)
@@ -196,7 +196,7 @@ def encode_keys_with_feedback(
     Scales of a run of channels are chosen together, from where its numbers would be if rounding them cost nothing more
     (`quantize.encode_with_feedback`).
     """
-    RUN: tl.constexpr = 8
+    RUN: tl.constexpr = 8  # as there
     RUNS: tl.constexpr = H // RUN
     lane = tl.arange(0, RUN)
     for i in range(COUNT // GROUP):

@@ -46,8 +46,8 @@ def packed_append(
         keeps: rows that stay dense when the others are encoded, at most half of those behind `first`; static.
         options: `key_clip` and `value_clip` are shrink factors of a group's range to try beside 1; the one with the
             smallest squared error is kept. `key_factor` [B, K, H] multiplies keys before they are encoded.
-            `key_coupling` [B, K, H / 2, H], a folded triangle, says how the rounding error of each channel of a key is
-            to be added to later ones (`minikv_jax.quantize.folded`).
+            `key_coupling` [B, K, H / 2, H], a folded triangle (`minikv_jax.quantize.fold`) in the metadata's dtype,
+            says how the rounding error of each channel of a key is added to later ones.
         implementation: None or "triton". There is no other: what XLA does well here depends on the device, see
             `minikv_jax.cache`.
 

@@ -119,7 +119,7 @@ def decode_attention(
     """Softmax attention over several segments as one: what `merge_partials` makes of their partials.
 
     On a CUDA device one or two segments take a launch each and one that joins all their shares; a small dense window
-    behind the last of them goes along in its launch, if that one is packed.
+    behind the last of them goes along in its launch, if that one is packed. XLA joins what is more than that.
 
     Args:
         parts: the segments; all queries have one shape and dtype.

@@ -544,7 +544,6 @@ class MiniKVPlus(MiniKV):
     sinks: int = 4
     keeps: int = 0
     factors: tuple[float, ...] = (0.95, 0.9, 0.85)
-    feedback: bool = True
     metadata: str = "float8_e4m3fn"
     later: list[np.ndarray] = field(init=False, repr=False, default_factory=list)
 
@@ -580,11 +579,7 @@ class MiniKVPlus(MiniKV):
         key, value = np.float32(key @ turn), np.float32(value @ turn)
         for start in range(0, len(key), self.group):
             group = key[start : start + self.group]
-            if self.feedback:
-                key[start : start + self.group] = gptq(group, self._grid, moment, self.code_bits)
-            else:
-                back = [on_grid(column, self.code_bits, *self._grid(column)) for column in group.T]
-                key[start : start + self.group] = np.stack(back, axis=1)
+            key[start : start + self.group] = gptq(group, self._grid, moment, self.code_bits)
         for token in value:
             for start in range(0, len(token), self.group):
                 part = token[start : start + self.group]
