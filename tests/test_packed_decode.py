@@ -18,6 +18,9 @@ FORMATS = {
     "groups of 16": (2, 16, "float16", 2, 16, "float16"),
     "groups of 128 tokens, 32 channels, bfloat16": (2, 128, "bfloat16", 2, 32, "bfloat16"),
     "3 and 2 bits, fp8": (3, 64, "float8_e4m3fn", 2, 64, "float8_e4m3fn"),
+    "2-bit, fp8": (2, 64, "float8_e4m3fn", 2, 64, "float8_e4m3fn"),
+    "4-bit, fp8": (4, 64, "float8_e4m3fn", 4, 64, "float8_e4m3fn"),
+    "2 and 4 bits, groups of 128": (2, 128, "float16", 4, 128, "bfloat16"),
     "3 and 2 bits, groups of 16": (3, 16, "float16", 2, 16, "float16"),
     "4-bit": (4, 32, "float16", 4, 128, "float16"),
     "4 and 2 bits": (4, 32, "float16", 2, 64, "float16"),
@@ -322,7 +325,7 @@ def _float64(x) -> np.ndarray:
     return dequantised(x) if isinstance(x, PackedTensor) else np.asarray(x, np.float64)
 
 
-TWO_TIERS = {"formats": ("4-bit", "2-bit"), "lengths": ((64, 200, 33), (0, 0, 0), (8, 0, 40))}
+TWO_TIERS = {"formats": ("4-bit, fp8", "2-bit, fp8"), "lengths": ((64, 200, 33), (0, 0, 0), (8, 0, 40))}
 
 
 @pytest.mark.parametrize("t", [1, 3])

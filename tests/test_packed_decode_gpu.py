@@ -32,7 +32,8 @@ def test_triton_matches_float64(name, h):
 @pytest.mark.parametrize("heads", [(1, 8), (8, 4), (4, 1), (3, 3)])
 def test_triton_takes_every_grouping(heads, t):
     k, group = heads
-    assert compare("triton", FORMATS["2-bit"], heads=k, group=group, t=t, h=128, blocks=9) < 2e-3
+    for name in ("2-bit", "2-bit, fp8"):
+        assert compare("triton", FORMATS[name], heads=k, group=group, t=t, h=128, blocks=9) < 2e-3
 
 
 @pytest.mark.parametrize("blocks", [1, 40, 300])
@@ -40,15 +41,17 @@ def test_triton_takes_every_capacity(blocks):
     assert compare("triton", FORMATS["2-bit"], h=128, blocks=blocks) < 2e-3
 
 
-@pytest.mark.parametrize("length", [0, 1, 127, 128, 200, 384])
-def test_triton_reads_nothing_beyond_the_length(length):
-    check_nothing_beyond_the_length("triton", length, FORMATS["2-bit"], h=128)
+@pytest.mark.parametrize("name", ["2-bit", "2-bit, fp8", "4-bit, fp8"])
+@pytest.mark.parametrize("length", [0, 1, 64, 65, 127, 128, 200, 384])
+def test_triton_reads_nothing_beyond_the_length(length, name):
+    check_nothing_beyond_the_length("triton", length, FORMATS[name], h=128)
 
 
+@pytest.mark.parametrize("name", ["2-bit", "2 and 4 bits, groups of 128"])
 @pytest.mark.parametrize("scales", [[0.0], [1e-6], [1e4], [0.0, 1e-6, 0.1, 1e4]])
-def test_triton_takes_adversarial_scales(scales):
+def test_triton_takes_adversarial_scales(scales, name):
     rng = np.random.default_rng(1)
-    keys, values = segment(rng, 1, 2, 2, 128, FORMATS["2-bit"], scales=scales)
+    keys, values = segment(rng, 1, 2, 2, 128, FORMATS[name], scales=scales)
     query = jnp.asarray(rng.normal(size=(1, 1, 4, 128)) * 1e-3, jnp.bfloat16)
     got = packed_decode_attention(query, keys, values, jnp.asarray([200]), implementation="triton")
     want = attention(query, dequantised(keys), dequantised(values), np.full((1, 2), 200), 128**-0.5)

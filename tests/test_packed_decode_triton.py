@@ -19,7 +19,7 @@ from pallas_kernels.packed_decode.api import Part
 from pallas_kernels.packed_decode.triton import constants
 
 
-def simulate(query, keys, values, lengths, splits, window=None, window_splits=0) -> Partial:
+def simulate(query, keys, values, lengths, splits, window=None, window_splits=0, float8=True) -> Partial:
     """The kernel's programs in numpy, and the merge of their shares. `window` is a `Part`."""
     b, t, n, h = query.shape
     heads, blocks = keys.codes.shape[1:3]
@@ -39,7 +39,9 @@ def simulate(query, keys, values, lengths, splits, window=None, window_splits=0)
     grid = (-(-rows // 8), shares * b * heads, 1)
     scalars = dict(zip(range(12, 21), sizes))
     kind = {"LOGITS": True, "PER_HEAD": True, "WINDOW": {None: 0, "float16": 1, "bfloat16": 2}[_dtype(window)]}
-    result = triton_warp.run(kernels, "decode_kernel", grid, arrays, scalars, constants(keys, values) | kind)
+    result = triton_warp.run(
+        kernels, "decode_kernel", grid, arrays, scalars, constants(keys, values, rows, float8) | kind
+    )
     part, stats = (x.reshape(b * heads, shares, rows, -1) for x in result[-3:-1])
     check_logits(result[-1].reshape(b * heads, rows, -1), query, keys, lengths)
     top = stats[..., 0].max(axis=1)
@@ -70,13 +72,15 @@ def check_logits(logits, query, keys, lengths):
     np.testing.assert_allclose(logits[held] / largest, want[held] / largest, atol=3e-3)
 
 
-def check(fmt, *, h=64, heads=1, group=2, t=1, scales=None, query_size=1.0, splits=2, lengths=((200,), (128,), (0,))):
+def check(
+    fmt, *, h=64, heads=1, group=2, t=1, scales=None, query_size=1.0, splits=2, lengths=((200,), (128,), (0,)), **more
+):
     rng = np.random.default_rng(0)
     b = len(lengths)
     keys, values = segment(rng, b, heads, 2, h, fmt, scales=scales)
     query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)) * query_size, jnp.bfloat16)
     lengths = np.asarray(lengths, np.int32)
-    got = simulate(query, keys, values, lengths, splits)
+    got = simulate(query, keys, values, lengths, splits, **more)
     return error(got, attention(query, dequantised(keys), dequantised(values), lengths, h**-0.5))
 
 
@@ -86,18 +90,26 @@ def test_lanes_compute_attention(name, h):
     assert check(FORMATS[name], h=h) < 1e-3
 
 
-@pytest.mark.parametrize(("group", "t"), [(4, 1), (8, 1), (3, 3), (4, 8)])
-def test_lanes_take_every_grouping(group, t):
-    assert check(FORMATS["2-bit"], group=group, t=t) < 1e-3
+@pytest.mark.parametrize("name", ["3 and 2 bits, fp8", "2-bit, fp8", "3-bit, half heads, fp8"])
+def test_lanes_take_float8_on_chips_without_it(name):
+    assert check(FORMATS[name], float8=False) < 1e-3
 
 
+# Up to four rows meet both halves of a block at once, in formats that allow it.
+@pytest.mark.parametrize("name", ["2-bit", "2-bit, fp8"])
+@pytest.mark.parametrize(("group", "t"), [(1, 1), (4, 1), (1, 3), (5, 1), (8, 1), (3, 3), (4, 8)])
+def test_lanes_take_every_grouping(group, t, name):
+    assert check(FORMATS[name], group=group, t=t) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["2-bit", "2 and 4 bits, groups of 128"])
 @pytest.mark.parametrize("scales", [[0.0], [1e-6], [1e4], [0.0, 1e-6, 0.1, 1e4]])
-def test_lanes_take_adversarial_scales(scales):
-    assert check(FORMATS["2-bit"], scales=scales, query_size=1e-3) < 2e-3
+def test_lanes_take_adversarial_scales(scales, name):
+    assert check(FORMATS[name], scales=scales, query_size=1e-3) < 2e-3
 
 
-@pytest.mark.parametrize("length", [1, 127, 200])
-@pytest.mark.parametrize("name", ["2-bit", "3 and 2 bits, fp8"])
+@pytest.mark.parametrize("length", [1, 64, 65, 127, 200])
+@pytest.mark.parametrize("name", ["2-bit", "3 and 2 bits, fp8", "2-bit, fp8"])
 def test_lanes_read_nothing_beyond_the_length(name, length):
     rng = np.random.default_rng(2)
     keys, values = segment(rng, 1, 1, 2, 64, FORMATS[name])
@@ -114,9 +126,10 @@ def test_lanes_read_nothing_beyond_the_length(name, length):
 def test_lanes_take_a_window_along(dtype, h, group, t, window_splits):
     """Codes and a window, each from nothing to full; what lies beyond a window's length is NaN."""
     rng = np.random.default_rng(4)
+    form = FORMATS["2-bit, fp8"] if group == 4 else FORMATS["2-bit"]
     held = np.asarray([[200, 33], [0, 50], [130, 0], [128, 1], [0, 0], [5, 17]])
     b, heads = len(held), 2
-    keys, values = segment(rng, b, heads, 2, h, FORMATS["2-bit"])
+    keys, values = segment(rng, b, heads, 2, h, form)
     query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)), dtype)
     rows = [np.asarray(rng.normal(size=(b, heads, 50, h)), jnp.dtype(dtype)) for _ in range(2)]
     for x in rows:
@@ -141,6 +154,7 @@ def test_lanes_take_a_window_along(dtype, h, group, t, window_splits):
         (90, "2-bit", 2),
         pytest.param(80, "2-bit", 1, marks=pytest.mark.slow),
         pytest.param(100, "2-bit", 0, marks=pytest.mark.slow),
+        (90, "2-bit, fp8", 2),
         pytest.param(80, "3 and 2 bits, fp8", 2, marks=pytest.mark.slow),
         pytest.param(90, "groups of 16", 2, marks=pytest.mark.slow),
         pytest.param(90, "3-bit, half heads, fp8", 0, marks=pytest.mark.slow),
@@ -148,7 +162,7 @@ def test_lanes_take_a_window_along(dtype, h, group, t, window_splits):
 )
 def test_compiles_for(capability, name, window):
     keys, values = segment(np.random.default_rng(0), 1, 1, 1, 128, FORMATS[name])
-    constant = constants(keys, values) | {"LOGITS": False, "PER_HEAD": False, "WINDOW": window}
+    constant = constants(keys, values, 4, capability >= 89) | {"LOGITS": False, "PER_HEAD": False, "WINDOW": window}
     types = dict.fromkeys(("kc", "ks", "kz", "vc", "vs", "vz"), "*u8")
     types = {"q": "*bf16", **types, "lengths": "*i32", **dict.fromkeys(("wq", "wk", "wv"), "*bf16")}
     types |= {"wlengths": "*i32", "softmax_scale": "fp32"}
@@ -159,3 +173,4 @@ def test_compiles_for(capability, name, window):
     assert "mma.sync.aligned.m16n8k16" in compiled.asm["ptx"]
     assert "cp.async" in compiled.asm["ptx"]
     assert ".maxnreg" in compiled.asm["ptx"]
+    assert ("e4m3x2" in compiled.asm["ptx"]) == ("fp8" in name and capability >= 89)

@@ -130,6 +130,11 @@ def _transpose8(x):
     return np.ascontiguousarray(matrix.T).reshape(-1).view(np.int32).view(Register)
 
 
+def _unpack_float8(x):
+    numbers = np.ascontiguousarray(x).view(ml_dtypes.float8_e4m3fn).reshape(LANES, 4)
+    return _pack(numbers[:, :2]), _pack(numbers[:, 2:])
+
+
 def _lanes(x):
     return np.broadcast_to(x, (LANES,))
 
@@ -182,7 +187,9 @@ def _instructions(shared):
             ((x & 0xFF) << 8) | ((x & 0xFF00) << 16),
             ((x >> 8) & 0xFF00) | (x & np.int32(-16777216)),
         ),
+        "unpack_float8": lambda x: _unpack_float8(_lanes(x)),
         "multiply2": multiply2,
+        "subtract2": lambda x, y: _pack(_halves(_lanes(x)) - _halves(_lanes(y))),
         "half_as_float": lambda x, shift: (
             _halves(_lanes(x))[np.arange(LANES), _lanes(shift) // 16].astype(np.float32).view(Register)
         ),

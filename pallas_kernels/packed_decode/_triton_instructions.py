@@ -181,7 +181,8 @@ def mma(a0, a1, a2, a3, b0, b1, c, BFLOAT16: tl.constexpr = False):
 
 @triton.constexpr_function
 def masked_mma_text(mask, third):
-    steps = [f"and.b32 a{i}, ${4 + i}, {mask}; " for i in range(4)]
+    whole = mask == 0xFF00FF  # all that `spread` leaves
+    steps = [f"{'mov.b32' if whole else 'and.b32'} a{i}, ${4 + i}{'' if whole else f', {mask}'}; " for i in range(4)]
     if third:
         steps += [f"and.b32 e{i}, ${14 + i}, {third}; or.b32 a{i}, a{i}, e{i}; " for i in range(4)]
     return "{ .reg .b32 a<4>, e<4>; " + mma_text("f16", "a0,a1,a2,a3", "".join(steps)) + " }"
@@ -263,6 +264,25 @@ def spread_up(x):
         is_pure=True,
         pack=1,
     )
+
+
+@triton.jit
+def unpack_float8(x):
+    """The four float8_e4m3fn of a word as two pairs of float16."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; }",
+        "=&r,=r,r",
+        [x],
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def subtract2(x, y):
+    """Difference of two pairs of float16."""
+    return tl.inline_asm_elementwise("sub.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -29,8 +29,10 @@ from pallas_kernels.packed_decode._triton_instructions import (
     spread,
     spread_up,
     store1,
+    subtract2,
     transpose8,
     twice_masked_mma,
+    unpack_float8,
     wait_group,
     warp_barrier,
     warp_max,
@@ -39,9 +41,8 @@ from pallas_kernels.packed_decode._triton_instructions import (
 from pallas_kernels.packed_decode._triton_window import window_share
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Scales and zero points: KIND 0 float16, 1 bfloat16, 2 float8_e4m3fn; always handed on as pairs of float16.
-# A float8 is handed on as a 256th of itself, for its fields then only move: the queries make up for it in advance, the
-# outputs at the end. Scales have no sign to look after (SIGNED False).
+# Scales and zero points: KIND 0 float16, 1 bfloat16, 2 float8_e4m3fn, 3 the same on chips that do not know it; always
+# handed on as pairs of float16.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -51,16 +52,21 @@ def from_bfloat16(x):
 
 
 @triton.jit
-def from_float8(x, SIGNED: tl.constexpr):
-    """Two float8_e4m3fn in the upper bytes of the two halves: exponent and mantissa move under float16's."""
-    if SIGNED:
-        return ((x >> 1) & 0x3FFF3FFF) | (x & -2147450880)
+def from_float8(x, KIND: tl.constexpr):
+    """The four float8_e4m3fn of a word as two pairs."""
+    if KIND == 2:
+        return unpack_float8(x)
     else:
-        return x >> 1
+        # As the upper byte of a float16, exponent and mantissa one bit on, each is a 256th of itself.
+        y = spread_up(x)
+        low = ((y[0] >> 1) & 0x3FFF3FFF) | (y[0] & -2147450880)
+        high = ((y[1] >> 1) & 0x3FFF3FFF) | (y[1] & -2147450880)
+        by = tl.full([32], 0x5C005C00, tl.int32)
+        return multiply2(low, by), multiply2(high, by)
 
 
 @triton.jit
-def metadata4(address, KIND: tl.constexpr, SIGNED: tl.constexpr):
+def metadata4(address, KIND: tl.constexpr):
     """Four consecutive numbers as two pairs."""
     if KIND == 0:
         return load2(address)
@@ -68,12 +74,11 @@ def metadata4(address, KIND: tl.constexpr, SIGNED: tl.constexpr):
         x = load2(address)
         return from_bfloat16(x[0]), from_bfloat16(x[1])
     else:
-        x = spread_up(load1(address))
-        return from_float8(x[0], SIGNED), from_float8(x[1], SIGNED)
+        return from_float8(load1(address), KIND)
 
 
 @triton.jit
-def metadata8(address, KIND: tl.constexpr, SIGNED: tl.constexpr):
+def metadata8(address, KIND: tl.constexpr):
     """Eight consecutive numbers as four pairs."""
     if KIND == 0:
         return load4(address)
@@ -81,26 +86,20 @@ def metadata8(address, KIND: tl.constexpr, SIGNED: tl.constexpr):
         x = load4(address)
         return from_bfloat16(x[0]), from_bfloat16(x[1]), from_bfloat16(x[2]), from_bfloat16(x[3])
     else:
-        y = load2(address)
-        x = spread_up(y[0]) + spread_up(y[1])
-        return (
-            from_float8(x[0], SIGNED),
-            from_float8(x[1], SIGNED),
-            from_float8(x[2], SIGNED),
-            from_float8(x[3], SIGNED),
-        )
+        x = load2(address)
+        return from_float8(x[0], KIND) + from_float8(x[1], KIND)
 
 
 @triton.jit
-def token_metadata(address, t, NARROW: tl.constexpr, KIND: tl.constexpr, SIGNED: tl.constexpr):
+def token_metadata(address, t, NARROW: tl.constexpr, KIND: tl.constexpr):
     """Numbers of the tokens of a run of 32 that lane t multiplies: pairs in the order (w, b) of `row_of`."""
-    BYTES: tl.constexpr = 1 if KIND == 2 else 2
+    BYTES: tl.constexpr = 1 if KIND >= 2 else 2
     if NARROW:
-        x = metadata4(address + t * (4 * BYTES), KIND, SIGNED)
-        y = metadata4(address + t * (4 * BYTES) + 16 * BYTES, KIND, SIGNED)
+        x = metadata4(address + t * (4 * BYTES), KIND)
+        y = metadata4(address + t * (4 * BYTES) + 16 * BYTES, KIND)
         return x[0], x[1], y[0], y[1]
     else:
-        return metadata8(address + t * (8 * BYTES), KIND, SIGNED)
+        return metadata8(address + t * (8 * BYTES), KIND)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,6 +156,18 @@ def ones(count, first):
     return ((1 << count) - 1) * 0x10001 << first
 
 
+@triton.constexpr_function
+def plane_unit(bits, run):
+    """What the products with the codes of a run of 32 tokens, float16 subnormals in their plane, lack."""
+    return 2.0 ** (24 - bits * (2 * run // bits))
+
+
+@triton.constexpr_function
+def plane_mask(bits, plane, nested):
+    """Where both halves of a word have the codes of a plane, or, nested, of all planes up to it."""
+    return ones(bits * (plane + 1), 0) if nested else ones(bits, bits * plane)
+
+
 @triton.jit
 def rows_of_codes(x, y):
     """Left operand of an `mma` from words of rows g and g + 8, the codes of all planes in it."""
@@ -185,10 +196,12 @@ def key_tiles(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     NARROW: tl.constexpr,
+    NESTED: tl.constexpr,
 ):
     """d plus the products of a block's eight tiles over 16 channels, the K-th words of the lanes' rows.
 
-    The codes are float16 subnormals where they lie: a plane's are cut out by its mask.
+    The codes are float16 subnormals where they lie: a plane's are cut out by its mask. NESTED a tile also has all planes
+    below its own, and the top one needs no mask.
     """
     PART: tl.constexpr = 2 if BITS == 3 else BITS
     UNITS: tl.constexpr = PART // 2
@@ -210,7 +223,7 @@ def key_tiles(
             )  # fmt: skip
             after = after + (x,)
         else:
-            after = after + (masked_mma(a, b[0], b[1], d[tile], ones(PART, PART * (tile // 2 // UNITS))),)
+            after = after + (masked_mma(a, b[0], b[1], d[tile], plane_mask(PART, tile // 2 // UNITS, NESTED)),)
     return after
 
 
@@ -243,15 +256,19 @@ def key_products(
     KIND: tl.constexpr,
     H: tl.constexpr,
     NARROW: tl.constexpr,
+    TWIN: tl.constexpr,
 ):
     """Products of the queries with the codes times scales, and with the zero points, of one block.
+
+    TWIN a query meets the scales of its half of the block alone, and tiles are nested, but of three bits.
 
     Returns:
         d: eight tiles [16 tokens, 8 queries], tile 2 i + w of the i-th run of 32 tokens; times 2^-24 4^plane.
         z: tile [groups spread over 8 rows, 8 queries].
     """
     GROUPS: tl.constexpr = 128 // GROUP
-    BYTES: tl.constexpr = 1 if KIND == 2 else 2
+    COVERED: tl.constexpr = 128 if TWIN else GROUP
+    BYTES: tl.constexpr = 1 if KIND >= 2 else 2
     nil = tl.zeros([32], tl.float32)
     none = tl.zeros([32], tl.int32)
     d = ()
@@ -263,18 +280,21 @@ def key_products(
         words, high = key_words(codes, h, g, t, BITS, H, NARROW)
         for half in tl.static_range(2):
             channel = 64 * h + 16 * t + 8 * half
-            zeros = metadata8(zero + (own_group * H + channel) * BYTES, KIND, True)
+            zeros = metadata8(zero + (own_group * H + channel) * BYTES, KIND)
             scales = ()
-            for i in tl.static_range(GROUPS):
-                scales = scales + (metadata8(scale + (i * H + channel) * BYTES, KIND, False),)
+            if TWIN:
+                scales = (metadata8(scale + (g // 4 * (GROUPS - 1) * H + channel) * BYTES, KIND),)
+            else:
+                for i in tl.static_range(GROUPS):
+                    scales = scales + (metadata8(scale + (i * H + channel) * BYTES, KIND),)
             for c in tl.static_range(2):
                 q0 = q[8 * h + 4 * half + 2 * c]
                 q1 = q[8 * h + 4 * half + 2 * c + 1]
                 z = mma(zeros[2 * c], none, zeros[2 * c + 1], none, q0, q1, z)
                 s = ()
-                for i in tl.static_range(GROUPS):
+                for i in tl.static_range(128 // COVERED):
                     s = s + ((multiply2(q0, scales[i][2 * c]), multiply2(q1, scales[i][2 * c + 1])),)
-                d = key_tiles(d, words, high, s, g, 2 * half + c, BITS, GROUP, NARROW)
+                d = key_tiles(d, words, high, s, g, 2 * half + c, BITS, COVERED, NARROW, TWIN and BITS != 3)
     return d, z
 
 
@@ -297,7 +317,7 @@ def channel_key_products(
     than the 64 channels a product covers, the others' queries are zero in it.
     """
     PART: tl.constexpr = 2 if BITS == 3 else BITS
-    BYTES: tl.constexpr = 1 if KIND == 2 else 2
+    BYTES: tl.constexpr = 1 if KIND >= 2 else 2
     nil = tl.zeros([32], tl.float32)
     none = tl.zeros([32], tl.int32)
     one = tl.full([32], 0x3C003C00, tl.int32)
@@ -320,12 +340,12 @@ def channel_key_products(
                     q0 = tl.where(own, q0, 0)
                     q1 = tl.where(own, q1, 0)
                 z = mma(one, none, one, none, q0, q1, z)
-                d = key_tiles(d, words, high, ((q0, q1),), g, k, BITS, 128, False)
+                d = key_tiles(d, words, high, ((q0, q1),), g, k, BITS, 128, False, False)
         scaled = ()
         for run in tl.static_range(4):
             first = (128 * group + 32 * run + 8 * (g // 2)) * BYTES
-            scales = metadata8(scale + first, KIND, False)
-            zeros = metadata8(zero + first, KIND, True)
+            scales = metadata8(scale + first, KIND)
+            zeros = metadata8(zero + first, KIND)
             for w in tl.static_range(2):
                 tile = ()
                 for b in tl.static_range(2):
@@ -337,6 +357,25 @@ def channel_key_products(
                 scaled = scaled + (tile,)
         x = scaled
     return x
+
+
+@triton.jit
+def plane_probabilities(p, g, BITS: tl.constexpr, TWIN: tl.constexpr):
+    """Probabilities for the codes of each run of 32 tokens where they lie: 2^-(BITS plane) of them.
+
+    TWIN a query's are zero in the runs of the other half.
+    """
+    scaled = ()
+    for run in tl.static_range(4):
+        by = tl.full([32], (15 - BITS * (2 * run // BITS)) * 1024 * 0x10001, tl.int32)
+        if TWIN:
+            by = tl.where(g // 4 == run // 2, by, 0)
+        for i in tl.static_range(4):
+            x = p[4 * (run % 2 if TWIN else run) + i]
+            if TWIN or 2 * run >= BITS:
+                x = multiply2(x, by)
+            scaled = scaled + (x,)
+    return scaled
 
 
 @triton.jit
@@ -352,22 +391,34 @@ def value_products(
     KIND: tl.constexpr,
     H: tl.constexpr,
     NARROW: tl.constexpr,
+    TWIN: tl.constexpr,
 ):
-    """Adds (probability times scale) . codes of one block to the tiles [16 channels, 8 queries], times 2^-24."""
+    """Adds (probability times scale) . codes of one block to the tiles [16 channels, 8 queries], times 2^-24.
+
+    NESTED a word's codes are multiplied a plane and all below it at a time, by what the next plane's factor lacks: all
+    planes together need no mask. In the smallest groups those differences would cost more than masks.
+    """
+    NESTED: tl.constexpr = GROUP > 16
     UNITS: tl.constexpr = BITS // 2
+    PLANES: tl.constexpr = 8 // BITS
     P: tl.constexpr = 16 * BITS
-    BYTES: tl.constexpr = 1 if KIND == 2 else 2
+    BYTES: tl.constexpr = 1 if KIND >= 2 else 2
     TOGETHER: tl.constexpr = min(GROUP // 16, 4)  # independent accumulators in flight
+    y = plane_probabilities(p, g, BITS, TWIN)
     done = ()
     for group in tl.static_range(H // GROUP):
+        x = ()
+        for run in tl.static_range(2 if TWIN else 4):
+            first = 128 * group + 32 * run
+            if TWIN:
+                first += 64 * (g // 4)
+            x = x + token_metadata(scale + first * BYTES, t, NARROW, KIND)
         s = ()
-        for run in tl.static_range(4):
-            x = token_metadata(scale + (128 * group + 32 * run) * BYTES, t, NARROW, KIND, False)
-            for i in tl.static_range(4):
-                y = p[4 * run + i]
-                if run >= UNITS:  # 2^-(BITS plane)
-                    y = multiply2(y, tl.full([32], (15 - BITS * (run // UNITS)) * 1024 * 0x10001, tl.int32))
-                s = s + (multiply2(y, x[i]),)
+        for i in tl.static_range(16):
+            s = s + (multiply2(y[i], x[i % 8 if TWIN else i]),)
+        own = ()
+        for i in tl.static_range(16):
+            own = own + (subtract2(s[i], s[i + 4 * UNITS]) if NESTED and i < 16 - 4 * UNITS else s[i],)
         for first in tl.static_range(GROUP // 16 // TOGETHER):
             part = ()
             for i in tl.static_range(TOGETHER):
@@ -386,12 +437,12 @@ def value_products(
                     rows = ()
                     for i in tl.static_range(TOGETHER):
                         rows = rows + (rows_of_codes(words[2 * i][w], words[2 * i + 1][w]),)
-                    for plane in tl.static_range(8 // BITS):
-                        b0 = s[4 * (plane * UNITS + u) + 2 * w]
-                        b1 = s[4 * (plane * UNITS + u) + 2 * w + 1]
+                    for plane in tl.static_range(PLANES):
+                        b0 = own[4 * (plane * UNITS + u) + 2 * w]
+                        b1 = own[4 * (plane * UNITS + u) + 2 * w + 1]
                         after = ()
                         for i in tl.static_range(TOGETHER):
-                            after = after + (masked_mma(rows[i], b0, b1, part[i], ones(BITS, BITS * plane)),)
+                            after = after + (masked_mma(rows[i], b0, b1, part[i], plane_mask(BITS, plane, NESTED)),)
                         part = after
             done = done + part
     return done
@@ -400,10 +451,10 @@ def value_products(
 @triton.jit
 def scale_exponent(scale, lane, GROUPS: tl.constexpr, KIND: tl.constexpr):
     """max(0, e) with all value scales of the block, as they are handed on, below 2^e."""
-    BYTES: tl.constexpr = 1 if KIND == 2 else 2
+    BYTES: tl.constexpr = 1 if KIND >= 2 else 2
     largest = tl.zeros([32], tl.int32)
     for group in tl.static_range(GROUPS):
-        x = metadata4(scale + (128 * group + 4 * lane) * BYTES, KIND, False)
+        x = metadata4(scale + (128 * group + 4 * lane) * BYTES, KIND)
         for i in tl.static_range(2):
             largest = tl.maximum(largest, tl.maximum(x[i] & 0x7FFF, (x[i] >> 16) & 0x7FFF))
     return tl.maximum((warp_max(largest) >> 10) - 14, 0).to(tl.float32)
@@ -423,14 +474,46 @@ def tile_logits(
     W: tl.constexpr = TILE % 2
     RUN: tl.constexpr = TILE // 2
     GROUPS: tl.constexpr = 128 // GROUP
-    UNIT: tl.constexpr = (1 << (24 - PART * (RUN // (PART // 2)))) * 1.0
     logits = ()
     for b in tl.static_range(2):
         for i in tl.static_range(2):
             zero = z[i]
             if GROUPS > 1:
                 zero = shuffle(zero, t + 4 * (((32 * RUN + 16 * W) // GROUP) * 8 // GROUPS))
-            logits = logits + (d[2 * b + i] * (factor[i] * UNIT) + zero * factor[i],)
+            logits = logits + (d[2 * b + i] * (factor[i] * plane_unit(PART, RUN)) + zero * factor[i],)
+    return logits
+
+
+@triton.jit
+def own_tile(d, low, TILE: tl.constexpr, BITS: tl.constexpr):
+    """The plane of tile TILE where `low`, else of the tile half a block on; tiles are nested, but of three bits."""
+    BACK: tl.constexpr = 2 * (BITS // 2)  # tiles from a plane to the next
+    own = ()
+    for i in tl.static_range(4):
+        x = d[TILE][i]
+        y = d[TILE + 4][i]
+        if BITS != 3:
+            if TILE >= BACK:
+                x = x - d[TILE - BACK][i]
+            y = y - d[TILE + 4 - BACK][i]
+        own = own + (tl.where(low, x, y),)
+    return own
+
+
+@triton.jit
+def twin_logits(d, z, factor, t, BITS: tl.constexpr):
+    """Logits in base 2 of four tiles, those of a query's half of the block: tile 2 j + w of its j-th run of 32."""
+    PART: tl.constexpr = 2 if BITS == 3 else BITS
+    low = t < 2
+    logits = ()
+    for run in tl.static_range(2):
+        unit = tl.where(low, plane_unit(PART, run), plane_unit(PART, run + 2))
+        by = (factor[0] * unit, factor[1] * unit)
+        for w in tl.static_range(2):
+            x = own_tile(d, low, 2 * run + w, BITS)
+            for b in tl.static_range(2):
+                for i in tl.static_range(2):
+                    logits = logits + (x[2 * b + i] * by[i] + z[i] * factor[i],)
     return logits
 
 
@@ -441,7 +524,7 @@ def fetch_keys(
 ):  # fmt: skip
     """Starts the copies of a block's keys; one group."""
     CODES: tl.constexpr = 16 * BITS * H
-    METADATA: tl.constexpr = 128 * H // GROUP * (1 if KIND == 2 else 2)
+    METADATA: tl.constexpr = 128 * H // GROUP * (1 if KIND >= 2 else 2)
     block = block.to(tl.int64)
     fetch_key_codes(memory, codes + block * CODES, valid, lane, BITS, H)
     fetch(memory + CODES, scale + block * METADATA, valid, lane, METADATA)
@@ -456,7 +539,7 @@ def fetch_values(
 ):  # fmt: skip
     """Starts the copies of a block's values; one group."""
     CODES: tl.constexpr = 16 * BITS * H
-    METADATA: tl.constexpr = (H // GROUP) * 128 * (1 if KIND == 2 else 2)
+    METADATA: tl.constexpr = (H // GROUP) * 128 * (1 if KIND >= 2 else 2)
     block = block.to(tl.int64)
     fetch(memory, codes + block * CODES, valid, lane, CODES)
     fetch(memory + CODES, scale + block * METADATA, valid, lane, METADATA)
@@ -466,9 +549,9 @@ def fetch_values(
 
 @triton.jit
 def hide_logits(logits, left, g, NARROW: tl.constexpr):
-    """-inf for the tokens from `left` on."""
+    """-inf for the tokens from `left` on, of as many tiles as there are."""
     hidden = ()
-    for tile in tl.static_range(8):
+    for tile in tl.static_range(len(logits) // 4):
         for b in tl.static_range(2):
             seen = 32 * (tile // 2) + row_of(g, tile % 2, b, NARROW) < left
             for i in tl.static_range(2):
@@ -478,8 +561,8 @@ def hide_logits(logits, left, g, NARROW: tl.constexpr):
 
 @triton.jit
 def store_logits(logits, to, rows, row_size, left, g, NARROW: tl.constexpr):
-    """The logits of the first `left` tokens of a block, for the lane's two queries."""
-    for tile in tl.static_range(8):
+    """The logits of the first `left` tokens, for the lane's two queries."""
+    for tile in tl.static_range(len(logits) // 4):
         for b in tl.static_range(2):
             token = 32 * (tile // 2) + row_of(g, tile % 2, b, NARROW)
             for i in tl.static_range(2):
@@ -489,7 +572,7 @@ def store_logits(logits, to, rows, row_size, left, g, NARROW: tl.constexpr):
 @triton.jit
 def clear_metadata(address, left, lane, GROUPS: tl.constexpr, KIND: tl.constexpr):
     """Zeroes, in shared memory, value metadata of the tokens from `left` on: 0 times garbage may be NaN."""
-    BYTES: tl.constexpr = 1 if KIND == 2 else 2
+    BYTES: tl.constexpr = 1 if KIND >= 2 else 2
     for group in tl.static_range(GROUPS):
         for i in tl.static_range(BYTES):
             token = (4 // BYTES) * (lane + 32 * i)
@@ -522,6 +605,7 @@ def attend_block(
     VKIND: tl.constexpr,
     H: tl.constexpr,
     LOGITS: tl.constexpr,
+    TWIN: tl.constexpr,
 ):
     """One block of 128 tokens, of which the first `left` count; starts the copies of the next block.
 
@@ -533,9 +617,9 @@ def attend_block(
     NARROW: tl.constexpr = KGROUP == 16 and KAXIS == 0
     KPART: tl.constexpr = 2 if KBITS == 3 else KBITS
     VGROUPS: tl.constexpr = H // VGROUP
-    VBYTES: tl.constexpr = 1 if VKIND == 2 else 2
+    VBYTES: tl.constexpr = 1 if VKIND >= 2 else 2
     KCODES: tl.constexpr = 16 * KBITS * H
-    KMETADATA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND == 2 else 2)
+    KMETADATA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND >= 2 else 2)
     VCODES: tl.constexpr = 16 * VBITS * H
     more = tl.where(lane + block + 1 < lane + last, 1, 0)
     values = memory + (KCODES + 2 * KMETADATA)
@@ -548,28 +632,33 @@ def attend_block(
     # Logits in base 2; columns 2t and 2t + 1 are the lane's two queries.
     logits = ()
     if KAXIS == 0:
-        d, z = key_products(q, memory, scale, zero, g, t, KBITS, KGROUP, KKIND, H, NARROW)
-        for tile in tl.static_range(8):
-            logits = logits + tile_logits(d[tile], z, factor, t, tile, KPART, KGROUP)
+        d, z = key_products(q, memory, scale, zero, g, t, KBITS, KGROUP, KKIND, H, NARROW, TWIN)
+        if TWIN:
+            # Zero points of the halves stand in rows 0 and 4.
+            z = (shuffle(z[0], 16 * (t // 2) + t), shuffle(z[1], 16 * (t // 2) + t))
+            logits = twin_logits(d, z, factor, t, KBITS)
+        else:
+            for tile in tl.static_range(8):
+                logits = logits + tile_logits(d[tile], z, factor, t, tile, KPART, KGROUP)
     else:
-        UNIT: tl.constexpr = 256.0 if KKIND == 2 else 1.0
         x = channel_key_products(q, memory, scale, zero, g, t, KBITS, KGROUP, KKIND, H)
         for tile in tl.static_range(8):
             for i in tl.static_range(4):
-                logits = logits + (x[tile][i] * (factor[i % 2] * UNIT),)
+                logits = logits + (x[tile][i] * factor[i % 2],)
     warp_barrier(lane)
     fetch_keys(memory, sources[0], sources[1], sources[2], block + 1, more, lane, KBITS, KGROUP, KKIND, H)
     wait_group(lane)
 
+    ahead = 64 * (t // 2) if TWIN else 0  # tokens of the block before the lane's first
     if left < 128:
-        logits = hide_logits(logits, left, g, NARROW)
+        logits = hide_logits(logits, left - ahead, g, NARROW)
         clear_metadata(vs, left, lane, VGROUPS, VKIND)
         clear_metadata(vz, left, lane, VGROUPS, VKIND)
         warp_barrier(lane)
     if LOGITS:
-        store_logits(logits, row_logits + 128 * block, row_count, row_size, left, g, NARROW)
+        store_logits(logits, row_logits + (128 * block + ahead), row_count, row_size, left - ahead, g, NARROW)
     top = (logits[0], logits[1])
-    for i in tl.static_range(1, 16):
+    for i in tl.static_range(1, len(logits) // 2):
         top = (tl.maximum(top[0], logits[2 * i]), tl.maximum(top[1], logits[2 * i + 1]))
     top = (column_max(top[0], lane), column_max(top[1], lane))
     maximum = (tl.maximum(maximum[0], top[0]), tl.maximum(maximum[1], top[1]))
@@ -585,28 +674,29 @@ def attend_block(
     sums = (sums[0] * fade[0], sums[1] * fade[1], sums[2] * fade[0], sums[3] * fade[1])
 
     p = ()
-    for i in tl.static_range(16):
+    for i in tl.static_range(len(logits) // 2):
         p = p + (transpose8(pair(tl.exp2(logits[2 * i] - new[0]), tl.exp2(logits[2 * i + 1] - new[1]))),)
 
-    # Rows 0..7: probability . zero points; rows 8..15: their sum.
+    # Rows 0..7: probability . zero points, TWIN in rows 0..3 of the lower half; rows 8..15: their sum.
     one = tl.full([32], 0x3C003C00, tl.int32)
-    for run in tl.static_range(4):
-        zeros = token_metadata(vz + (128 * (g * VGROUPS // 8) + 32 * run) * VBYTES, t, NARROW, VKIND, True)
+    first = 64 * (g // 4) + 128 * (g % 4 * VGROUPS // 4) if TWIN else 128 * (g * VGROUPS // 8)
+    for run in tl.static_range(len(logits) // 8):
+        zeros = token_metadata(vz + (first + 32 * run) * VBYTES, t, NARROW, VKIND)
         sums = mma(zeros[0], one, zeros[1], one, p[4 * run], p[4 * run + 1], sums)
         sums = mma(zeros[2], one, zeros[3], one, p[4 * run + 2], p[4 * run + 3], sums)
 
-    acc = value_products(faded, p, values, vs, g, t, VBITS, VGROUP, VKIND, H, NARROW)
+    acc = value_products(faded, p, values, vs, g, t, VBITS, VGROUP, VKIND, H, NARROW, TWIN)
     warp_barrier(lane)
     fetch_values(values, sources[3], sources[4], sources[5], block + 1, more, lane, VBITS, VGROUP, VKIND, H)
     return acc, sums, new, maximum
 
 
 @triton.jit
-def load_queries(q, row, t, valid, UNIT: tl.constexpr, H: tl.constexpr):
+def load_queries(q, row, t, valid, H: tl.constexpr):
     """The warp's eight queries as the right operand of key products, and the power of two they were divided by.
 
     Returns:
-        pairs: register 8 h + 2 k + i holds UNIT times channels 64 h + 16 t + 4 k + 2 i and the next.
+        pairs: register 8 h + 2 k + i holds channels 64 h + 16 t + 4 k + 2 i and the next.
         power: 2^e with all of row g's numbers below it, in lane (g, t).
     """
     x = ()
@@ -619,7 +709,7 @@ def load_queries(q, row, t, valid, UNIT: tl.constexpr, H: tl.constexpr):
     largest = tl.maximum(largest, shuffle(largest, lane ^ 1))
     largest = tl.maximum(largest, shuffle(largest, lane ^ 2))
     exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 1), 252)
-    down = ((253 - exponent) << 23).to(tl.float32, bitcast=True) * UNIT
+    down = ((253 - exponent) << 23).to(tl.float32, bitcast=True)
     power = ((exponent + 1) << 23).to(tl.float32, bitcast=True)
     pairs = ()
     for i in tl.static_range(H // 8):
@@ -652,11 +742,15 @@ def packed_share(
     VKIND: tl.constexpr,
     H: tl.constexpr,
     LOGITS: tl.constexpr,
+    TWIN: tl.constexpr,
 ):
     """Attention of the eight queries from `first_row` on over the blocks first ... last - 1 of a head.
 
+    TWIN there are four at most, and columns 4 ... 7 are the same again: the first four attend to the lower halves of
+    the blocks, the others to the upper ones, and both are merged at the end.
+
     `sources` are byte addresses of the head's key codes, scales and zero points, then of its values'; `position` is
-    row g's place among the queries, `logits` where the head has those of its first row, `place` the share's first row
+    column g's place among the queries, `logits` where the head has those of its first row, `place` the share's first row
     in `out` and `stats`.
     """
     lane = tl.arange(0, 32)
@@ -668,48 +762,62 @@ def packed_share(
     for _ in tl.static_range(H // 16):
         acc = acc + ((nil, nil, nil, nil),)
     sums = (nil, nil, nil, nil)
-    reference = (low, low)
+    # An upper half may have seen nothing yet: differences from this stay numbers.
+    least = tl.full([32], -3e38, tl.float32)
+    reference = (least, least) if TWIN else (low, low)
     maximum = (low, low)
+    COLUMNS: tl.constexpr = 4 if TWIN else 8
 
     if first < last:
         KBLOCK: tl.constexpr = 16 * KBITS * H
         VBLOCK: tl.constexpr = 16 * VBITS * H
-        KMETA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND == 2 else 2)
-        VMETA: tl.constexpr = (H // VGROUP) * 128 * (1 if VKIND == 2 else 2)
+        KMETA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND >= 2 else 2)
+        VMETA: tl.constexpr = (H // VGROUP) * 128 * (1 if VKIND >= 2 else 2)
         memory = ring(lane, KBLOCK + 2 * KMETA + VBLOCK + 2 * VMETA)
         yes = tl.full([32], 1, tl.int32)
         values = memory + (KBLOCK + 2 * KMETA)
         fetch_keys(memory, sources[0], sources[1], sources[2], first, yes, lane, KBITS, KGROUP, KKIND, H)
         fetch_values(values, sources[3], sources[4], sources[5], first, yes, lane, VBITS, VGROUP, VKIND, H)
-        KUNIT: tl.constexpr = 256.0 if KKIND == 2 and KAXIS == 0 else 1.0
-        pairs, power = load_queries(q, position * H, t, first_row + g < rows, KUNIT, H)
+        pairs, power = load_queries(q, position * H, t, first_row + g % COLUMNS < rows, H)
         # power of row 2t and 2t + 1 sits in lanes 8t and 8t + 4
         factor = (
             shuffle(power, 8 * t) * (softmax_scale * 1.4426950408889634),
             shuffle(power, 8 * t + 4) * (softmax_scale * 1.4426950408889634),
         )
-        query = first_row + 2 * t
+        query = first_row + 2 * t % COLUMNS
         row_logits = logits + query.to(tl.int64) * row_size
         for block in range(first, last):
             acc, sums, reference, maximum = attend_block(
                 (acc, sums, reference, maximum), pairs, factor, memory, sources, block, last,
                 length - 128 * block, lane, row_logits, rows - query, row_size,
-                KBITS, KGROUP, KAXIS, KKIND, VBITS, VGROUP, VKIND, H, LOGITS,
+                KBITS, KGROUP, KAXIS, KKIND, VBITS, VGROUP, VKIND, H, LOGITS, TWIN,
             )  # fmt: skip
+        twin = lane ^ 2
+        if TWIN:
+            maximum = (
+                tl.maximum(maximum[0], shuffle(maximum[0], twin)),
+                tl.maximum(maximum[1], shuffle(maximum[1], twin)),
+            )
         to_maximum = (tl.exp2(reference[0] - maximum[0]), tl.exp2(reference[1] - maximum[1]))
         VGROUPS: tl.constexpr = H // VGROUP
-        UNIT: tl.constexpr = 256.0 if VKIND == 2 else 1.0
         for i in tl.static_range(2):
-            query = first_row + 2 * t + i
+            query = first_row + 2 * t % COLUMNS + i
             base = (place + query).to(tl.int64) * H
             for tile in tl.static_range(H // 16):
                 zero = sums[i]
-                if VGROUPS > 1:
+                if TWIN:
+                    zero = shuffle(zero, t + 16 * (t // 2) + 4 * ((16 * tile // VGROUP) * 4 // VGROUPS))
+                elif VGROUPS > 1:
                     zero = shuffle(zero, t + 4 * ((16 * tile // VGROUP) * 8 // VGROUPS))
                 for b in tl.static_range(2):
-                    x = (acc[tile][2 * b + i] * 16777216.0 + zero) * (to_maximum[i] * UNIT)
-                    write(out + base + 16 * tile + 8 * b + g, x, query < rows)
-        sums = (sums[0], sums[1], sums[2] * to_maximum[0], sums[3] * to_maximum[1])
+                    x = (acc[tile][2 * b + i] * 16777216.0 + zero) * to_maximum[i]
+                    if TWIN:
+                        x += shuffle(x, twin)
+                    write(out + base + 16 * tile + 8 * b + g, x, (query < rows) & (2 * t < COLUMNS))
+        total = (sums[2] * to_maximum[0], sums[3] * to_maximum[1])
+        if TWIN:
+            total = (total[0] + shuffle(total[0], twin), total[1] + shuffle(total[1], twin))
+        sums = (sums[0], sums[1], total[0], total[1])
     else:
         for i in tl.static_range(H // 4):
             empty_row = first_row + i // (H // 32)
@@ -718,8 +826,8 @@ def packed_share(
 
     for i in tl.static_range(2):
         query = first_row + 2 * t + i
-        write(stats + (place + query) * 2, maximum[i], (query < rows) & (g == 0))
-        write(stats + (place + query) * 2 + 1, sums[2 + i], (query < rows) & (g == 0))
+        write(stats + (place + query) * 2, maximum[i], (query < rows) & (g == 0) & (2 * t < COLUMNS))
+        write(stats + (place + query) * 2 + 1, sums[2 + i], (query < rows) & (g == 0) & (2 * t < COLUMNS))
 
 
 @triton.jit
@@ -760,6 +868,7 @@ def decode_kernel(
     PER_HEAD: tl.constexpr,
     LOGITS: tl.constexpr,
     WINDOW: tl.constexpr,
+    TWIN: tl.constexpr,
 ):
     """Grid (row tiles, B K shares). The first `splits` shares of a sequence are even ones of its blocks.
 
@@ -780,7 +889,7 @@ def decode_kernel(
     head = tl.where(index < packed, index // splits, (index - packed) // tl.maximum(wsplits, 1))
     share = tl.where(index < packed, index % splits, splits + (index - packed) % tl.maximum(wsplits, 1))
     batch = head // heads
-    row = first_row + tl.arange(0, 32) // 4
+    row = first_row + tl.arange(0, 32) // 4 % (4 if TWIN else 8)
     position = ((batch * (rows // group) + row // group) * heads + head % heads) * group + row % group
     place = (head * (splits + wsplits) + share) * rows
     if share < splits:
@@ -790,8 +899,8 @@ def decode_kernel(
         first = share * (blocks // splits) + tl.minimum(share, blocks % splits)
         last = first + blocks // splits + tl.where(share < blocks % splits, 1, 0)
         start = head.to(tl.int64) * capacity
-        KMETA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND == 2 else 2)
-        VMETA: tl.constexpr = (H // VGROUP) * 128 * (1 if VKIND == 2 else 2)
+        KMETA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND >= 2 else 2)
+        VMETA: tl.constexpr = (H // VGROUP) * 128 * (1 if VKIND >= 2 else 2)
         sources = (
             kc.to(tl.int64) + start * (16 * KBITS * H),
             ks.to(tl.int64) + start * KMETA,
@@ -804,7 +913,7 @@ def decode_kernel(
         packed_share(
             q, sources, position, length, first, last, softmax_scale, first_row, rows, out, stats,
             logits + (head * rows).to(tl.int64) * row_size, place, row_size,
-            KBITS, KGROUP, KAXIS, KKIND, VBITS, VGROUP, VKIND, H, LOGITS,
+            KBITS, KGROUP, KAXIS, KKIND, VBITS, VGROUP, VKIND, H, LOGITS, TWIN,
         )  # fmt: skip
     elif WINDOW > 0:
         share -= splits

@@ -25,12 +25,22 @@ How a warp sees a block of 128 tokens (lane = 4 g + t, P = 32 byte rows of 2-bit
         +------+------+------+------+             nel +--------+--------+--------+--------+
         -> logits [16 tokens, 8 queries]               -> output [16 channels, 8 queries]
 
+Masks are what a block costs most, so there are fewer than planes. With M_k for the codes of planes 0 ... k, which takes
+one AND, or none for all of them, codes of plane k are (M_k - M_k-1) / 4^k. For values that difference moves to the
+small operand, for keys (below) to the logits.
+
 A contraction may run in any order, so bytes 0 and 1 of a word are one operand register, bytes 2 and 3 the other, and no
 code is ever shuffled. Queries are the eight columns of `mma.m16n8k16` (heads that share keys, times new tokens; more
 than eight take further programs). Logits leave the first product transposed to what the second needs: `movmatrix` turns
 an 8 x 8 tile in one instruction, and the rows of a key tile are picked so that it lands on the lane holding those
 tokens' value codes. Float16 probabilities are kept as 2^15 p, less where value scales are large, which is one more term
 of the softmax's reference.
+
+Up to four query rows (a token of most models) would leave half of the columns empty. Where scales cover half a block or
+more, columns 4 ... 7 are the same queries again ("twins"): columns 0 ... 3 take the scales and later the tokens of a
+block's lower half, the others those of its upper half. Both halves of the products come out of one instruction, a lane
+has half as many logits, scales and exponentials to look after, and the two are two shares of a softmax, merged once at
+the end.
 
 One warp is one program and walks over its share of a sequence's blocks; `cp.async` fetches the next block's keys while
 this block's values are in work and the other way round. A second small kernel joins the shares.
@@ -40,9 +50,12 @@ The limit (H100, 2 bits, groups of 32, H = 128). A block is 10.5 KiB, so copy ba
 Memory is the limit, as long as enough of it is in flight: eight to ten warps a processor, hence the cap at 200
 registers (168, with a handful of spills, costs 1 to 3 %, and 10 % with four bits). In `ncu` the kernel reaches 77 % of
 the memory's peak at 40 % of the issue slots and 23 % of the tensor cores; what stalls is waiting for copies. With
-three-bit keys the issue slots come nearer: a third bit costs one more LOP3 an operand. Float8 metadata cost 5 to 7
-instructions a pair as exact float16; handed on as a 256th of themselves they cost 2 (scales) or 4, which made three-bit
-keys with two-bit values 15 % faster.
+three-bit keys the issue slots come nearer: a third bit costs one more LOP3 an operand, and only values can be nested.
+Float8 metadata are one instruction a pair from Ada on, and about 7 before. On an H200, whose memory is a third faster,
+instructions are the limit of small formats: two bits with float8 metadata in groups of 64, four rows, took 56 us a layer
+(8 x 32768 tokens, 151 MB; 1460 instructions a block, half of the integer pipe's) and take 44 us since twins and nested
+masks (1140), where copying as many bytes takes 40; three-bit keys 62 instead of 73. More warps of 168 registers and
+other numbers of shares were slower (48 to 63).
 
 A dense segment is an ordinary flash decode: `mma` over tiles of 64 tokens, four stages of `cp.async`, as many shares as
 fill the processors, and cuDNN's time or up to a tenth more. A call joins the shares of up to two segments in one more
@@ -111,25 +124,38 @@ def decline_dense(query: Float[Array, "B T N H"], key: Float[Array, "B K S H"]) 
     return None
 
 
+def _knows_float8() -> bool:
+    """Whether the chip has instructions for float8_e4m3fn, and Triton for the chip."""
+    return float(getattr(jax.devices()[0], "compute_capability", "0.0")) >= 8.9
+
+
 def _bytes(x: Array) -> Array:
-    """Metadata as the kernel may be given them: Triton has no float8 on older chips, and XLA copies to make bytes."""
-    if x.dtype != jnp.float8_e4m3fn or float(getattr(jax.devices()[0], "compute_capability", "0.0")) >= 8.9:
+    """Metadata as the kernel may be given them; XLA copies to make bytes."""
+    if x.dtype != jnp.float8_e4m3fn or _knows_float8():
         return x
     return jax.lax.bitcast_convert_type(x, jnp.uint8)
 
 
-def constants(keys: PackedTensor, values: PackedTensor) -> dict:
-    """The kernel's compile-time numbers: one program per quantisation format, whatever the sizes."""
+def constants(keys: PackedTensor, values: PackedTensor, rows: int, float8: bool) -> dict:
+    """The kernel's compile-time numbers: two programs per quantisation format, whatever the sizes.
+
+    Args:
+        rows: query rows of a key/value head; up to four meet the two halves of a block side by side (TWIN).
+        float8: whether the chip knows float8_e4m3fn.
+    """
+    kinds = KINDS | ({} if float8 else {"float8_e4m3fn": 3})
+    halves = keys.group_axis == "tokens" and min(keys.group_size, values.group_size) >= 64
     return dict(
         KBITS=keys.bits,
         KGROUP=keys.group_size,
         KAXIS=int(keys.group_axis == "channels"),
-        KKIND=KINDS[keys.scale.dtype.name],
+        KKIND=kinds[keys.scale.dtype.name],
         VBITS=values.bits,
         VGROUP=values.group_size,
-        VKIND=KINDS[values.scale.dtype.name],
+        VKIND=kinds[values.scale.dtype.name],
         H=keys.head_size,
         REGISTERS=REGISTERS,
+        TWIN=rows <= 4 and halves and max(keys.bits, values.bits) <= 4,
     )
 
 
@@ -220,7 +246,7 @@ def attend_packed(
         num_warps=1,
         PER_HEAD=lengths.ndim == 2,
         WINDOW=kind,
-        **constants(keys, values),
+        **constants(keys, values, rows, _knows_float8()),
     )
 
 
