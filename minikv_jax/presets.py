@@ -169,6 +169,7 @@ def minikv_plus(
     key_bits: int = 2,
     value_bits: int = 2,
     group_size: int = 64,
+    value_group: int | None = None,
     residual: int = 128,
     sinks: int = 4,
     keeps: int | None = None,
@@ -191,6 +192,7 @@ def minikv_plus(
         key_bits: 3 halves what error is left, for half a bit.
         value_bits: of values.
         group_size: tokens (keys) or channels (values) that share a scale.
+        value_group: the channels, where they differ: a short window needs small groups of tokens only.
         residual: tokens of the window, whose older ones are encoded when it is full.
         sinks: first tokens that stay dense.
         keeps: newest tokens that always stay dense; by default half of the window, where that is whole groups.
@@ -209,7 +211,7 @@ def minikv_plus(
         key_bits,
         value_bits,
         group_size,
-        group_size,
+        value_group or group_size,
         metadata_dtype="float8_e4m3fn",
         key_clip=mild,
         value_clip=mild,

@@ -249,7 +249,7 @@ def layers(folder: Path) -> str:
 
 def questions(folder: Path) -> str:
     """Right answers about contexts that were compressed before, over many questions, beside the bits of tiers."""
-    return _by_tiers(folder, "questions-*.json", ("shared",))
+    return _by_tiers(folder, "questions-*.json", ("shared", "chain"))
 
 
 def tiers(folder: Path) -> str:

@@ -47,7 +47,7 @@ def _packed(name: str, x: float, window: int, bits: int) -> str:
 def _plus(name: str, x: float, window: int, bits: tuple[int, int]) -> str:
     # All tokens first; below that half of what is kept is recent. Half of the window is whole groups and stays dense.
     kept = "" if x >= 1 else f"heavy={x / 2:.3f},recent={x / 2:.3f},"
-    groups = f"group_size={window // 2}," if window < 128 else ""
+    groups = f"group_size={window // 2},value_group=64," if window < 128 else ""
     # What feedback for new keys needs weighs as much as H tokens: too much of so small a cache.
     feedback = ",feedback=prompt" if window <= 32 else ""
     return f"{name}:{kept}key_bits={bits[0]},value_bits={bits[1]},{groups}residual={window}{feedback}"

@@ -200,8 +200,8 @@ def key_tiles(
 ):
     """d plus the products of a block's eight tiles over 16 channels, the K-th words of the lanes' rows.
 
-    The codes are float16 subnormals where they lie: a plane's are cut out by its mask. NESTED a tile also has all planes
-    below its own, and the top one needs no mask.
+    The codes are float16 subnormals where they lie: a plane's are cut out by its mask. NESTED a tile also has all
+    planes below its own, and the top one needs no mask.
     """
     PART: tl.constexpr = 2 if BITS == 3 else BITS
     UNITS: tl.constexpr = PART // 2
@@ -750,8 +750,8 @@ def packed_share(
     the blocks, the others to the upper ones, and both are merged at the end.
 
     `sources` are byte addresses of the head's key codes, scales and zero points, then of its values'; `position` is
-    column g's place among the queries, `logits` where the head has those of its first row, `place` the share's first row
-    in `out` and `stats`.
+    column g's place among the queries, `logits` where the head has those of its first row, `place` the share's first
+    row in `out` and `stats`.
     """
     lane = tl.arange(0, 32)
     g = lane // 4
