@@ -44,6 +44,10 @@ CASES = {
         presets.minikv_plus(0.3, 0.2, group_size=8, residual=16),
         functools.partial(reference.MiniKVPlus, heavy=0.3, recent=0.2, group=8, residual=16, keeps=8),
     ),
+    "minikv_plus, wide groups of values": (
+        presets.minikv_plus(0.3, 0.2, group_size=4, value_group=16, residual=8),
+        functools.partial(reference.MiniKVPlus, heavy=0.3, recent=0.2, group=4, channels=16, residual=8, keeps=4),
+    ),
     "streaming_llm": (presets.streaming_llm(recent=20), functools.partial(reference.StreamingLLM, recent=20)),
     "h2o": (presets.h2o(), reference.H2O),
     "h2o, persistent": (

@@ -539,8 +539,10 @@ class MiniKVPlus(MiniKV):
     values and queries are rotated by a Hadamard matrix. Grids of the groups are searched and have metadata of four
     significant bits. Keys are rounded by GPTQ with the second moments of the prompt's queries, whose triangle is kept
     in eight bits for keys that come later. Of a prompt, and of each full buffer, the newest `keeps` tokens stay dense.
+    Values are in groups of `channels`, or of `group`.
     """
 
+    channels: int | None = None
     sinks: int = 4
     keeps: int = 0
     factors: tuple[float, ...] = (0.95, 0.9, 0.85)
@@ -580,12 +582,14 @@ class MiniKVPlus(MiniKV):
         for start in range(0, len(key), self.group):
             group = key[start : start + self.group]
             key[start : start + self.group] = gptq(group, self._grid, moment, self.code_bits)
+        width = self.channels or self.group
         for token in value:
-            for start in range(0, len(token), self.group):
-                part = token[start : start + self.group]
-                token[start : start + self.group] = on_grid(part, self.code_bits, *self._grid(part))
+            for start in range(0, len(token), width):
+                part = token[start : start + width]
+                token[start : start + width] = on_grid(part, self.code_bits, *self._grid(part))
         for token, k, v in zip(tokens, key @ turn, value @ turn, strict=True):
-            token.key, token.value = (self._stored(x, self.code_bits, self.group) for x in (k, v))
+            token.key = self._stored(k, self.code_bits, self.group)
+            token.value = self._stored(v, self.code_bits, width)
 
     def _grid(self, numbers: np.ndarray) -> tuple[float, float]:
         return searched_grid(numbers, self.code_bits, self.factors, 4)
