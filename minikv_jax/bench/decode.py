@@ -58,6 +58,7 @@ CASES = (
 SHORT = tuple(Case(f"B{b}-S{s}", b, s) for b in (1, 8) for s in (1024, 2048, 4096))
 TWO_BITS = Format("2-bit")
 OTHER_FORMATS = (
+    Format("2-bit, fp8 metadata, groups of 64", 2, 64, 2, 64, "float8_e4m3fn"),
     Format("3-bit keys, 2-bit values, fp8 metadata, groups of 64", 3, 64, 2, 64, "float8_e4m3fn"),
     Format("2-bit, groups of 16", 2, 16, 2, 16),
     Format("4-bit", 4, 32, 4),
