@@ -20,6 +20,7 @@ FORMATS = {
     "3 and 2 bits, fp8": (3, 64, "float8_e4m3fn", 2, 64, "float8_e4m3fn"),
     "2-bit, fp8": (2, 64, "float8_e4m3fn", 2, 64, "float8_e4m3fn"),
     "4-bit, fp8": (4, 64, "float8_e4m3fn", 4, 64, "float8_e4m3fn"),
+    "4 and 2 bits, fp8": (4, 64, "float8_e4m3fn", 2, 64, "float8_e4m3fn"),
     "2 and 4 bits, groups of 128": (2, 128, "float16", 4, 128, "bfloat16"),
     "3 and 2 bits, groups of 16": (3, 16, "float16", 2, 16, "float16"),
     "4-bit": (4, 32, "float16", 4, 128, "float16"),
