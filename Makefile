@@ -29,6 +29,7 @@ lint:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m minikv_jax.bench.tables --check README.md
+	$(BIN)/python -m minikv_jax.bench.tables --check examples/quality.md
 
 typecheck:
 	@.ci/environment dev
@@ -39,6 +40,7 @@ format:
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python -m minikv_jax.bench.tables --write README.md
+	$(BIN)/python -m minikv_jax.bench.tables --write examples/quality.md
 
 bench:
 	@.ci/environment

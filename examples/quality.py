@@ -15,7 +15,8 @@ from minikv_jax.evals.task import Lab, Settings
 from minikv_jax.evals.tasks import by_names
 
 METHODS = (
-    "full,kivi:residual=32,minikv:residual=32,minikv:heavy=0.1,recent=0.1,residual=32,mikv,h2o:heavy=0.25,recent=0.25"
+    "full,kivi:residual=32,minikv:residual=32,minikv:heavy=0.1,recent=0.1,residual=32,mikv,h2o:heavy=0.25,recent=0.25,"
+    "minikv_plus:group_size=16,value_group=64,residual=32"
 )
 
 

@@ -371,7 +371,7 @@ def bench(benchmark: str, out: Path, only: tuple[str, ...], jobs: int, model_fil
 @click.option("--model", default="smollm2", show_default=True, help="Folder, GGUF file, or 'smollm2'.")
 @click.option("--name", help="What the model is called in results; by default its file's or folder's name.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the weights.")
-@click.option("--methods", default="full,kivi,minikv,mikv", show_default=True,
+@click.option("--methods", default="full,kivi,minikv,mikv,minikv_plus", show_default=True,
               help="Methods with settings: minikv:heavy=0.1,recent=0.1,kivi.")  # fmt: skip
 @click.option("--tasks", default="kl,lines,shared", show_default=True, help="See `minikv_jax/evals/tasks.py`.")
 @click.option("--study", help="Pieces of the study instead of methods and tasks: main, budgets, ... or all.")

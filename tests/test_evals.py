@@ -231,7 +231,22 @@ def test_what_the_full_cache_cannot_do_is_said():
     assert table.count("model cannot") == 2
     rows = summary.rows([_item("full", [1, 1, 0]), _item("kivi", [0, 0, 1])], METRICS, "m")
     assert not any("cannot" in row for row in rows)
-    assert "| `kivi` | 4.00 | 33.3 % (0.0 to 100.0) |" in summary.table(rows, METRICS)
+    assert "| `kivi` | 4.00 | 3.00 | 2.00 | 0.00 | 33.3 % (0.0 to 100.0) |" in summary.table(rows, METRICS)
+
+
+def test_a_table_says_what_the_first_metric_weighs():
+    items = [_item(name, value, metric=metric, **more) for name, value, metric, more in (
+        ("full", [1, 1], "lines", {"bits_per_element": 16.0}),
+        ("full", 0.0, "kl", {"bits_per_element": 16.0}),
+        ("kivi", [1, 0], "lines", {"bits_per_element": 5.0, "bytes": 3 << 20}),
+        ("kivi", 0.5, "kl", {}),
+        ("mikv", [0, 0], "lines", {"bits_per_element": 6.0}),
+    )]  # fmt: skip
+    rows = summary.rows(items, METRICS, "m")
+    full, mikv, kivi = summary.table(rows, METRICS, ("kl", "lines")).splitlines()[2:]
+    assert "`full`" in full and mikv.startswith("| `mikv` | 6.00 |") and "| - |" in mikv
+    assert kivi.startswith("| `kivi` | 4.00 |")
+    assert "| `kivi` | 5.00 | 3.00 | 2.00 | 3.00 | 50.0 %" in summary.table(rows, METRICS, ("lines", "kl"))
 
 
 def test_growth_is_of_the_mean_likelihood():

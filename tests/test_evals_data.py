@@ -104,7 +104,7 @@ def test_longbench_is_read_cut_and_judged(tmp_path):
         decode(first.prompt).startswith("read: it was ann.")
         and decode(first.about["turns"][0].question) == "now: who?\n"
     )
-    assert len(second.prompt) == 128 and trec.group == "trec" and trec.name == "trec_e/0"
+    assert len(second.prompt) == 128 and trec.group == "trec" and trec.name == "trec_e/128/0"
     assert first.about["turns"][0].score("it was ann b") == pytest.approx(2 * 2 / (4 + 2))
     assert trec.about["turns"][0].score("place\nthing") == 1
 

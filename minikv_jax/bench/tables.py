@@ -1,9 +1,9 @@
-"""The README's generated parts: the methods from `presets`, the figures from `examples/results/*.json`.
+"""Generated parts of documents: the methods from `presets`, the figures from `examples/results/*.json`.
 
     python -m minikv_jax.bench.tables --write README.md     rewrite them
     python -m minikv_jax.bench.tables --check README.md     fail if that would change anything
 
-A part stands between `<!-- NAME -->` and `<!-- /NAME -->`; the names are the keys of `PARTS`.
+A part stands between `<!-- NAME -->` and `<!-- /NAME -->`; `DOCUMENTS` says which file has which of `PARTS`.
 """
 
 import argparse
@@ -238,35 +238,48 @@ def quality(folder: Path) -> str:
         results = json.loads(path.read_text(encoding="utf-8"))
         rows = [row for row in results["rows"] if row["method"] in _SHOWN]
         parts.append(f"{results['rows'][0]['model']}. {_source(results)}")
-        parts.append(summary.table(rows, METRICS, ("kl", "top1", "ppl", "lines", "shared")))
+        parts.append(summary.table(rows, METRICS, ("kl", "top1", "ppl", "lines", "shared", "shared_aware")))
     return "\n\n".join(parts) or _NOT_YET
 
 
 def layers(folder: Path) -> str:
-    """Models with layers of their own: quality beside the bits of tiers."""
-    return _by_tiers(folder, "layers-quality-*.json", ("kl", "top1", "ppl", "lines", "shared", "chain"))
+    """Models with layers of their own."""
+    return _every_method(folder, "layers-quality-*.json", ("kl", "top1", "ppl", "lines", "shared", "chain"))
 
 
 def questions(folder: Path) -> str:
-    """Right answers about contexts that were compressed before, over many questions, beside the bits of tiers."""
-    return _by_tiers(folder, "questions-*.json", ("shared", "chain"))
+    """Right answers about contexts that were compressed before, over many questions."""
+    return _every_method(folder, "questions-*.json", ("shared", "chain"))
 
 
 def tiers(folder: Path) -> str:
-    """Most attended tokens in a tier of their own: quality beside the bits of tiers."""
-    return _by_tiers(folder, "tiers-*.json", ("kl", "top1", "ppl"))
+    """Most attended tokens in a tier of their own."""
+    return _every_method(folder, "tiers-*.json", ("kl", "top1", "ppl"))
 
 
-def _by_tiers(folder: Path, files: str, names: Sequence[str]) -> str:
+def ruler(folder: Path) -> str:
+    """RULER's families, a column each."""
+    return _every_method(folder, "ruler-*.json", ("ruler",), by_case=True)
+
+
+def lines(folder: Path) -> str:
+    """Line retrieval, a column a number of lines."""
+    return _every_method(folder, "lines-*.json", ("lines",), by_case=True)
+
+
+def _every_method(folder: Path, files: str, names: Sequence[str], by_case: bool = False) -> str:
+    """All methods of results files, a column for each metric of `names`, or for each group of cases of one metric."""
     from minikv_jax.evals import summary
     from minikv_jax.evals.tasks import METRICS
 
     parts = []
     for path in sorted(folder.glob(files)):
         results = json.loads(path.read_text(encoding="utf-8"))
-        rows = [row for row in results["rows"] if row["task"] in names]
-        table = summary.table(rows, METRICS, names, weight="bits_of_tiers")
-        parts.append(f"{results['rows'][0]['model']}. {_source(results)}\n\n{table}")
+        rows, metrics = [row for row in results["rows"] if row["task"] in names], METRICS
+        if by_case:
+            rows = [row | {"task": row["case"], "case": summary.ALL} for row in rows if row["case"] != summary.ALL]
+            names, metrics = (), {row["task"]: METRICS[names[0]] for row in rows}
+        parts.append(f"{rows[0]['model']}. {_source(results)}\n\n{summary.table(rows, metrics, names)}")
     return "\n\n".join(parts) or _NOT_YET
 
 
@@ -287,16 +300,23 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "layers": layers,
     "questions": questions,
     "tiers": tiers,
+    "lines": lines,
+    "ruler": ruler,
+}
+DOCUMENTS = {
+    "README.md": ("methods", "sizes", "cpu", "prefill", "decode", "e2e", "steps", "quality"),
+    "quality.md": ("layers", "questions", "tiers", "lines", "ruler"),
 }
 
 
-def render(text: str, folder: Path = RESULTS) -> str:
-    """The text with every marked part written anew.
+def render(text: str, names: Sequence[str], folder: Path = RESULTS) -> str:
+    """The text with the marked parts `names` written anew.
 
     Raises:
         MiniKVError: a part's marker is missing or stands there twice.
     """
-    for name, part in PARTS.items():
+    for name in names:
+        part = PARTS[name]
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if len(pattern.findall(text)) != 1:
             raise MiniKVError(f"The text must hold <!-- {name} --> and <!-- /{name} --> once, in this order.")
@@ -313,7 +333,9 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     path = chosen.write or chosen.check
     old = path.read_text(encoding="utf-8")
-    new = render(old)
+    if path.name not in DOCUMENTS:
+        raise MiniKVError(f"{path} is no document with generated parts: {', '.join(DOCUMENTS)} are.")
+    new = render(old, DOCUMENTS[path.name])
     if chosen.write:
         path.write_text(new, encoding="utf-8")
     elif new != old:

@@ -74,11 +74,13 @@ def _case(lab: Lab, stem: str, name: str, i: int, record: dict[str, Any], prompt
     if name not in _PLAIN:
         context, question = lab.chat(context, question.strip())
     most, score = _DATASETS[name]
-    ids = written.middle_out(lab.first_ids(context), max(lab.settings.lengths))
+    longest = max(lab.settings.lengths)
+    ids = written.middle_out(lab.first_ids(context), longest)
     judge = functools.partial(
         _judge, name=name, answers=record["answers"], classes=record["all_classes"] or (), score=score
     )
-    return written.case(f"{stem}/{i}", name, ids, [written.Turn(tuple(lab.ids(question or "\n")), (), most, judge)])
+    turn = written.Turn(tuple(lab.ids(question or "\n")), (), most, judge)
+    return written.case(f"{stem}/{longest}/{i}", name, ids, [turn])
 
 
 def _judge(text: str, name: str, answers, classes, score) -> float:

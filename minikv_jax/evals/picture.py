@@ -126,12 +126,14 @@ def save_paths(rows: Sequence[Mapping], path: Path) -> Path | None:
         return None
     models = list(dict.fromkeys(row["model"] for row in mine))
     figure, axes = _canvas(len(models), 1, 4.8, 3.4)
+    methods = list(dict.fromkeys(row["method"] for row in mine))
     for axis, model in zip(axes[0], models):
         for row in (row for row in mine if row["model"] == model):
-            label = f"{row['method']} ({row['bits_per_element']:.2f} bits)"
-            axis.plot(range(1, len(row["profile"]) + 1), row["profile"], marker="o", markersize=4, label=label)
+            label, color = f"{row['method']} ({row['bits_per_element']:.2f} bits)", f"C{methods.index(row['method'])}"
+            parts = range(1, len(row["profile"]) + 1)
+            axis.plot(parts, row["profile"], marker="o", markersize=4, label=label, color=color)
         axis.set(title=model, xlabel="part of the answer", ylabel=METRICS[_PATH].about, yscale="log")
-        axis.legend(fontsize="x-small")
+        axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return _save(figure, path)
 
 

@@ -57,8 +57,9 @@ def _case(lab: Lab, name: str, i: int, record: dict[str, Any]) -> Case:
         # What comes between an answer and the next question belongs to the question.
         lead = "\n\n" if turns else ""
         turns.append(written.Turn(tuple(lab.ids(lead + question)), tuple(lab.ids(answers[0])), most, judge))
-    ids = written.middle_out(lab.first_ids(before), max(lab.settings.lengths))
-    return written.case(f"{name}/{i}", name, ids, turns)
+    longest = max(lab.settings.lengths)
+    ids = written.middle_out(lab.first_ids(before), longest)
+    return written.case(f"{name}/{longest}/{i}", name, ids, turns)
 
 
 def _question(turn: dict[str, Any]) -> str:

@@ -105,21 +105,22 @@ def table(
     metrics: Mapping[str, Metric],
     names: Sequence[str] = (),
     case: str = ALL,
-    weight: str = "bits_per_element",
 ) -> str:
-    """Markdown: a line a method, fewest bits last; a column for each metric (those of `names`, or all there are).
+    """Markdown: a line a method, most bits first; a column for each metric (those of `names`, or all there are).
 
-    `weight` is the field of the rows that bits are taken from, and with spaces the column's title.
+    A sequence's MiB and bits per element, of all that is held, of tiers (no window) and of codes (no metadata either),
+    are those of the first metric that a method has: what other tasks read is longer or shorter.
     """
     mine = [row for row in found if row["case"] == case]
     names = [name for name in (names or metrics) if any(row["task"] == name for row in mine)]
-    bits: dict[str, list[float]] = {}
-    for row in mine:
-        bits.setdefault(row["method"], []).append(row[weight])
     cells = {(row["task"], row["method"]): shown(row, metrics[row["task"]]) for row in mine}
-    lines = [["method", weight.replace("_", " "), *names], ["---"] * (len(names) + 2)]
-    for method in sorted(bits, key=lambda method: -float(np.mean(bits[method]))):
-        low, high = f"{min(bits[method]):.2f}", f"{max(bits[method]):.2f}"
-        span = low if low == high else f"{low} to {high}"
-        lines.append([f"`{method}`", span, *(cells.get((name, method), "-") for name in names)])
+    weighs: dict[str, Mapping] = {}
+    for row in sorted((row for row in mine if row["task"] in names), key=lambda row: names.index(row["task"])):
+        weighs.setdefault(row["method"], row)
+    header = ["method", "bits held", "of tiers", "of codes", "MiB", *names]
+    lines = [header, ["---"] * len(header)]
+    for method, row in sorted(weighs.items(), key=lambda one: -one[1]["bits_per_element"]):
+        bits = [f"{row[name]:.2f}" for name in ("bits_per_element", "bits_of_tiers", "bits_of_codes")]
+        mib = f"{row['bytes'] / 2**20:.2f}"
+        lines.append([f"`{method}`", *bits, mib, *(cells.get((name, method), "-") for name in names)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
