@@ -410,7 +410,7 @@ def evaluate(
         tokens = tuple(int(length) for length in lengths.split(","))
     except ValueError:
         raise ConfigError(f"--lengths {lengths}: give numbers of tokens, for example 1024,2048.") from None
-    asked, configs = Settings(lengths=tokens, **settings), presets.parse(methods)
+    asked, configs = Settings(lengths=tokens, dtype=dtype, **settings), presets.parse(methods)
     chosen = {"": pieces.Piece("", tasks, lambda *_: configs)} if study is None else pieces.by_names(study)
     work = {title: (piece, known.by_names(piece.tasks)) for title, piece in chosen.items()}
     command = " ".join(["minikv", *(shlex.quote(part) for part in sys.argv[1:])])

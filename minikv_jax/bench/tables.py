@@ -277,9 +277,11 @@ def _every_method(folder: Path, files: str, names: Sequence[str], by_case: bool 
         results = json.loads(path.read_text(encoding="utf-8"))
         rows, metrics = [row for row in results["rows"] if row["task"] in names], METRICS
         if by_case:
-            rows = [row | {"task": row["case"], "case": summary.ALL} for row in rows if row["case"] != summary.ALL]
-            names, metrics = (), {row["task"]: METRICS[names[0]] for row in rows}
-        parts.append(f"{rows[0]['model']}. {_source(results)}\n\n{summary.table(rows, metrics, names)}")
+            rows = [row for row in rows if row["case"] != summary.ALL]
+            metrics = {row["case"]: METRICS[row["task"]] for row in rows}
+            rows = [row | {"task": row["case"], "case": summary.ALL} for row in rows]
+        table = summary.table(rows, metrics, () if by_case else names)
+        parts.append(f"{rows[0]['model']}. {_source(results)}\n\n{table}")
     return "\n\n".join(parts) or _NOT_YET
 
 

@@ -66,7 +66,7 @@ def run(
 
 def identity(name: str, settings: Settings) -> dict:
     """What all items of a folder share."""
-    return {"model": name, "seed": settings.seed, "split": settings.split}
+    return {"model": name, "seed": settings.seed, "split": settings.split, "dtype": settings.dtype}
 
 
 def keys(items: Sequence[Mapping]) -> Done:

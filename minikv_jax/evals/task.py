@@ -21,7 +21,7 @@ type Values = dict[str, float | list[float]]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run asks for; everything that decides what a case is.
+    """What a run asks for; everything that decides what a case is, and what its figures are.
 
     Attributes:
         seed: of everything drawn.
@@ -30,6 +30,7 @@ class Settings:
         limit: cases per figure.
         new_tokens: tokens read or written after a prompt, where a task leaves that open.
         texts, ruler, longbench, scbench: folders of data, where the user has them.
+        dtype: of the model's weights, where one was asked for.
     """
 
     seed: int = 0
@@ -41,6 +42,7 @@ class Settings:
     ruler: Path | None = None
     longbench: Path | None = None
     scbench: Path | None = None
+    dtype: str | None = None
 
     def __post_init__(self):
         for name in ("limit", "new_tokens"):
