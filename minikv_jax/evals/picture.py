@@ -111,7 +111,7 @@ def save_heatmap(rows: Sequence[Mapping], path: Path) -> Path | None:
         depths, lengths = (sorted({place[i] for place in found}) for i in (0, 1))
         grid = [[found.get((depth, length), math.nan) for length in lengths] for depth in depths]
         axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axis.set_title(f"{task}, {method}", fontsize="small")
+        axis.set_title(textwrap.fill(f"{task}, {method}", 40), fontsize="x-small")
         axis.set_xticks(range(len(lengths)), [f"{x:,}" for x in lengths], fontsize="x-small")
         axis.set_yticks(range(len(depths)), [f"{100 * x:.0f} %" for x in depths], fontsize="x-small")
     for axis in flat[len(panels) :]:
