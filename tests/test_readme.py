@@ -52,6 +52,54 @@ def test_generated_parts_are_in_step(text, name):
     assert tables.render(text, tables.DOCUMENTS[name], ROOT / "examples/results") == text, "run `make format`"
 
 
+def test_goals_follow_from_results():
+    """The figures of the README's table of goals, by hand there, from the results files."""
+
+    def figures(file, method, *tasks):
+        rows = json.loads((ROOT / "examples/results" / file).read_text())["rows"]
+        rows = [row for row in rows if row["case"] == "all" and row["method"] == method and row["task"] in tasks]
+        assert len(rows) == len(tasks)
+        return sum(row["value"] * row["samples"] for row in rows) / sum(row["samples"] for row in rows)
+
+    def ratio(file, method, other, *tasks):
+        return figures(file, method, *tasks) / figures(file, other, *tasks)
+
+    def check(name, *cells):
+        (line,) = [line for line in README.splitlines() if line.startswith(f"| {name} |")]
+        shown = [re.match(r"[\d.]+", cell.strip())[0] for cell in line.split("|")[3:5]]
+        assert shown == [f"{cell:.{len(text.partition('.')[2])}f}" for cell, text in zip(cells, shown)], line
+
+    small, large = "smollm2", "qwen2.5-coder-1.5b"
+    layers = "minikv_plus:key_bits=4,precise=[7,8,17,18,20,23],brief=[1,3,4,5,6,10,11,12,13,16,22,25,26,27,28,29],"
+    layers += "brief_share=0.25"
+    both = [f"layers-quality-{name}.json" for name in (small, large)]
+    short = "minikv_plus:heavy=0.320,recent=0.320,key_bits=2,value_bits=2,group_size=32,value_group=64,residual=64"
+    minikv_short = "minikv:heavy=0.187,recent=0.187,bits=2,residual=64"
+    questions = [(f"questions-{small}.json", layers), (f"questions-{large}.json", "minikv_plus")]
+    check("KL / `minikv`'s, in as many bytes", *(ratio(f, "minikv_plus", "minikv", "kl") for f in both))
+    check(
+        "the same, both in at most 14 % of bfloat16's, all held",
+        *(ratio(f, short, minikv_short, "kl") for f in (f"budgets-{small}.json", f"quality-{large}.json")),
+    )
+    half = "minikv_plus:heavy=0.3,recent=0.145"
+    check("KL / `minikv`'s, in half of its tiers", *(ratio(f, half, "minikv", "kl") for f in both))
+    check(
+        "KL / that of `minikv`'s quantiser in 4.2 bits, nothing evicted, in at most 2.5 bits",
+        *(ratio(f, "minikv_plus:important=0.0625", "minikv:heavy=0.75,recent=0.25", "kl") for f in both),
+    )
+    check(
+        "right answers about records compressed before / the full cache's",
+        *(ratio(f, method, "full", "shared", "chain") for f, method in questions),
+    )
+    check("of 8 independent questions a record alone", *(ratio(f, method, "full", "shared") for f, method in questions))
+    chosen = list(zip(both, (layers, "minikv_plus")))
+    check("most likely tokens unchanged, in at most 2.75 bits", *(figures(*one, "top1") for one in chosen))
+    check("growth of perplexity there", *(figures(*one, "ppl") for one in chosen))
+    rows = json.loads((ROOT / "examples/results/e2e-h200.json").read_text())["rows"]
+    step = {row["method"]: row["step_ms"] for row in rows if "step_ms" in row}
+    assert f"H200) | 1.1 | {step['minikv_plus'] / step['minikv']:.2f} |" in README
+
+
 def test_tables_of_results(tmp_path):
     names = [name for name in tables.PARTS if name != "sizes"]  # slow, and in the README's own test already
     assert sorted(sum(tables.DOCUMENTS.values(), ())) == sorted(tables.PARTS)

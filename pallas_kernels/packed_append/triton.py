@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import triton_call
 from pallas_kernels.packed_decode.layout import PackedTensor
-from pallas_kernels.packed_decode.triton import KINDS, decline_format
+from pallas_kernels.packed_decode.triton import KINDS, decline_format, knows_float8
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -112,7 +112,7 @@ def _optional(keys: PackedTensor, options: Options, instead: Array) -> list[Arra
 def _arrays(*trees: PackedTensor | Array) -> list[Array]:
     """All arrays. Triton knows no float8 on older chips: there it gets bytes, which costs XLA a copy."""
     leaves = jax.tree.leaves(trees)
-    if float(getattr(jax.devices()[0], "compute_capability", "0.0")) >= 8.9:
+    if knows_float8():
         return leaves
     return [jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x for x in leaves]
 

@@ -181,8 +181,9 @@ def mma(a0, a1, a2, a3, b0, b1, c, BFLOAT16: tl.constexpr = False):
 
 @triton.constexpr_function
 def masked_mma_text(mask, third):
-    whole = mask == 0xFF00FF  # all that `spread` leaves
-    steps = [f"{'mov.b32' if whole else 'and.b32'} a{i}, ${4 + i}{'' if whole else f', {mask}'}; " for i in range(4)]
+    if mask == 0xFF00FF:  # all that `spread` leaves
+        return mma_text("f16", "$4,$5,$6,$7")
+    steps = [f"and.b32 a{i}, ${4 + i}, {mask}; " for i in range(4)]
     if third:
         steps += [f"and.b32 e{i}, ${14 + i}, {third}; or.b32 a{i}, a{i}, e{i}; " for i in range(4)]
     return "{ .reg .b32 a<4>, e<4>; " + mma_text("f16", "a0,a1,a2,a3", "".join(steps)) + " }"

@@ -46,6 +46,12 @@ from pallas_kernels.packed_decode._triton_window import window_share
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@triton.constexpr_function
+def bytes_of(kind):
+    """Of one number."""
+    return 1 if kind >= 2 else 2
+
+
 @triton.jit
 def from_bfloat16(x):
     return pair((x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True))
@@ -93,7 +99,7 @@ def metadata8(address, KIND: tl.constexpr):
 @triton.jit
 def token_metadata(address, t, NARROW: tl.constexpr, KIND: tl.constexpr):
     """Numbers of the tokens of a run of 32 that lane t multiplies: pairs in the order (w, b) of `row_of`."""
-    BYTES: tl.constexpr = 1 if KIND >= 2 else 2
+    BYTES: tl.constexpr = bytes_of(KIND)
     if NARROW:
         x = metadata4(address + t * (4 * BYTES), KIND)
         y = metadata4(address + t * (4 * BYTES) + 16 * BYTES, KIND)
@@ -268,7 +274,7 @@ def key_products(
     """
     GROUPS: tl.constexpr = 128 // GROUP
     COVERED: tl.constexpr = 128 if TWIN else GROUP
-    BYTES: tl.constexpr = 1 if KIND >= 2 else 2
+    BYTES: tl.constexpr = bytes_of(KIND)
     nil = tl.zeros([32], tl.float32)
     none = tl.zeros([32], tl.int32)
     d = ()
@@ -317,7 +323,7 @@ def channel_key_products(
     than the 64 channels a product covers, the others' queries are zero in it.
     """
     PART: tl.constexpr = 2 if BITS == 3 else BITS
-    BYTES: tl.constexpr = 1 if KIND >= 2 else 2
+    BYTES: tl.constexpr = bytes_of(KIND)
     nil = tl.zeros([32], tl.float32)
     none = tl.zeros([32], tl.int32)
     one = tl.full([32], 0x3C003C00, tl.int32)
@@ -402,7 +408,7 @@ def value_products(
     UNITS: tl.constexpr = BITS // 2
     PLANES: tl.constexpr = 8 // BITS
     P: tl.constexpr = 16 * BITS
-    BYTES: tl.constexpr = 1 if KIND >= 2 else 2
+    BYTES: tl.constexpr = bytes_of(KIND)
     TOGETHER: tl.constexpr = min(GROUP // 16, 4)  # independent accumulators in flight
     y = plane_probabilities(p, g, BITS, TWIN)
     done = ()
@@ -451,7 +457,7 @@ def value_products(
 @triton.jit
 def scale_exponent(scale, lane, GROUPS: tl.constexpr, KIND: tl.constexpr):
     """max(0, e) with all value scales of the block, as they are handed on, below 2^e."""
-    BYTES: tl.constexpr = 1 if KIND >= 2 else 2
+    BYTES: tl.constexpr = bytes_of(KIND)
     largest = tl.zeros([32], tl.int32)
     for group in tl.static_range(GROUPS):
         x = metadata4(scale + (128 * group + 4 * lane) * BYTES, KIND)
@@ -524,7 +530,7 @@ def fetch_keys(
 ):  # fmt: skip
     """Starts the copies of a block's keys; one group."""
     CODES: tl.constexpr = 16 * BITS * H
-    METADATA: tl.constexpr = 128 * H // GROUP * (1 if KIND >= 2 else 2)
+    METADATA: tl.constexpr = 128 * H // GROUP * bytes_of(KIND)
     block = block.to(tl.int64)
     fetch_key_codes(memory, codes + block * CODES, valid, lane, BITS, H)
     fetch(memory + CODES, scale + block * METADATA, valid, lane, METADATA)
@@ -539,7 +545,7 @@ def fetch_values(
 ):  # fmt: skip
     """Starts the copies of a block's values; one group."""
     CODES: tl.constexpr = 16 * BITS * H
-    METADATA: tl.constexpr = (H // GROUP) * 128 * (1 if KIND >= 2 else 2)
+    METADATA: tl.constexpr = (H // GROUP) * 128 * bytes_of(KIND)
     block = block.to(tl.int64)
     fetch(memory, codes + block * CODES, valid, lane, CODES)
     fetch(memory + CODES, scale + block * METADATA, valid, lane, METADATA)
@@ -572,7 +578,7 @@ def store_logits(logits, to, rows, row_size, left, g, NARROW: tl.constexpr):
 @triton.jit
 def clear_metadata(address, left, lane, GROUPS: tl.constexpr, KIND: tl.constexpr):
     """Zeroes, in shared memory, value metadata of the tokens from `left` on: 0 times garbage may be NaN."""
-    BYTES: tl.constexpr = 1 if KIND >= 2 else 2
+    BYTES: tl.constexpr = bytes_of(KIND)
     for group in tl.static_range(GROUPS):
         for i in tl.static_range(BYTES):
             token = (4 // BYTES) * (lane + 32 * i)
@@ -617,9 +623,9 @@ def attend_block(
     NARROW: tl.constexpr = KGROUP == 16 and KAXIS == 0
     KPART: tl.constexpr = 2 if KBITS == 3 else KBITS
     VGROUPS: tl.constexpr = H // VGROUP
-    VBYTES: tl.constexpr = 1 if VKIND >= 2 else 2
+    VBYTES: tl.constexpr = bytes_of(VKIND)
     KCODES: tl.constexpr = 16 * KBITS * H
-    KMETADATA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND >= 2 else 2)
+    KMETADATA: tl.constexpr = 128 * H // KGROUP * bytes_of(KKIND)
     VCODES: tl.constexpr = 16 * VBITS * H
     more = tl.where(lane + block + 1 < lane + last, 1, 0)
     values = memory + (KCODES + 2 * KMETADATA)
@@ -771,8 +777,8 @@ def packed_share(
     if first < last:
         KBLOCK: tl.constexpr = 16 * KBITS * H
         VBLOCK: tl.constexpr = 16 * VBITS * H
-        KMETA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND >= 2 else 2)
-        VMETA: tl.constexpr = (H // VGROUP) * 128 * (1 if VKIND >= 2 else 2)
+        KMETA: tl.constexpr = 128 * H // KGROUP * bytes_of(KKIND)
+        VMETA: tl.constexpr = (H // VGROUP) * 128 * bytes_of(VKIND)
         memory = ring(lane, KBLOCK + 2 * KMETA + VBLOCK + 2 * VMETA)
         yes = tl.full([32], 1, tl.int32)
         values = memory + (KBLOCK + 2 * KMETA)
@@ -899,8 +905,8 @@ def decode_kernel(
         first = share * (blocks // splits) + tl.minimum(share, blocks % splits)
         last = first + blocks // splits + tl.where(share < blocks % splits, 1, 0)
         start = head.to(tl.int64) * capacity
-        KMETA: tl.constexpr = 128 * H // KGROUP * (1 if KKIND >= 2 else 2)
-        VMETA: tl.constexpr = (H // VGROUP) * 128 * (1 if VKIND >= 2 else 2)
+        KMETA: tl.constexpr = 128 * H // KGROUP * bytes_of(KKIND)
+        VMETA: tl.constexpr = (H // VGROUP) * 128 * bytes_of(VKIND)
         sources = (
             kc.to(tl.int64) + start * (16 * KBITS * H),
             ks.to(tl.int64) + start * KMETA,

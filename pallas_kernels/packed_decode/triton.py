@@ -52,10 +52,10 @@ registers (168, with a handful of spills, costs 1 to 3 %, and 10 % with four bit
 the memory's peak at 40 % of the issue slots and 23 % of the tensor cores; what stalls is waiting for copies. With
 three-bit keys the issue slots come nearer: a third bit costs one more LOP3 an operand, and only values can be nested.
 Float8 metadata are one instruction a pair from Ada on, and about 7 before. On an H200, whose memory is a third faster,
-instructions are the limit of small formats: two bits with float8 metadata in groups of 64, four rows, took 56 us a
-layer (8 x 32768 tokens, 151 MB; 1460 instructions a block) and take 44 us since twins and nested masks (1140), where
-copying as many bytes takes 40; three-bit keys 62 instead of 73. More warps of 168 registers and other numbers of shares
-were slower (48 to 63).
+instructions are the limit of small formats: two bits with float8 metadata in groups of 64, four rows, took 58.8 us a
+layer in a step of 8 x 32768 tokens, 1460 instructions a block, and take 45.9 since twins and nested masks, 1140 a
+block, where copying as many bytes takes 42 (`minikv bench e2e`, `examples/results/e2e-h200.json`; instructions counted
+in the machine code). More warps of fewer registers and other numbers of shares were slower.
 
 A dense segment is an ordinary flash decode: `mma` over tiles of 64 tokens, four stages of `cp.async`, as many shares as
 fill the processors, and cuDNN's time or up to a tenth more. A call joins the shares of up to two segments in one more
@@ -124,14 +124,14 @@ def decline_dense(query: Float[Array, "B T N H"], key: Float[Array, "B K S H"]) 
     return None
 
 
-def _knows_float8() -> bool:
+def knows_float8() -> bool:
     """Whether the chip has instructions for float8_e4m3fn, and Triton for the chip."""
     return float(getattr(jax.devices()[0], "compute_capability", "0.0")) >= 8.9
 
 
 def _bytes(x: Array) -> Array:
     """Metadata as the kernel may be given them; XLA copies to make bytes."""
-    if x.dtype != jnp.float8_e4m3fn or _knows_float8():
+    if x.dtype != jnp.float8_e4m3fn or knows_float8():
         return x
     return jax.lax.bitcast_convert_type(x, jnp.uint8)
 
@@ -246,7 +246,7 @@ def attend_packed(
         num_warps=1,
         PER_HEAD=lengths.ndim == 2,
         WINDOW=kind,
-        **constants(keys, values, rows, _knows_float8()),
+        **constants(keys, values, rows, knows_float8()),
     )
 
 
