@@ -12,6 +12,7 @@ KVCache
 All parts of a layer hold keys and values alike: after the method's rotations, in the layer's units (`_inwards`).
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from minikv_jax.config import CacheConfig, Codec
 from minikv_jax.kivi import KiviWindow
 from minikv_jax.segments import DenseSegment, PackedSegment, Segment
 from pallas_kernels import Partial, decode_attention, dense_decode_attention, merge_partials, two_pass_attention
+from pallas_kernels.hadamard import rotate
+from pallas_kernels.packed_append.api import Rotation
 from pallas_kernels.packed_decode.layout import BLOCK
 
 
@@ -277,7 +280,7 @@ def _window(key, value, held: Int[Array, "B"], encoded: Int[Array, "B"], config:
 
 
 def _rotated(x: Float[Array, "... H"], wanted: bool) -> Float[Array, "... H"]:
-    return segments.rotate(x).astype(x.dtype) if wanted else x
+    return rotate(x).astype(x.dtype) if wanted else x
 
 
 def _inwards(layer: LayerCache, query, key, value, config: CacheConfig):
@@ -299,6 +302,15 @@ def _outwards(layer: LayerCache, output: Float[Array, "B T N H"], config: CacheC
     output = _rotated(output, config.rotate_values)
     # Behind the rotation, where a compiler rounds anyway: units are powers of two, and cost no digit.
     return output if layer.units is None else _times(output, layer.units.value)
+
+
+def _units(layer: LayerCache) -> Units:
+    """The layer's, or ones."""
+    if layer.units is not None:
+        return layer.units
+    held = layer.segment.key if isinstance(layer.segment, DenseSegment) else layer.segment.keys.codes
+    ones = jnp.ones(held.shape[:2], jnp.float32)
+    return Units(ones, ones)
 
 
 def _times(x: Float[Array, "B T N H"], factor: Float[Array, "B K"]) -> Float[Array, "B T N H"]:
@@ -390,13 +402,22 @@ def read_token(
 
     In the order of the methods' code: make room, append, encode a full window, attend, update scores, give up.
     """
-    query, key, value = _inwards(layer, query, key, value, config)
-    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-    layer = arrive(layer, key, value, position, accept, config)
-    output, lse, logits = attend(layer, query, position, scored=config.evict == "after")
+    layer, query = _take_in(layer, query, key, value, position, accept, config)
+    output, lse, logits = attend(layer, query, position, config)
     if logits is not None:
         layer = add_scores(layer, logits, lse, accept[:, None])
-    return settle(layer, position, accept, config), _outwards(layer, output, config)
+    return settle(layer, position, accept, config), output
+
+
+def _take_in(layer: LayerCache, query, key, value, position, accept, config: CacheConfig):
+    """The layer with one more token [B, 1, heads, H], and the token's query as the layer's keys are held."""
+    if isinstance(layer.window, DenseSegment) and config.rotate_keys and config.rotate_values:
+        with contextlib.suppress(NotImplementedError):  # no kernel, as below
+            heads_first = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+            return _append_by_kernel(layer, *heads_first, accept, config, Rotation(query, *_units(layer)))
+    query, key, value = _inwards(layer, query, key, value, config)
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+    return arrive(layer, key, value, position, accept, config), query
 
 
 def read_tokens(
@@ -418,7 +439,7 @@ def read_tokens(
     tokens = jnp.arange(query.shape[1])
     own, _, lse = two_pass_attention(query, key, value, query_lengths=counts, key_value_lengths=counts, score_rows=0)
     own = Partial(own.astype(jnp.float32), lse, jnp.where(jnp.isneginf(lse), 0.0, 1.0))
-    output, lse, logits = attend(layer, query, position - 1, also=(own,), scored=config.evict == "after")
+    output, lse, logits = attend(layer, query, position - 1, config, also=(own,))
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     scores = jnp.zeros(key.shape[:3])
     if logits is not None:
@@ -434,7 +455,7 @@ def read_tokens(
         return settle(layer, position + i, accept, config), None
 
     stream = (*(jnp.moveaxis(x, 2, 0) for x in (key, value, scores)), tokens)
-    return jax.lax.scan(store, layer, stream)[0], _outwards(layer, output, config)
+    return jax.lax.scan(store, layer, stream)[0], output
 
 
 def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig, score=0.0) -> LayerCache:
@@ -443,7 +464,7 @@ def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig,
         window = kivi.arrive(layer.window, key, value, position, accept)
         return dataclasses.replace(layer, window=window)
     if layer.window is not None:
-        return _arrive_in_window(layer, key, value, accept, config.first_encoded, config.window_keeps)
+        return _arrive_in_window(layer, key, value, accept, config)
     if config.evict == "before":
         layer = _give_up(layer, position, accept & (layer.segment.length >= layer.ledger.size), config)
     ledger = layer.ledger
@@ -452,21 +473,27 @@ def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig,
     return dataclasses.replace(layer, segment=segments.append(layer.segment, key, value, accept), ledger=ledger)
 
 
-def _arrive_in_window(layer: LayerCache, key, value, accept, first: int, keeps: int) -> LayerCache:
-    """A window that is full with the new token is encoded at once (MiniKV Algorithm 1), from row `first` on and but for
-    the newest `keeps`."""
-    tier = getattr(layer, layer.growing)
-    try:
-        tier, window = segments.append_to_window(tier, layer.window, key, value, accept, first, keeps)
-        return dataclasses.replace(layer, window=window, **{layer.growing: tier})
-    except NotImplementedError:
-        pass  # Not on this device, or not this codec. A CPU takes the condition for next to nothing.
-    window = segments.append(layer.window, key, value, accept)
-    full = window.length == window.capacity
+def _arrive_in_window(layer: LayerCache, key, value, accept, config: CacheConfig) -> LayerCache:
+    """A window that is full with the new token is encoded at once (MiniKV Algorithm 1), from the first row that is on
+    and but for the newest that stay."""
+    # Not on every device, and not for every codec. A CPU takes the condition for next to nothing.
+    with contextlib.suppress(NotImplementedError):
+        return _append_by_kernel(layer, key, value, accept, config)[0]
+    tier, window = getattr(layer, layer.growing), segments.append(layer.window, key, value, accept)
+    full, first, keeps = window.length == window.capacity, config.first_encoded, config.window_keeps
     tier, window = jax.lax.cond(
         full.any(), lambda s, w: _flush(s, w, full, first, keeps), lambda s, w: (s, w), tier, window
     )
     return dataclasses.replace(layer, window=window, **{layer.growing: tier})
+
+
+def _append_by_kernel(layer: LayerCache, key, value, accept, config: CacheConfig, rotation: Rotation | None = None):
+    """`_arrive_in_window` in one launch, and the query of `rotation`. Raises NotImplementedError without a kernel."""
+    tier, window, query = segments.append_to_window(
+        getattr(layer, layer.growing), layer.window, key, value, accept, config.first_encoded, config.window_keeps,
+        rotation,
+    )  # fmt: skip
+    return dataclasses.replace(layer, window=window, **{layer.growing: tier}), query
 
 
 def _flush(
@@ -515,30 +542,35 @@ def attend(
     layer: LayerCache,
     query: Float[Array, "B T N H"],
     position: Int[Array, "B"],
+    config: CacheConfig,
     also: tuple[Partial, ...] = (),
-    scored: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"], Float[Array, "B T N S"] | None]:
-    """Attention over everything the layer holds, and `also`.
+    """Attention over everything the layer holds, and `also`, of queries as its keys are held.
 
     `position` is that of the newest token held.
 
     Returns:
-        The output in the query's dtype, the log-sum-exp, and if `scored` the logits of the first tier's rows.
+        The output in the query's dtype, for values as they came; the log-sum-exp; and if tokens are given up after
+        attention the logits of the first tier's rows.
     """
+    scored = config.evict == "after"
     parts = [part for part in (layer.segment, layer.retained) if part is not None]
     if isinstance(layer.window, KiviWindow):
         parts.append(kivi.tail(layer.segment, layer.window, position))
     elif layer.window is not None:
         parts.append(layer.window)
     if not (also or layer.prefix):
-        output, lse, *logits = decode_attention([segments.part(query, part) for part in parts], return_logits=scored)
+        rotated = _units(layer).value if config.rotate_values else None
+        parts = [segments.part(query, part) for part in parts]
+        output, lse, *logits = decode_attention(parts, return_logits=scored, rotated=rotated)
+        output = output if config.rotate_values else _outwards(layer, output, config)
         return output, lse, logits[0] if scored else None
     first = segments.attention(query, layer.segment, return_logits=scored)
     first, logits = first if scored else (first, None)
     others = [segments.attention(query, part) for part in parts[1:]]
     others += [_shared_attention(query, part) for part in layer.prefix]
     output, lse = merge_partials([first, *others, *also])
-    return output.astype(query.dtype), lse, logits
+    return _outwards(layer, output.astype(query.dtype), config), lse, logits
 
 
 def _shared_attention(query: Float[Array, "B T N H"], prefix: Segment) -> Partial:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels.packed_decode import layout
@@ -211,14 +210,6 @@ def decode(codes: Codes, group_size: int, group_axis: GroupAxis) -> Float[Array,
     axis = 2 if group_axis == "tokens" else 3
     scale, zero = (jnp.repeat(x.astype(jnp.float32), group_size, axis=axis) for x in (codes.scale, codes.zero))
     return codes.codes.astype(jnp.float32) * scale + zero
-
-
-def hadamard(size: int) -> Float[np.ndarray, "size size"]:
-    """The orthonormal Hadamard matrix of a power of two (Sylvester's): symmetric, its own inverse."""
-    matrix = np.ones((1, 1), np.float32)
-    while matrix.shape[0] < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.sqrt(np.float32(size))
 
 
 def to_packed(codes: Codes, bits: int, group_size: int, group_axis: GroupAxis, tokens_last: bool) -> PackedTensor:

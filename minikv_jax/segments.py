@@ -8,7 +8,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import quantize
@@ -24,6 +23,7 @@ from pallas_kernels import (
     packed_write,
 )
 from pallas_kernels.packed_append.api import Options as AppendOptions
+from pallas_kernels.packed_append.api import Rotation
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 
 
@@ -179,14 +179,6 @@ def decode(
     return key if balance is None else key / balance[:, :, None], value
 
 
-def rotate(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-    """The Hadamard rotation of channels, its own inverse; float32."""
-    h = x.shape[-1]
-    # Signs alone are exact in every dtype.
-    signs = jnp.asarray(np.sign(quantize.hadamard(h)), x.dtype)
-    return jnp.matmul(x, signs, precision="highest", preferred_element_type=jnp.float32) * h**-0.5
-
-
 # ---- attention -----------------------------------------------------------------------------------------------------
 
 
@@ -269,21 +261,30 @@ def put_codes(segment: PackedSegment, start, keys: Codes, values: Codes, accept:
 
 
 def append_to_window(
-    segment: PackedSegment, window: DenseSegment, key, value, accept: Bool[Array, "B"], first: int, keeps: int = 0
-) -> tuple[PackedSegment, DenseSegment]:
+    segment: PackedSegment,
+    window: DenseSegment,
+    key,
+    value,
+    accept: Bool[Array, "B"],
+    first: int,
+    keeps: int = 0,
+    rotation: Rotation | None = None,
+) -> tuple[PackedSegment, DenseSegment, Float[Array, "B 1 N H"] | None]:
     """A window with one more token, and what is full with it in the segment, by one kernel: from row `first` on and but
-    for the newest `keeps`.
+    for the newest `keeps`. With `rotation` key, value and its query are as the model gives them, and the query comes
+    back as the rows are held.
 
     Raises:
         NotImplementedError: there is no kernel for this codec or this device.
     """
     new = packed_append(
         key, value, accept, window.key, window.value, window.length, segment.keys, segment.values, segment.length,
-        first=first, keeps=keeps, options=_kernel_options(segment),
+        first=first, keeps=keeps, options=_kernel_options(segment), rotation=rotation,
     )  # fmt: skip
     return (
         dataclasses.replace(segment, keys=new.keys, values=new.values, length=new.length),
         DenseSegment(new.window_key, new.window_value, new.window_length),
+        new.query,
     )
 
 

@@ -10,8 +10,11 @@ import triton
 import triton.language as tl
 from test_packed_append import CODECS, check_append, check_write
 
+from pallas_kernels.hadamard import hadamard
 from pallas_kernels.packed_append import _triton_kernels as kernels
 from pallas_kernels.packed_append.api import packed_append, packed_write
+from pallas_kernels.packed_decode import triton as decode
+from pallas_kernels.packed_decode.triton import Shares
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +29,31 @@ FIRST_AND_KEEPS = [(0, 0, name) for name in CODECS] + [(4, 0, list(CODECS)[2]), 
 def test_append(name, first, keeps):
     sizes = dict(heads=1, first=first, keeps=keeps, window=128 + first)
     check_append(packed_append, np.random.default_rng(), CODECS[name], **sizes)
+
+
+@pytest.mark.parametrize("group", [1, 6])
+def test_append_rotates(group):
+    codec = CODECS["3 and 2 bits, fp8, clipped"]
+    check_append(packed_append, np.random.default_rng(), codec, group=group)
+
+
+@pytest.mark.parametrize("splits", [(1,), (5, 3)])
+def test_merging_rotates(splits):
+    """The kernel that joins shares of attention, beside plain sums and a product."""
+    rng, (b, heads, group, h) = np.random.default_rng(), (2, 3, 2, 32)
+    unit = 2.0 ** rng.integers(-4, 4, (b, heads))
+    drawn, output, total = [], 0, 0
+    for n in splits:
+        part, top = rng.normal(size=(b * heads, n, group, h)), rng.normal(size=(b * heads, n, group))
+        held = rng.uniform(0.1, 2, top.shape)
+        output += (part * 2.0 ** top[..., None]).sum(1)
+        total += (held * 2.0**top).sum(1)
+        drawn.append(Shares(*(jnp.asarray(x, jnp.float32) for x in (part, np.stack([top, held], -1), top))))
+    want = (output / total[..., None]) @ hadamard(h) * unit.reshape(-1, 1, 1)
+    query, units = jnp.zeros((b, 1, heads * group, h)), jnp.asarray(unit, jnp.float32)
+    got, lse, _ = decode._merge(query, heads, drawn[0], [*drawn, None][1], normalize=True, unit=units)
+    np.testing.assert_allclose(np.asarray(got).reshape(want.shape), want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(lse).reshape(total.shape), np.log(total), rtol=1e-4, atol=1e-4)
 
 
 def test_write():

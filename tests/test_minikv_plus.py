@@ -18,8 +18,8 @@ from minikv_jax.config import Rank
 from minikv_jax.models.llama import Llama
 from minikv_jax.models.shapes import shape_of
 from minikv_jax.report import planned_report
-from minikv_jax.segments import rotate
 from pallas_kernels import two_pass_attention
+from pallas_kernels.hadamard import rotate
 
 PLUS = presets.minikv_plus(group_size=8, residual=16)
 
@@ -111,6 +111,8 @@ def test_the_most_attended_tokens_have_four_bits_and_the_others_two():
 def test_two_fine_tiers_answer_like_the_full_cache():
     lengths = np.array([90, 41, 12, 3])
     prompt, stream = draw(np.random.default_rng(), 4, 90, 30, 2, 2, 16)
+    # Loud queries attend to few tokens, so that two bits surely hurt.
+    prompt, stream = ((3 * query, *rest) for query, *rest in (prompt, stream))
     fine = {name: dataclasses.replace(TIERS.codec, key_bits=8, value_bits=8) for name in ("codec", "retained")}
     found, exact = (run(x, *prompt, lengths, stream).outputs for x in (TIERS.replace(**fine), presets.full()))
     assert np.linalg.norm(found - exact) < 0.03 * np.linalg.norm(exact)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from minikv_jax import quantize, segments
 from minikv_jax.config import Codec
+from pallas_kernels.hadamard import rotate
 from pallas_kernels.packed_append import triton as implementation
-from pallas_kernels.packed_append.api import Options, Run, packed_append, packed_write
+from pallas_kernels.packed_append.api import Options, Rotation, Run, packed_append, packed_write
 from pallas_kernels.packed_append.triton import Appended
 
 CODECS = {
@@ -110,15 +111,33 @@ def draw_append(rng, codec, h=64, heads=2, window=128, first=0, dtype=jnp.float3
     return new, jnp.asarray([True, True, False]), rows, filled, packed, length
 
 
-def check_append(run, rng, codec, first=0, keeps=0, **sizes):
+def draw_rotation(rng, new, group) -> tuple[Rotation, list, jax.Array]:
+    """Queries and units, and what new rows and queries become."""
+    b, heads, _, h = new[0].shape
+    query = numbers(rng, b, 1, heads * group, h).astype(new[0].dtype)
+    units = [jnp.asarray(2.0 ** rng.integers(-4, 4, (b, heads)), jnp.float32) for _ in range(2)]
+    held = [(rotate(x) / unit[..., None, None]).astype(x.dtype) for x, unit in zip(new, units)]
+    asked = rotate(query) * jnp.repeat(units[0], group, axis=1)[:, None, :, None]
+    return Rotation(query, *units), held, asked.astype(query.dtype)
+
+
+def check_append(run, rng, codec, first=0, keeps=0, group=None, **sizes):
+    """With `group`, so many queries of each head come along, and all that is new is rotated."""
     new, accept, rows, filled, packed, length = draw_append(rng, codec, first=first, **sizes)
+    rotation, held, asked = (None, new, None) if group is None else draw_rotation(rng, new, group)
     # A GPU's short products would round what feedback adds: one code in some goes another way, and all after it.
     with jax.default_matmul_precision("highest"):
-        want = expected_append(new, accept, rows, filled, packed, length, first, keeps)
-    rest = packed.keys, packed.values, length
-    got = run(*new, accept, *rows, filled, *rest, first=first, keeps=keeps, options=options(packed))
-    for name in ("window_key", "window_value", "window_length", "length"):
+        want = expected_append(held, accept, rows, filled, packed, length, first, keeps)
+    about = dict(first=first, keeps=keeps, options=options(packed), rotation=rotation)
+    got = run(*new, accept, *rows, filled, packed.keys, packed.values, length, **about)
+    for name in ("window_length", "length"):
         np.testing.assert_array_equal(np.asarray(getattr(got, name)), np.asarray(getattr(want, name)))
+    pairs = [(got.window_key, want.window_key), (got.window_value, want.window_value), (got.query, asked)]
+    for one, other in pairs[: 2 if group is None else 3]:
+        # A rotation's sums come in another order, and what that tips is a last digit of the rows' dtype.
+        other, eps = np.asarray(other, np.float32), float(jnp.finfo(other.dtype).eps)
+        off = {"rtol": eps, "atol": 1e-6 * np.abs(other).max()} if group else {"rtol": 0}
+        np.testing.assert_allclose(np.asarray(one, np.float32), other, **off)
     full = accept & (filled + 1 == rows[0].shape[2])
     for name in ("keys", "values"):
         same_codes(getattr(got, name), getattr(want, name))
@@ -146,6 +165,15 @@ def check_write(run, rng, codec, h=64, ring=129, window=128):
 def test_append_matches_the_cache_on_a_gpu(name, h, dtype):
     check_append(packed_append,
                  np.random.default_rng(), CODECS[name], h=h, heads=8, dtype=dtype)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("h", [64, 128, 256])
+@pytest.mark.parametrize("group", [1, 4, 6])
+def test_append_rotates_on_a_gpu(group, h, dtype):
+    codec = CODECS["3 and 2 bits, fp8, clipped"]
+    check_append(packed_append, np.random.default_rng(), codec, h=h, heads=8, dtype=dtype, group=group)
 
 
 @pytest.mark.gpu
@@ -204,6 +232,10 @@ def test_shapes_that_contradict_each_other_are_refused():
         packed_append(*new, accept, *rows, *rest, first=128)
     with pytest.raises(ValueError, match="keeps=65"):
         packed_append(*new, accept, *rows, *rest, keeps=65)
+    for query, unit, match in (((3, 1, 2, 32), (3, 1), "Query"), ((3, 1, 2, 64), (3, 2), "Units")):
+        rotation = Rotation(jnp.zeros(query), jnp.ones(unit), jnp.ones(unit))
+        with pytest.raises(ValueError, match=match):
+            packed_append(*new, accept, *rows, *rest, rotation=rotation)
     with pytest.raises(ValueError, match="key_coupling"):
         packed_append(*new, accept, *rows, *rest, options=Options(key_coupling=jnp.zeros((3, 1, 64, 64))))
 
@@ -236,8 +268,9 @@ def test_compiles_for(capability, name, kernel):
     scratch = dict.fromkeys(("key_scratch", "value_scratch"), "*u8")
     if kernel == "append_kernel":
         constants |= {"WINDOW": 128, "FIRST": 0, "KEEPS": 64 if packed.keys.group_size <= 64 else 0}
-        names = ("new_rows", "_window_key", "_window_value", "window_key", "window_value")
-        types = dict.fromkeys(names, "*bf16")
+        constants["QUERIES"] = 6 if constants["KKIND"] == 2 else 0  # what has metadata of 8 bits is rotated
+        names = ("new_rows", "_window_key", "_window_value", "window_key", "window_value", "query")
+        types = dict.fromkeys(names, "*bf16") | dict.fromkeys(("key_unit", "value_unit"), "*fp32")
         counters = ("accept", "window_length", "length")
     else:
         constants |= {"KROWS": 128, "KCOUNT": 128, "VROWS": 129, "VCOUNT": 1}

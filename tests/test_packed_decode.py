@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.hadamard import hadamard
 from pallas_kernels.packed_decode import layout
 from pallas_kernels.packed_decode.api import Part, decode_attention, dense_decode_attention, packed_decode_attention
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor, pack, rows_per_block, unpack
@@ -316,6 +317,11 @@ def check_together(
         assert got[0].dtype == query.dtype
         np.testing.assert_allclose(np.asarray(got[0], np.float64), wanted_output, rtol=2e-2, atol=4e-3)
         np.testing.assert_allclose(got[1], wanted_lse, rtol=2e-3, atol=5e-3)
+    unit = 2.0 ** rng.integers(-4, 4, (b, heads))
+    turned, lse = decode_attention(parts, rotated=jnp.asarray(unit, jnp.float32), implementation=implementation)
+    turned = np.asarray(turned, np.float64) / np.repeat(unit, group, axis=1)[:, None, :, None]
+    np.testing.assert_allclose(turned, wanted_output @ hadamard(h), rtol=2e-2, atol=8e-3)
+    np.testing.assert_allclose(lse, wanted_lse, rtol=2e-3, atol=5e-3)
     wide = np.repeat(tensors[0][0], group, axis=1)
     want = np.einsum("btnh,bnsh->btns", np.asarray(query, np.float64), wide) * h**-0.5
     for i in range(b):

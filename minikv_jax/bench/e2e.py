@@ -125,6 +125,7 @@ def _each(methods: Sequence[str], model: str, batch: int, prompt: int, *parts: s
 CASES = (
     *_each(("minikv", "full", "minikv_plus", _OWN_LAYERS), _8B, 8, 32768, "decode", "profile"),
     *_each(("minikv", "full"), _8B, 1, 32768, *_BOTH),
+    *_each(("minikv_plus",), _8B, 1, 32768),
     *_each(("minikv", "full"), _8B, 0, 32768),
     *_each(("minikv", "full"), _8B, 1, 131072),
     *_each(("minikv", "full"), _8B, 1, 4096, *_BOTH),
@@ -135,6 +136,7 @@ CASES = (
     Case(_7B, "full", 1, 0, _BOTH, steps=32, longest=True),
     *_each(("minikv", "full", "minikv_plus"), _REAL, 8, 32256),
     *_each(("minikv", "full"), _REAL, 1, 32256, *_BOTH),
+    *_each(("minikv_plus",), _REAL, 1, 32256),
     *_each(("minikv_plus", "kivi", "snapkv", "minikv_pyramid", "mikv", "h2o"), _8B, 0, 32768),
     *_each(("minikv_plus", "kivi", "snapkv", "minikv_pyramid", "mikv", "h2o"), _8B, 1, 32768, "prefill"),
     *_each(("minikv", "full"), _8B, 8, 32768, "prefill"),

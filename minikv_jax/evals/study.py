@@ -71,7 +71,8 @@ def _counted(name: str, x: float, tokens: int) -> str:
 
 
 class _Knobs(NamedTuple):
-    """How a method is made smaller, the bits it may take, fewest first, and the share of its bytes for a window."""
+    """How a method is written with a share of its tokens, the bits these may take, fewest first, and the share of its
+    bytes for a window."""
 
     write: Callable[..., str]
     bits: tuple = (16,)
@@ -87,14 +88,16 @@ _KNOBS: Mapping[str, _Knobs] = {
     "minikv": _Knobs(_packed, (2, 4, 8)),
     "minikv_pyramid": _Knobs(_packed, (2, 4, 8)),
     "mikv": _Knobs(_mikv, (4, 16)),
-    "minikv_plus": _Knobs(_plus, ((2, 2), (3, 2), (4, 2), (4, 4), (8, 8)), window=0.3),
+    "minikv_plus": _Knobs(_plus, ((2, 2), (3, 2), (4, 2), (4, 3), (4, 4), (8, 4), (8, 8)), window=0.3),
 }
 
 
 def at_share(name: str, share: float, model: ModelConfig, prompt: int, generated: int) -> str | None:
     """The method's settings whose cache weighs a share of a bfloat16 one, or None where it cannot.
 
-    Fewest bits first, for they keep most tokens; the window is the largest that takes its share of the bytes at most.
+    All tokens in as many bits as fit; where not even the fewest do, as many tokens as fit in those. Dropping a tenth of
+    the tokens for more bits lost on development texts, whichever the method. The window is the largest that takes its
+    share of the bytes at most.
     """
     write, widths, window_share = _KNOBS[name]
     window = next((w for w in _WINDOWS if w / (prompt + generated) <= window_share * share), _WINDOWS[-1])
@@ -110,21 +113,19 @@ def at_share(name: str, share: float, model: ModelConfig, prompt: int, generated
         (config,) = presets.parse(line(x, bits)).values()
         return planned_report(model, config, prompt, generated).total.bits_per_element / 16
 
-    for bits in widths:
-        try:
-            if weighs(1.0, bits) < share * 0.97 and bits != widths[-1]:
-                continue
-            low, high = 0.01, 1.0
-            if weighs(low, bits) > share:
-                return None
-            for _ in range(8):
-                middle = (low + high) / 2
-                low, high = (middle, high) if weighs(middle, bits) <= share else (low, middle)
-        except ConfigError:
-            continue
-        # Room comes in whole blocks: a short prompt's cache may have to stay somewhat below.
-        return line(low, bits) if weighs(low, bits) >= 0.75 * share else None
-    return None
+    try:
+        most = [bits for bits in widths if weighs(1.0, bits) <= share]
+        low, bits = (1.0, most[-1]) if most else (0.01, widths[0])
+        if weighs(low, bits) > share:
+            return None
+        high = 1.0
+        for _ in range(8 if low < high else 0):
+            middle = (low + high) / 2
+            low, high = (middle, high) if weighs(middle, bits) <= share else (low, middle)
+    except ConfigError:
+        return None
+    # Room comes in whole blocks, and bits in steps: a cache may have to stay somewhat below.
+    return line(low, bits) if weighs(low, bits) >= 0.75 * share else None
 
 
 def at_equal_bytes(model: ModelConfig, settings: Settings) -> dict[str, CacheConfig]:

@@ -7,6 +7,8 @@ size). A run is COUNT consecutive rows of a dense array that become tokens `star
 import triton
 import triton.language as tl
 
+from pallas_kernels._triton_hadamard import rotate
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,8 +349,8 @@ def write_values(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels. Grid (B K, 2): the second axis is keys and values. Arrays that change are inputs and outputs in one; sizes
-# arrive negated, for an argument of 1 jax-triton would compile a program of its own.
+# Kernels. Grid (B K, 2): the second axis is keys, values and, where they are rotated, queries. Arrays that change are
+# inputs and outputs in one; sizes arrive negated, for an argument of 1 jax-triton would compile a program of its own.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -367,13 +369,36 @@ def move_rows(rows, COUNT: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
+def new_row(rows, unit, H: tl.constexpr, ROTATE: tl.constexpr):
+    """The row that arrived, as the window holds it."""
+    x = tl.load(rows + tl.arange(0, H))
+    if ROTATE:
+        x = tl.reshape(rotate(tl.reshape(x.to(tl.float32), [1, H]), 1, H), [H])
+        return x * tl.div_rn(1.0, tl.load(unit))
+    else:
+        return x
+
+
+@triton.jit
+def rotate_queries(rows, unit, to, QUERIES: tl.constexpr, H: tl.constexpr):
+    """The queries of one key/value head as they meet its keys."""
+    ROWS: tl.constexpr = triton.next_power_of_2(QUERIES)
+    row = tl.arange(0, ROWS)
+    real = (row < QUERIES)[:, None]
+    at = row[:, None] * H + tl.arange(0, H)[None, :]
+    x = tl.load(rows + at, mask=real, other=0.0).to(tl.float32)
+    x = rotate(x, ROWS, H) * tl.load(unit)
+    tl.store(to + at, x.to(to.dtype.element_ty), mask=real)
+
+
+@triton.jit
 def append_kernel(
-    new_rows, accept, window_length, length, key_factor, key_coupling,
+    new_rows, key_unit, value_unit, accept, window_length, length, key_factor, key_coupling,
     _window_key, _window_value, _kc, _ks, _kz, _vc, _vs, _vz,
     heads, blocks,
     window_key, window_value, kc, ks, kz, vc, vs, vz,
-    key_scratch, value_scratch,
-    WINDOW: tl.constexpr, FIRST: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr,
+    key_scratch, value_scratch, query,
+    QUERIES: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr,
     KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
     KFEEDBACK: tl.constexpr,
     VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VCLIP: tl.constexpr,
@@ -381,7 +406,7 @@ def append_kernel(
     """A new token into the window of each accepting sequence; windows full with it are encoded from row FIRST on.
 
     The last KEEPS rows are not, and move to row FIRST. `new_rows` are of each sequence its heads' keys, then its heads'
-    values.
+    values, then, if they are rotated, QUERIES queries of each head.
     """
     heads, blocks = -heads, -blocks
     COUNT: tl.constexpr = WINDOW - FIRST - KEEPS
@@ -392,12 +417,16 @@ def append_kernel(
     filled = tl.load(window_length + batch)
     start = tl.load(length + batch)
     channel = tl.arange(0, H)
-    new_row = new_rows + (head + (batch + part) * heads) * H
+    arrived = new_rows + batch * ((2 + QUERIES) * heads * H)
     rows = head.to(tl.int64) * (WINDOW * H)
     full = (accepts != 0) & (filled + 1 == WINDOW)
-    if accepts != 0:
+    if part == 2:
+        if QUERIES > 0:
+            mine = head % heads * (QUERIES * H)
+            rotate_queries(arrived + 2 * heads * H + mine, key_unit + head, query + head * (QUERIES * H), QUERIES, H)
+    elif accepts != 0:
         if part == 0:
-            x = tl.load(new_row + channel)
+            x = new_row(arrived + head % heads * H, key_unit + head, H, QUERIES > 0)
             tl.store(window_key + rows + filled * H + channel, x.to(window_key.dtype.element_ty))
             if full:
                 tl.debug_barrier()
@@ -408,7 +437,7 @@ def append_kernel(
                 )  # fmt: skip
                 move_rows(window_key + rows + FIRST * H, COUNT, KEEPS, H)
         else:
-            x = tl.load(new_row + channel)
+            x = new_row(arrived + (heads + head % heads) * H, value_unit + head, H, QUERIES > 0)
             tl.store(window_value + rows + filled * H + channel, x.to(window_value.dtype.element_ty))
             if full:
                 tl.debug_barrier()

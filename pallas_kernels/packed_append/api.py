@@ -4,7 +4,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import Implementation, first_that_accepts
 from pallas_kernels.packed_append import triton
-from pallas_kernels.packed_append.triton import Appended, Options, Run
+from pallas_kernels.packed_append.triton import Appended, Options, Rotation, Run
 from pallas_kernels.packed_decode.layout import PackedTensor
 
 _APPEND = {"triton": triton.packed_append}
@@ -27,6 +27,7 @@ def packed_append(
     first: int = 0,
     keeps: int = 0,
     options: Options = PLAIN,
+    rotation: Rotation | None = None,
     implementation: Implementation = None,
 ) -> Appended:
     """Appends one token to the window of every accepting sequence, and encodes the windows that are full with it.
@@ -48,8 +49,14 @@ def packed_append(
             smallest squared error is kept. `key_factor` [B, K, H] multiplies keys before they are encoded.
             `key_coupling` [B, K, H / 2, H], a folded triangle (`minikv_jax.quantize.fold`) in the metadata's dtype,
             says how the rounding error of each channel of a key is added to later ones.
+        rotation: the new rows, and the `query` [B, 1, N, H] with them, are as a model gives them, and those held are
+            rotated (`pallas_kernels.hadamard.rotate`) and in units of their head, `key_unit` and `value_unit` [B, K],
+            powers of two.
         implementation: None or "triton". There is no other: what XLA does well here depends on the device, see
             `minikv_jax.cache`.
+
+    Returns:
+        What changed, and with `rotation` the query as it meets the keys held: rotated, times their unit.
 
     Raises:
         ValueError: shapes that contradict each other.
@@ -62,6 +69,8 @@ def packed_append(
             f"{window_value.shape}."
         )
     _check(keys, values, options, window_key.shape, accept, window_length, length)
+    if rotation is not None:
+        _check_rotation(rotation, b, heads, h)
     if not 0 <= first < window:
         raise ValueError(f"first={first} must be a row of the window of {window}.")
     if not 0 <= 2 * keeps <= window - first:
@@ -69,7 +78,7 @@ def packed_append(
     return first_that_accepts(
         "packed_append", _APPEND, implementation, _DEFAULT,
         new_key, new_value, accept, window_key, window_value, window_length, keys, values, length,
-        first=first, keeps=keeps, options=options,
+        first=first, keeps=keeps, options=options, rotation=rotation,
     )  # fmt: skip
 
 
@@ -101,6 +110,16 @@ def packed_write(
         "packed_write", _WRITE, implementation, _DEFAULT,
         key, value, keys, values, options=options,
     )  # fmt: skip
+
+
+def _check_rotation(rotation: Rotation, b: int, heads: int, h: int) -> None:
+    query, *units = rotation
+    if query.ndim != 4 or (query.shape[0], query.shape[1], query.shape[3]) != (b, 1, h) or query.shape[2] % heads:
+        raise ValueError(f"Query {query.shape} must be [B, 1, N, H] for {b} sequences, {heads} heads of size {h}.")
+    if any(unit.shape != (b, heads) for unit in units):
+        raise ValueError(f"Units {[unit.shape for unit in units]} must be [B, K]={(b, heads)}.")
+    if h & (h - 1):
+        raise ValueError(f"Rows of {h} channels: the Hadamard rotation needs a power of two.")
 
 
 def _check(

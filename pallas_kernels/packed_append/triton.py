@@ -6,7 +6,7 @@ costs more for asking than for encoding. Written as masked work it costs the enc
 reads its sequence's own counters and leaves at once if its window is not full: one launch instead of about six, nothing
 for the host to wait for, and all arrays are changed in place (`input_output_aliases`).
 
-    program (head, 0): keys             program (head, 1): values
+    program (head, 0): keys             program (head, 1): values             program (head, 2): queries, if rotated
 
     new row -> window row `window_length`
     window full?  no: done
@@ -21,6 +21,9 @@ Codes go through scratch memory (one byte each, 16 KiB a head) because groups an
 
 The limit. A step in which nothing is full moves two rows a head: the launch is all it costs. A flush of 128 rows of 128
 channels reads 64 KiB, and writes 16 KiB, a head; it runs once in 128 steps, so its 2 B K programs need not be fast.
+
+Where rows are held rotated, each program rotates what it loads: as products of their own, with what scales them, they
+would be three launches more.
 
 With feedback between channels (`key_coupling`) those take turns: the scales of eight are searched at once, then each is
 rounded, and what that leaves is added to all channels behind it, in registers. A flush of 64 rows of 128 channels is
@@ -50,8 +53,16 @@ class Run(NamedTuple):
     count: int
 
 
+class Rotation(NamedTuple):
+    """What is rotated on arrival beside the new rows, and the units of those held; see `api.packed_append`."""
+
+    query: Float[Array, "B 1 N H"]
+    key_unit: Float[Array, "B K"]
+    value_unit: Float[Array, "B K"]
+
+
 class Appended(NamedTuple):
-    """Window and segment after a token has arrived."""
+    """Window and segment after a token has arrived, and its query if that was rotated."""
 
     window_key: Float[Array, "B K W H"]
     window_value: Float[Array, "B K W H"]
@@ -59,6 +70,7 @@ class Appended(NamedTuple):
     keys: PackedTensor
     values: PackedTensor
     length: Int[Array, "B"]
+    query: Float[Array, "B 1 N H"] | None = None
 
 
 def decline(rows: tuple[Array, ...], keys: PackedTensor, values: PackedTensor, key_count: int) -> str | None:
@@ -141,28 +153,33 @@ def packed_append(
     first: int,
     keeps: int,
     options: Options,
+    rotation: Rotation | None,
 ) -> Appended:
     b, heads, window, h = window_key.shape
-    rows = (new_key, new_value, window_key, window_value)
+    queries = [] if rotation is None else [jnp.swapaxes(rotation.query, 1, 2)]
+    rows = (new_key, new_value, *queries, window_key, window_value)
     count = window - first - keeps
     _require(rows, keys, values, count)
     from pallas_kernels.packed_append import _triton_kernels as kernels
 
     changed = [window_key, window_value, *_arrays(keys, values)]
     counters = [x.astype(jnp.int32) for x in (accept, window_length, length)]
-    # As one array XLA finishes both (rotary embedding, scaling, rounding) in one launch.
-    new_rows = jnp.concatenate([new_key, new_value], axis=1)
-    inputs = [new_rows, *counters, *_optional(keys, options, counters[0]), *changed]
+    # As one array XLA finishes all (rotary embedding, rounding) in one launch.
+    new_rows = jnp.concatenate([new_key, new_value, *queries], axis=1)
+    units = [counters[0]] * 2 if rotation is None else [x.astype(jnp.float32) for x in rotation[1:]]
+    inputs = [new_rows, *units, *counters, *_optional(keys, options, counters[0]), *changed]
     scratch = _scratch(b, heads, count, h)
-    window_key, window_value, *packed, _, _ = triton_call.call(
+    query = jax.ShapeDtypeStruct((1,) if rotation is None else rotation.query.shape, new_rows.dtype)
+    window_key, window_value, *packed, _, _, query = triton_call.call(
         *inputs,
         -heads,
         -keys.codes.shape[2],
         kernel=kernels.append_kernel,
-        out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed), scratch, scratch],
-        grid=(b * heads, 2),
+        out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed), scratch, scratch, query],
+        grid=(b * heads, 2 if rotation is None else 3),
         num_warps=8,
         input_output_aliases={len(inputs) - len(changed) + i: i for i in range(len(changed))},
+        QUERIES=0 if rotation is None else rotation.query.shape[2] // heads,
         WINDOW=window,
         FIRST=first,
         KEEPS=keeps,
@@ -173,7 +190,8 @@ def packed_append(
     full = accept & (window_length + 1 == window)
     window_length = jnp.where(full, first + keeps, window_length + accept)
     length = jnp.where(full, length + count, length)
-    return Appended(window_key, window_value, window_length, keys, values, length)
+    query = None if rotation is None else query
+    return Appended(window_key, window_value, window_length, keys, values, length, query)
 
 
 def packed_write(

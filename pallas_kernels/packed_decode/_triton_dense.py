@@ -6,6 +6,8 @@ The reason for this file and its limit stand in `triton.py`.
 import triton
 import triton.language as tl
 
+from pallas_kernels._triton_hadamard import rotate
+
 
 @triton.jit
 def dense_kernel(
@@ -95,6 +97,7 @@ def merge_kernel(
     stats,
     other_part,
     other_stats,
+    unit,
     heads,
     group,
     rows,
@@ -108,11 +111,13 @@ def merge_kernel(
     H: tl.constexpr,
     WIDTH: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    ROTATE: tl.constexpr,
 ):
     """Grid (B K rows, H / WIDTH): joins the splits of one query row, WIDTH channels a program, all loads at once.
 
     Joins those of another segment with them if OTHER > 0. Writes, with NORMALIZE, the softmax's output and its natural
-    log-sum-exp (`second` is unused), else an unnormalised output, its maximum and its sum.
+    log-sum-exp (`second` is unused), else an unnormalised output, its maximum and its sum. With ROTATE the program has
+    all channels of its row, and the output is rotated and in units of its head.
     """
     heads, group, rows, splits, other_splits = -heads, -group, -rows, -splits, -other_splits
     index = tl.program_id(0)
@@ -145,7 +150,10 @@ def merge_kernel(
     to = out + position.to(tl.int64) * H + channel
     if NORMALIZE:
         filled = tl.where(total > 0, total, 1.0)
-        tl.store(to, (result / filled).to(out.dtype.element_ty))
+        result = result / filled
+        if ROTATE:
+            result = tl.reshape(rotate(tl.reshape(result, [1, H]), 1, H), [H]) * tl.load(unit + head)
+        tl.store(to, result.to(out.dtype.element_ty))
         if tl.program_id(1) == 0:
             tl.store(
                 first + position, tl.where(total > 0, (shift + tl.log2(filled)) * 0.6931471805599453, -float("inf"))

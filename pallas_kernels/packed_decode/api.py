@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, first_that_accepts
+from pallas_kernels.hadamard import rotate
 from pallas_kernels.packed_decode import triton, xla
 from pallas_kernels.packed_decode.layout import PackedTensor
 from pallas_kernels.partial import Partial, merge_partials
@@ -114,6 +116,7 @@ def decode_attention(
     *,
     scale: float | None = None,
     return_logits: bool = False,
+    rotated: Float[Array, "B K"] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Array, ...]:
     """Softmax attention over several segments as one: what `merge_partials` makes of their partials.
@@ -125,6 +128,8 @@ def decode_attention(
         parts: the segments; all queries have one shape and dtype.
         scale: of the logits; default H ** -0.5.
         return_logits: also return the logits of the first part, as `packed_decode_attention` does.
+        rotated: values are held rotated (`pallas_kernels.hadamard.rotate`) in these units of their head: the output is
+            rotated back, and times them. H is then a power of two.
         implementation: None, "triton", "xla", or a sequence of names to try. None is Triton for all segments together
             where it accepts them, else each segment by what suits it.
 
@@ -141,6 +146,8 @@ def decode_attention(
     parts = [_checked_packed(p) if isinstance(p.keys, PackedTensor) else _checked_dense(p) for p in parts]
     if len({(p.query.shape, p.query.dtype) for p in parts}) > 1:
         raise ValueError(f"all queries must be alike, not {[(p.query.shape, str(p.query.dtype)) for p in parts]}.")
+    if rotated is not None:
+        _check_rotated(rotated, parts[0])
     together = {
         "triton": triton.decode_attention,
         "xla": lambda *args, **options: _one_by_one(*args, **options, implementation="xla"),
@@ -149,11 +156,19 @@ def decode_attention(
     default = ("triton", "one by one")
     scale = parts[0].query.shape[-1] ** -0.5 if scale is None else scale
     return first_that_accepts(
-        "decode_attention", together, implementation, default, parts, scale=scale, return_logits=return_logits
-    )
+        "decode_attention", together, implementation, default,
+        parts, scale=scale, return_logits=return_logits, rotated=rotated,
+    )  # fmt: skip
 
 
-def _one_by_one(parts, *, scale: float, return_logits: bool, implementation: Implementation = None):
+def _one_by_one(
+    parts,
+    *,
+    scale: float,
+    return_logits: bool,
+    rotated: Float[Array, "B K"] | None,
+    implementation: Implementation = None,
+):
     partials, logits = [], None
     for i, part in enumerate(parts):
         attend = packed_decode_attention if isinstance(part.keys, PackedTensor) else dense_decode_attention
@@ -163,7 +178,16 @@ def _one_by_one(parts, *, scale: float, return_logits: bool, implementation: Imp
         logits = partial[1] if wanted else logits
     output, lse = merge_partials(partials)
     output = output.astype(parts[0].query.dtype)
+    if rotated is not None:
+        factor = jnp.repeat(rotated, output.shape[2] // rotated.shape[1], axis=1)[:, None, :, None]
+        output = rotate(output).astype(output.dtype) * factor.astype(output.dtype)
     return (output, lse, logits) if return_logits else (output, lse)
+
+
+def _check_rotated(units: Array, part: Part) -> None:
+    b, _, n, h = part.query.shape
+    if units.ndim != 2 or units.shape[0] != b or n % units.shape[1] or h & (h - 1):
+        raise ValueError(f"rotated {units.shape} must be [B, K] of query {part.query.shape}, whose H is a power of 2.")
 
 
 def _dispatch(name: str, implementations, chosen: Implementation, part: Part, scale: float | None, return_logits: bool):

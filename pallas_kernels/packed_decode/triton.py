@@ -299,8 +299,16 @@ def attend_dense(
     )
 
 
-def _merge(query: Float[Array, "B T N H"], heads: int, first: Shares, second: Shares | None, normalize: bool):
-    """One launch: with `normalize` output (query's dtype) and log-sum-exp, else the arrays of a `Partial`."""
+def _merge(
+    query: Float[Array, "B T N H"],
+    heads: int,
+    first: Shares,
+    second: Shares | None,
+    normalize: bool,
+    unit: Float[Array, "B K"] | None = None,
+):
+    """One launch: with `normalize` output (query's dtype) and log-sum-exp, else the arrays of a `Partial`. With `unit`
+    the output is rotated, and times it."""
     from pallas_kernels.packed_decode import _triton_dense as kernels
 
     b, t, n, h = query.shape
@@ -308,7 +316,8 @@ def _merge(query: Float[Array, "B T N H"], heads: int, first: Shares, second: Sh
     other = first if second is None else second
     splits, other_splits = (x.part.shape[1] for x in (first, other))
     padded, other_padded = (1 << (x - 1).bit_length() for x in (splits, other_splits))
-    width = min(h, max(32, 1024 // max(padded, other_padded)))
+    # A rotation needs all channels; else programs of a few keep more loads in flight.
+    width = h if unit is not None else min(h, max(32, 1024 // max(padded, other_padded)))
     shapes = [((b, t, n, h), query.dtype if normalize else jnp.float32), ((b, t, n), jnp.float32)]
     shapes.append(((1,) if normalize else (b, t, n), jnp.float32))
     return triton_call.call(
@@ -316,16 +325,18 @@ def _merge(query: Float[Array, "B T N H"], heads: int, first: Shares, second: Sh
         first.stats,
         other.part,
         other.stats,
+        first.stats if unit is None else unit.astype(jnp.float32),
         *(-size for size in (heads, n // heads, rows, splits, other_splits)),
         kernel=kernels.merge_kernel,
         out_shape=[jax.ShapeDtypeStruct(*x) for x in shapes],
         grid=(b * heads * rows, h // width),
-        num_warps=min(max(padded * width // 1024, 1), 8),
+        num_warps=min(max(padded * width // 1024, 1), 8 if unit is None else 16),
         PADDED=padded,
         OTHER=0 if second is None else other_padded,
         H=h,
         WIDTH=width,
         NORMALIZE=normalize,
+        ROTATE=unit is not None,
     )
 
 
@@ -416,7 +427,7 @@ def dense_decode_attention(query, key, value, lengths, *, scale: float, return_l
     return _partial(query, key, value, lengths, scale, return_logits)
 
 
-def decode_attention(parts: Sequence, *, scale: float, return_logits: bool):
+def decode_attention(parts: Sequence, *, scale: float, return_logits: bool, rotated: Float[Array, "B K"] | None):
     """`api.decode_attention` over one or two segments, and perhaps a window behind: a launch for each segment, the
     window in that of the codes before it, and one that joins their shares. More segments, as two with float32 windows,
     are joined by XLA."""
@@ -427,6 +438,7 @@ def decode_attention(parts: Sequence, *, scale: float, return_logits: bool):
         _require(decline(keys, values, scale) if packed else decline_dense(query, keys))
     query, keys = parts[0][:2]
     if len(segments) > 2:
+        _require(None if rotated is None else f"{len(segments)} rotated segments: two run")
         found = [_partial(*part, scale, return_logits and i == 0) for i, part in enumerate(parts)]
         first, *logits = found[0] if return_logits else (found[0],)
         output, lse = merge_partials([first, *found[1:]])
@@ -437,5 +449,6 @@ def decode_attention(parts: Sequence, *, scale: float, return_logits: bool):
         _shares(*segment, scale, return_logits and i == 0, window)
         for i, (segment, window) in enumerate(zip(segments, windows))
     ]
-    output, lse, _ = _merge(query, heads, shares[0], shares[1] if len(shares) == 2 else None, normalize=True)
+    second = shares[1] if len(shares) == 2 else None
+    output, lse, _ = _merge(query, heads, shares[0], second, normalize=True, unit=rotated)
     return (output, lse, _natural(shares[0], query, heads)) if return_logits else (output, lse)

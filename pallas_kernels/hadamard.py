@@ -1,0 +1,21 @@
+"""The Hadamard rotation of channels, which spreads what is loud in a few of them over all."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def hadamard(size: int) -> Float[np.ndarray, "size size"]:
+    """The orthonormal Hadamard matrix of a power of two (Sylvester's): symmetric, its own inverse."""
+    matrix = np.ones((1, 1), np.float32)
+    while matrix.shape[0] < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.sqrt(np.float32(size))
+
+
+def rotate(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+    """Every row times that matrix; float32."""
+    h = x.shape[-1]
+    # Signs alone are exact in every dtype.
+    signs = jnp.asarray(np.sign(hadamard(h)), x.dtype)
+    return jnp.matmul(x, signs, precision="highest", preferred_element_type=jnp.float32) * h**-0.5
