@@ -19,3 +19,11 @@ def rotate(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
     # Signs alone are exact in every dtype.
     signs = jnp.asarray(np.sign(hadamard(h)), x.dtype)
     return jnp.matmul(x, signs, precision="highest", preferred_element_type=jnp.float32) * h**-0.5
+
+
+def rotate_back(x: Float[Array, "B T N H"], unit: Float[Array, "B K"] | None) -> Float[Array, "B T N H"]:
+    """Rotated, and times the unit of each key/value head, in x's dtype; as it is without a unit."""
+    if unit is None:
+        return x
+    factor = jnp.repeat(unit, x.shape[2] // unit.shape[1], axis=1)[:, None, :, None]
+    return rotate(x).astype(x.dtype) * factor.astype(x.dtype)

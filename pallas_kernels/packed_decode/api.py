@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, first_that_accepts
-from pallas_kernels.hadamard import rotate
+from pallas_kernels.hadamard import rotate_back
 from pallas_kernels.packed_decode import triton, xla
 from pallas_kernels.packed_decode.layout import PackedTensor
 from pallas_kernels.partial import Partial, merge_partials
@@ -177,10 +176,7 @@ def _one_by_one(
         partials.append(partial[0] if wanted else partial)
         logits = partial[1] if wanted else logits
     output, lse = merge_partials(partials)
-    output = output.astype(parts[0].query.dtype)
-    if rotated is not None:
-        factor = jnp.repeat(rotated, output.shape[2] // rotated.shape[1], axis=1)[:, None, :, None]
-        output = rotate(output).astype(output.dtype) * factor.astype(output.dtype)
+    output = rotate_back(output.astype(parts[0].query.dtype), rotated)
     return (output, lse, logits) if return_logits else (output, lse)
 
 

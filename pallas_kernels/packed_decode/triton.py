@@ -75,6 +75,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import triton_call
+from pallas_kernels.hadamard import rotate_back
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 from pallas_kernels.partial import Partial, merge_partials
 
@@ -438,11 +439,10 @@ def decode_attention(parts: Sequence, *, scale: float, return_logits: bool, rota
         _require(decline(keys, values, scale) if packed else decline_dense(query, keys))
     query, keys = parts[0][:2]
     if len(segments) > 2:
-        _require(None if rotated is None else f"{len(segments)} rotated segments: two run")
         found = [_partial(*part, scale, return_logits and i == 0) for i, part in enumerate(parts)]
         first, *logits = found[0] if return_logits else (found[0],)
         output, lse = merge_partials([first, *found[1:]])
-        return output.astype(query.dtype), lse, *logits
+        return rotate_back(output.astype(query.dtype), rotated), lse, *logits
     heads = (keys.codes if isinstance(keys, PackedTensor) else keys).shape[1]
     windows = [None] * (len(segments) - 1) + [behind]
     shares = [
