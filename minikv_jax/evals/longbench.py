@@ -1,4 +1,4 @@
-"""LongBench (arXiv 2308.14508) from a local folder, with its own metrics; English and code tasks.
+"""LongBench (arXiv 2308.14508) from a local folder, with its own metrics.
 
 The folder holds its .jsonl files (or has them in `data/`), and its `config/dataset2prompt.json` if prompts are to be
 its own; otherwise a prompt is the context and the question.
@@ -19,23 +19,28 @@ _DATASETS: dict[str, tuple[int, Callable[[str, str], float] | str]] = {
     "narrativeqa": (128, metrics.f1),
     "qasper": (128, metrics.f1),
     "multifieldqa_en": (64, metrics.f1),
+    "multifieldqa_zh": (64, metrics.f1_chinese),
     "hotpotqa": (32, metrics.f1),
     "2wikimqa": (32, metrics.f1),
     "musique": (32, metrics.f1),
+    "dureader": (128, metrics.rouge_l_chinese),
     "gov_report": (512, metrics.rouge_l),
     "qmsum": (512, metrics.rouge_l),
     "multi_news": (512, metrics.rouge_l),
+    "vcsum": (512, metrics.rouge_l_chinese),
     "trec": (64, "classification"),
+    "lsht": (64, "classification"),
     "triviaqa": (32, metrics.f1),
     "samsum": (128, metrics.rouge_l),
     "passage_count": (32, metrics.number_share),
     "passage_retrieval_en": (32, metrics.number_share),
+    "passage_retrieval_zh": (32, metrics.number_share),
     "lcc": (64, metrics.code_similarity),
     "repobench-p": (64, metrics.code_similarity),
 }
-# These show examples or code to go on with: no chat template, and the first three are judged by their first line.
-_PLAIN = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")
-_ONE_LINE = _PLAIN[:3]
+# These show examples or code to go on with: no chat template, and the first four are judged by their first line.
+_PLAIN = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
+_ONE_LINE = _PLAIN[:4]
 _CONTEXT = "{context}"
 
 
@@ -45,6 +50,7 @@ def cases(lab: Lab) -> list[Case]:
         name = path.stem.removesuffix("_e")
         if name not in _DATASETS:
             raise ConfigError(f"{path}: unknown data set {name!r}; known: {', '.join(_DATASETS)}. Move it elsewhere.")
+        metrics.require(_DATASETS[name][1], name)
         prompt = _prompt(folder, name)
         records = jsonl.records(path, ("input", "context", "answers", "all_classes"))
         for i, record in zip(range(lab.settings.limit), records):

@@ -1,12 +1,28 @@
-"""The metrics of LongBench, SCBench and RULER, each a function of (what was written, a reference) to 0..1."""
+"""The metrics of LongBench, SCBench and RULER, each a function of (what was written, a reference) to 0..1.
+
+Summaries are judged, and Chinese is cut into words, by the packages that the benchmarks use; `require` says which are
+missing before anything is measured.
+"""
 
 import difflib
+import functools
+import importlib.util
+import logging
 import re
 import string
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
-import numpy as np
+from minikv_jax.errors import ConfigError
+
+# Punctuation that both benchmarks take out of Chinese beside ASCII's.
+_MARKS = ((0x3001, 0x3003), (0x300B, 0x3011), (0x3014, 0x301F), (0x2013, 0x2014), (0x2018, 0x2019), (0x201B, 0x201F),
+          (0x2026, 0x2027), (0xFF01, 0xFF0D), (0xFF0F, 0xFF0F), (0xFF1A, 0xFF20), (0xFF3B, 0xFF40),
+          (0xFF5B, 0xFF64))  # fmt: skip
+_MARKS = {*string.punctuation, "\u3030", "\u303e", "\u303f", "\ufe4f"} | {
+    chr(code) for first, last in _MARKS for code in range(first, last + 1)
+}
 
 
 def words_of(text: str) -> list[str]:
@@ -15,25 +31,77 @@ def words_of(text: str) -> list[str]:
     return [word for word in plain.split() if word not in ("a", "an", "the")]
 
 
-def f1(written: str, reference: str) -> float:
-    """Harmonic mean of the shares of words found in the other text."""
-    ours, theirs = words_of(written), words_of(reference)
+def _f1(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> float:
+    """Harmonic mean of the shares of parts found in the other text."""
     common = sum((Counter(ours) & Counter(theirs)).values())
     return 2 * common / (len(ours) + len(theirs)) if common else 0.0
 
 
+def f1(written: str, reference: str) -> float:
+    return _f1(words_of(written), words_of(reference))
+
+
+def _chinese(text: str) -> str:
+    return "".join(c for c in "".join(text.lower().split()) if c not in _MARKS)
+
+
+def f1_characters(written: str, reference: str) -> float:
+    """F1 of Chinese, every character a word (SCBench)."""
+    return _f1(_chinese(written), _chinese(reference))
+
+
+@functools.cache
+def _cutter():
+    with warnings.catch_warnings():  # its own source has escapes that Python warns of when it compiles them
+        warnings.simplefilter("ignore")
+        import jieba
+    jieba.setLogLevel(logging.WARNING)
+    return jieba
+
+
+def f1_chinese(written: str, reference: str) -> float:
+    """F1 of words that jieba finds (LongBench)."""
+    ours, theirs = ([word for part in _cutter().cut(x) if (word := _chinese(part))] for x in (written, reference))
+    return _f1(ours, theirs)
+
+
 def rouge_l(written: str, reference: str) -> float:
-    """F-measure of the longest common subsequence of words (Lin 2004), texts as one sentence each."""
-    ours, theirs = written.split(), reference.split()
-    if not ours or not theirs:
+    """ROUGE-L of the package `rouge`: sentences end at full stops, and a word counts once (LongBench)."""
+    from rouge import Rouge
+
+    try:
+        (found,) = Rouge(metrics=["rouge-l"], stats=["f"]).get_scores([written], [reference])
+    except (ValueError, RecursionError):  # of nothing but full stops; LongBench counts what cannot be judged as 0
         return 0.0
-    names = {word: i for i, word in enumerate(dict.fromkeys(theirs))}
-    row, columns = np.zeros(len(theirs) + 1, np.int64), np.array([names[word] for word in theirs])
-    for word in ours:
-        grown = np.where(columns == names.get(word, -1), row[:-1] + 1, row[1:])
-        row = np.maximum.accumulate(np.concatenate([[0], grown]))
-    common = int(row[-1])
-    return 2 * common / (len(ours) + len(theirs))
+    return found["rouge-l"]["f"]
+
+
+def rouge_l_chinese(written: str, reference: str) -> float:
+    """The same of words that jieba finds (LongBench)."""
+    return rouge_l(*(" ".join(_cutter().cut(x)) for x in (written, reference)))
+
+
+def rouge_l_sum(written: str, reference: str) -> float:
+    """ROUGE-Lsum of the package `rouge-score`: sentences are lines (SCBench)."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeLsum"]).score(reference, written)["rougeLsum"].fmeasure
+
+
+_NEEDS = {
+    f1_chinese: ("jieba",),
+    rouge_l: ("rouge",),
+    rouge_l_chinese: ("rouge", "jieba"),
+    rouge_l_sum: ("rouge_score",),
+}
+
+
+def require(score: Callable | str, name: str) -> None:
+    """Raises ConfigError if a package is missing that judges the data set `name` by this metric."""
+    missing = [package for package in _NEEDS.get(score, ()) if importlib.util.find_spec(package) is None]
+    if missing:
+        packages = " ".join(missing).replace("_", "-")
+        raise ConfigError(f"{name} is judged with {packages}, as its authors do: `pip install {packages}`.")
 
 
 def classification(written: str, reference: str, classes: Sequence[str]) -> float:
@@ -60,12 +128,32 @@ def contains(written: str, reference: str) -> float:
     return float(reference.lower() in written.lower())
 
 
+def holds(written: str, reference: str) -> float:
+    return float(reference in written)
+
+
 def first_number(written: str, reference: str) -> float:
+    """The first number is the right one; its fraction counts where the right one has one."""
     found = re.search(r"\d+(\.\d+)?", written)
-    return float(found is not None and float(found[0]) == float(reference))
+    if found is None:
+        return 0.0
+    number = float(found[0]) if "." in reference else int(float(found[0]))
+    return float(number == float(reference))
 
 
 def choice(written: str, reference: str) -> float:
-    """The first lone letter A to D, or the answer's own text."""
-    letter = re.search(r"\b([A-D])\b", written)
-    return float(letter[1] == reference if letter and len(reference) == 1 else reference in written)
+    """A letter A to D that the text begins with, or all of it, or what follows "answer is" and the like, or the first
+    lone letter (SCBench)."""
+    text = written.strip()
+    if text[:1] in ("A", "B", "C", "D"):
+        return float(text[0] == reference)
+    if text == reference:
+        return 1.0
+    plain = re.sub(r"[\n\"'.,?!{}]", " ", text)
+    plain = re.sub(" +", " ", plain)
+    for opening in ("answer is:", "answer:", "answer is", "option is"):
+        _, found, after = plain.partition(opening)
+        if found:
+            return float(after[1:].startswith(reference))
+    letter = next((word for word in plain.split() if word in "ABCD"), None)
+    return float(letter == reference)

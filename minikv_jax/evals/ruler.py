@@ -25,8 +25,8 @@ _SECONDS = 300  # a generator that finds no context short enough tries for ever
 # Runs a generator script as __main__. Sentences end at a full stop, and nothing is retried.
 _STAND_INS = r"""
 import importlib.util, re, runpy, sys, types
-def stand_in(name, **members):
-    if importlib.util.find_spec(name.partition(".")[0]) is None:
+def stand_in(name, works=lambda: True, **members):
+    if importlib.util.find_spec(name.partition(".")[0]) is None or not works():
         module = types.ModuleType(name)
         module.__dict__.update(members)
         sys.modules[name] = module
@@ -35,7 +35,13 @@ def stand_in(name, **members):
             setattr(sys.modules.setdefault(parent, types.ModuleType(parent)), child, module)
 once = lambda *args, **kwargs: lambda function: function
 nothing = lambda *args, **kwargs: 0
-stand_in("nltk.tokenize", sent_tokenize=lambda text: re.split(r"(?<=[.!?])\s+", text))
+def has_data():
+    from nltk.tokenize import sent_tokenize
+    try:
+        return bool(sent_tokenize("A sentence."))
+    except LookupError:
+        return False
+stand_in("nltk.tokenize", has_data, sent_tokenize=lambda text: re.split(r"(?<=[.!?])\s+", text))
 stand_in("tenacity", retry=once, stop_after_attempt=nothing, wait_fixed=nothing, wait_random=nothing)
 script, sys.argv = sys.argv[1], sys.argv[1:]
 runpy.run_path(script, run_name="__main__")

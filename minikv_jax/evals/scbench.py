@@ -1,6 +1,6 @@
 """SCBench (arXiv 2412.10319) from a local folder: one compressed context, several turns, its own metrics.
 
-Its repository-level code tasks are judged by a parser and are left out, as are its Chinese ones.
+Its repository-level code tasks are judged with a parser for each language, and are left out.
 """
 
 import functools
@@ -12,16 +12,17 @@ from minikv_jax.evals import jsonl, metrics, written
 from minikv_jax.evals.task import Case, Lab, Metric, Task
 
 _SCORES: dict[str, tuple[int, Callable[[str, str], float]]] = {
-    "scbench_kv": (150, metrics.contains),
-    "scbench_prefix_suffix": (150, metrics.contains),
-    "scbench_hashhop": (150, metrics.contains),
+    "scbench_kv": (150, metrics.holds),
+    "scbench_prefix_suffix": (150, metrics.holds),
+    "scbench_hashhop": (150, metrics.holds),
     "scbench_vt": (30, metrics.contains),
     "scbench_many_shot": (10, metrics.contains),
     "scbench_qa_eng": (40, metrics.contains),
+    "scbench_qa_chn": (40, metrics.f1_characters),
     "scbench_choice_eng": (40, metrics.choice),
     "scbench_mf": (5, metrics.first_number),
     "scbench_passkey": (15, metrics.first_number),
-    "scbench_summary": (200, metrics.rouge_l),
+    "scbench_summary": (200, metrics.rouge_l_sum),
 }
 # Every one of these answers must be there, and the score is the share that is; elsewhere one of them is enough.
 _ALL_OF = ("scbench_vt",)
@@ -36,6 +37,8 @@ def cases(lab: Lab) -> list[Case]:
             raise ConfigError(
                 f"{path}: {name!r} is not supported; {', '.join((*_SCORES, _MIXED))} are. Move it elsewhere."
             )
+        for kind in (name,) if name in _SCORES else ("scbench_summary", "scbench_passkey"):
+            metrics.require(_SCORES[kind][1], kind)
         for i, record in zip(range(lab.settings.limit), jsonl.records(path, ("multi_turns",))):
             found.append(_case(lab, name, i, record))
     return found
