@@ -82,7 +82,7 @@ def test_goals_follow_from_results():
         *(ratio(f"budgets-{name}.json", short, minikv_short, "kl") for name in (small, large)),
     )
     half = "minikv_plus:heavy=0.3,recent=0.145"
-    check("KL / `minikv`'s, in half of its tiers", *(ratio(f, half, "minikv", "kl") for f in both))
+    check("KL / `minikv`'s, in about half of its tiers", *(ratio(f, half, "minikv", "kl") for f in both))
     check(
         "KL / that of `minikv`'s quantiser in 4.2 bits, nothing evicted, in at most 2.5 bits",
         *(ratio(f, "minikv_plus:important=0.0625", "minikv:heavy=0.75,recent=0.25", "kl") for f in both),

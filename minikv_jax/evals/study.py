@@ -95,8 +95,8 @@ _KNOBS: Mapping[str, _Knobs] = {
 def at_share(name: str, share: float, model: ModelConfig, prompt: int, generated: int) -> str | None:
     """The method's settings whose cache weighs a share of a bfloat16 one, or None where it cannot.
 
-    All tokens in as many bits as fit; where not even the fewest do, as many tokens as fit in those. Dropping a tenth of
-    the tokens for more bits lost on development texts, whichever the method. The window is the largest that takes its
+    All tokens in as many bits as fit, which on development texts beat dropping some for more bits; where not even the
+    fewest do, as many tokens as fit in those. The window is the largest that takes its
     share of the bytes at most.
     """
     write, widths, window_share = _KNOBS[name]
