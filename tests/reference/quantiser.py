@@ -70,39 +70,73 @@ def dequantise(quantised: Quantised) -> np.ndarray:
     return quantised.codes.astype(np.float32) * scale + minimum
 
 
-def short_floats(x: float, bits: int) -> tuple[float, float, float]:
-    """The next numbers of `bits` significant bits below and above x, or x twice, and the nearer of them (to even)."""
+def from_a_tie(x: np.ndarray, levels: float = np.inf) -> float:
+    """How near one of these numbers is to being rounded the other way; those beyond 0..levels are clipped anyway."""
+    x = np.asarray(x, np.float64).ravel()
+    inside = x[(x > 0) & (x < levels)] if levels < np.inf else x
+    return float(np.abs(inside - np.floor(inside) - 0.5).min(initial=np.inf))
+
+
+def short_floats(
+    x: float, bits: int, calls: list[float] | None = None, least: float = 0.0, outwards: bool = False
+) -> tuple[float, float, float]:
+    """The next numbers of `bits` significant bits below and above x, or x twice, and the nearer of them (to even).
+    Numbers lie `least` apart, or more. `calls` gets how near x is to one that has another nearest number, or, where
+    that is not what matters (`outwards`), another next one.
+    """
     if x == 0:
         return 0.0, 0.0, 0.0
-    ulp = 2.0 ** (np.floor(np.log2(abs(x))) - (bits - 1))
+    ulp = max(2.0 ** (np.floor(np.log2(abs(x))) - (bits - 1)), least)
+    if calls is not None:
+        calls.append(from_a_tie(x / ulp + 0.5 * outwards))
     return np.floor(x / ulp) * ulp, np.ceil(x / ulp) * ulp, np.rint(x / ulp) * ulp
 
 
-def searched_grid(numbers: np.ndarray, bits: int, factors: tuple[float, ...], significant: int) -> tuple[float, float]:
+def searched_grid(
+    numbers: np.ndarray,
+    bits: int,
+    factors: tuple[float, ...],
+    significant: int,
+    calls: list[float] | None = None,
+    least: float = 0.0,
+) -> tuple[float, float]:
     """(scale, minimum) of one group, of the candidates that fit it with the least squared error.
 
     Candidates: the range as it is, and shrunk around its middle by each factor, with minimum and then scale rounded to
-    the nearest short float; and last the whole range with the minimum rounded down and the scale up.
+    the nearest short float; and last the whole range with the minimum rounded down and the scale up. `calls` gets how
+    near the choice was to another one.
     """
     numbers = np.asarray(numbers, np.float32)
     low, high = np.float64(numbers.min()), np.float64(numbers.max())
     levels = 2**bits - 1
-    candidates = []
+    candidates, rounded = [], []
     for factor in (1.0, *factors):
         middle, half = (low + high) / 2, (high - low) / 2 * factor
-        minimum = short_floats(middle - half if factor < 1 else low, significant)[2]
+        rounded.append([])
+        minimum = short_floats(middle - half if factor < 1 else low, significant, rounded[-1], least)[2]
         top = middle + half if factor < 1 else high
-        candidates.append((short_floats(max(top - minimum, 0) / levels, significant)[2], minimum))
-    minimum = short_floats(low, significant)[0]
-    candidates.append((short_floats((high - minimum) / levels, significant)[1], minimum))
+        step = short_floats(max(top - minimum, 0) / levels, significant, rounded[-1], least)[2]
+        candidates.append((step, minimum))
+    rounded.append([])
+    minimum = short_floats(low, significant, rounded[-1], least, outwards=True)[0]
+    step = short_floats((high - minimum) / levels, significant, rounded[-1], least, outwards=True)[1]
+    candidates.append((step, minimum))
     errors = [np.square(on_grid(numbers, bits, *grid) - numbers).sum() for grid in candidates]
-    return candidates[int(np.argmin(errors))]
+    best = candidates[int(np.argmin(errors))]
+    if calls is not None:
+        others = [error for error, grid in zip(errors, candidates) if grid != best]
+        calls.append((min(others, default=np.inf) - min(errors)) / max(*errors, 1e-30))
+        # Roundings of candidates that are far behind do not matter.
+        calls += [x for error, mine in zip(errors, rounded) for x in mine if error < 1.5 * min(errors)]
+    return best
 
 
-def on_grid(x: np.ndarray, bits: int, scale: float, minimum: float) -> np.ndarray:
+def on_grid(x: np.ndarray, bits: int, scale: float, minimum: float, calls: list[float] | None = None) -> np.ndarray:
     """The numbers code * scale + minimum that are nearest to x."""
     if scale == 0:
         return np.full_like(x, minimum, np.float64)
+    if calls is not None:
+        calls.append(from_a_tie((np.asarray(x, np.float64) - minimum) / scale, 2**bits - 1))
     return np.clip(np.rint((np.asarray(x, np.float64) - minimum) / scale), 0, 2**bits - 1) * scale + minimum
 
 
@@ -112,7 +146,11 @@ def hadamard(size: int) -> np.ndarray:
 
 
 def gptq(
-    x: np.ndarray, grid_of: Callable[[np.ndarray], tuple[float, float]], hessian: np.ndarray, bits: int
+    x: np.ndarray,
+    grid_of: Callable[[np.ndarray], tuple[float, float]],
+    hessian: np.ndarray,
+    bits: int,
+    calls: list[float] | None = None,
 ) -> np.ndarray:
     """`x [T, H]` with every column rounded to its grid, the classical way (GPTQ, Algorithm 1): column after column, the
     columns to the right are moved to where they make up best for the error. Every eight columns the next eight grids
@@ -125,7 +163,7 @@ def gptq(
             grids = [grid_of(column) for column in x[:, c : c + 8].T]
         # The columns that are left see the inverse of their own part of the Hessian.
         inverse = np.linalg.inv(hessian[c:, c:])
-        out[:, c] = on_grid(x[:, c], bits, *grids[c % 8])
+        out[:, c] = on_grid(x[:, c], bits, *grids[c % 8], calls)
         x[:, c:] -= np.outer((x[:, c] - out[:, c]) / inverse[0, 0], inverse[0])
     return out
 
@@ -136,18 +174,15 @@ def damped(hessian: np.ndarray) -> np.ndarray:
     return hessian + 0.01 * np.trace(hessian) / size * np.eye(size)
 
 
-def with_coupling_of(hessian: np.ndarray, dtype: str) -> np.ndarray:
-    """U D U^T whose unit upper triangular U is kept in a short dtype."""
+def short_triangle(hessian: np.ndarray, dtype: str) -> np.ndarray:
+    """The unit upper triangular U of U D U^T = hessian, kept in a short dtype."""
     size = len(hessian)
     triangle = np.eye(size)
-    scales = np.zeros(size)
     rest = np.array(hessian, np.float64)
     for c in reversed(range(size)):  # Gauss, from the last column
-        scales[c] = rest[c, c]
         triangle[:c, c] = rest[:c, c] / rest[c, c]
         rest[:c, :c] -= np.outer(triangle[:c, c], rest[c, :c])
-    short = triangle.astype(np.float32).astype(np.dtype(dtype)).astype(np.float64)
-    return short @ np.diag(scales) @ short.T
+    return triangle.astype(np.float32).astype(np.dtype(dtype)).astype(np.float64)
 
 
 def roundtrip_per_token(x: np.ndarray, bits: int, group: int, metadata: str = "float16") -> np.ndarray:
