@@ -28,9 +28,15 @@ from minikv_jax.allocate import Budget
 from minikv_jax.config import CacheConfig, Codec
 from minikv_jax.kivi import KiviWindow
 from minikv_jax.segments import DenseSegment, PackedSegment, Segment
-from pallas_kernels import Partial, decode_attention, dense_decode_attention, merge_partials, two_pass_attention
-from pallas_kernels.hadamard import rotate
-from pallas_kernels.packed_append.api import Rotation
+from pallas_kernels import (
+    Partial,
+    Rotation,
+    decode_attention,
+    dense_decode_attention,
+    merge_partials,
+    two_pass_attention,
+)
+from pallas_kernels.hadamard import rotate, rotate_back, times_unit
 from pallas_kernels.packed_decode.layout import BLOCK
 
 
@@ -292,16 +298,16 @@ def _inwards(layer: LayerCache, query, key, value, config: CacheConfig):
         query, key = _rotated(query, config.rotate_keys), _rotated(key, config.rotate_keys)
         value = _rotated(value, config.rotate_values)
     if layer.units is not None:
-        query = _times(query, layer.units.key)
-        key, value = _times(key, 1 / layer.units.key), _times(value, 1 / layer.units.value)
+        query = times_unit(query, layer.units.key)
+        key, value = times_unit(key, 1 / layer.units.key), times_unit(value, 1 / layer.units.value)
     return query, key, value
 
 
 def _outwards(layer: LayerCache, output: Float[Array, "B T N H"], config: CacheConfig) -> Float[Array, "B T N H"]:
     """The output for the values as they came."""
-    output = _rotated(output, config.rotate_values)
-    # Behind the rotation, where a compiler rounds anyway: units are powers of two, and cost no digit.
-    return output if layer.units is None else _times(output, layer.units.value)
+    if config.rotate_values:
+        return rotate_back(output, _units(layer).value)
+    return output if layer.units is None else times_unit(output, layer.units.value)
 
 
 def _units(layer: LayerCache) -> Units:
@@ -311,12 +317,6 @@ def _units(layer: LayerCache) -> Units:
     held = layer.segment.key if isinstance(layer.segment, DenseSegment) else layer.segment.keys.codes
     ones = jnp.ones(held.shape[:2], jnp.float32)
     return Units(ones, ones)
-
-
-def _times(x: Float[Array, "B T N H"], factor: Float[Array, "B K"]) -> Float[Array, "B T N H"]:
-    """Times a factor of each key/value head."""
-    heads = jnp.repeat(factor, x.shape[2] // factor.shape[1], axis=1)
-    return x * heads[:, None, :, None].astype(x.dtype)
 
 
 def _balances(config: CacheConfig) -> bool:
@@ -563,7 +563,8 @@ def attend(
         rotated = _units(layer).value if config.rotate_values else None
         parts = [segments.part(query, part) for part in parts]
         output, lse, *logits = decode_attention(parts, return_logits=scored, rotated=rotated)
-        output = output if config.rotate_values else _outwards(layer, output, config)
+        if rotated is None:
+            output = _outwards(layer, output, config)
         return output, lse, logits[0] if scored else None
     first = segments.attention(query, layer.segment, return_logits=scored)
     first, logits = first if scored else (first, None)

@@ -16,6 +16,7 @@ from minikv_jax.quantize import Codes
 from pallas_kernels import (
     Part,
     Partial,
+    Rotation,
     Run,
     dense_decode_attention,
     packed_append,
@@ -23,7 +24,6 @@ from pallas_kernels import (
     packed_write,
 )
 from pallas_kernels.packed_append.api import Options as AppendOptions
-from pallas_kernels.packed_append.api import Rotation
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 
 

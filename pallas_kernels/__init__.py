@@ -4,7 +4,7 @@ Shapes are written with the letters of `jax.nn.dot_product_attention`: B batch, 
 K key/value heads, G = N // K query heads per key/value head, H head size.
 """
 
-from pallas_kernels.packed_append.api import Run, packed_append, packed_write
+from pallas_kernels.packed_append.api import Rotation, Run, packed_append, packed_write
 from pallas_kernels.packed_decode.api import (
     Part,
     decode_attention,
@@ -20,6 +20,7 @@ __all__ = [
     "PackedTensor",
     "Part",
     "Partial",
+    "Rotation",
     "Run",
     "decode_attention",
     "dense_decode_attention",

@@ -1,4 +1,5 @@
-"""The Hadamard rotation of channels, which spreads what is loud in a few of them over all."""
+"""The Hadamard rotation of channels, which spreads what is loud in a few of them over all (QuaRot, arXiv 2404.00456,
+section 3)."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,16 +15,19 @@ def hadamard(size: int) -> Float[np.ndarray, "size size"]:
 
 
 def rotate(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-    """Every row times that matrix; float32."""
+    """Every row times that matrix; float32. H is a power of two."""
     h = x.shape[-1]
     # Signs alone are exact in every dtype.
     signs = jnp.asarray(np.sign(hadamard(h)), x.dtype)
     return jnp.matmul(x, signs, precision="highest", preferred_element_type=jnp.float32) * h**-0.5
 
 
-def rotate_back(x: Float[Array, "B T N H"], unit: Float[Array, "B K"] | None) -> Float[Array, "B T N H"]:
-    """Rotated, and times the unit of each key/value head, in x's dtype; as it is without a unit."""
-    if unit is None:
-        return x
+def times_unit(x: Float[Array, "B T N H"], unit: Float[Array, "B K"]) -> Float[Array, "B T N H"]:
+    """Times a number of each key/value head, in x's dtype; a power of two costs no digit. N is a multiple of K."""
     factor = jnp.repeat(unit, x.shape[2] // unit.shape[1], axis=1)[:, None, :, None]
-    return rotate(x).astype(x.dtype) * factor.astype(x.dtype)
+    return x * factor.astype(x.dtype)
+
+
+def rotate_back(x: Float[Array, "B T N H"], unit: Float[Array, "B K"]) -> Float[Array, "B T N H"]:
+    """Rotated, and then times the unit of each key/value head, in x's dtype."""
+    return times_unit(rotate(x).astype(x.dtype), unit)

@@ -25,14 +25,18 @@ CONFIG = ModelConfig(
 MODEL = Llama(CONFIG, rngs=nnx.Rngs(params=0))
 
 
+def with_codes(config: CacheConfig, **changes) -> CacheConfig:
+    """The method with changes to the codec of every tier that holds codes."""
+    tiers = {"codec": config.codec, "retained": config.retained}
+    coded = {name: codec for name, codec in tiers.items() if codec is not None and not codec.dense}
+    return config.replace(**{name: dataclasses.replace(codec, **changes) for name, codec in coded.items()})
+
+
 def small(config: CacheConfig) -> CacheConfig:
     """The method with groups of 8 and a window of 16, so that small prompts are encoded."""
     if config.window is None:
         return config
-    tiers = {"codec": config.codec, "retained": config.retained}
-    groups = {"key_group": 8, "value_group": 8}
-    tiers = {name: dataclasses.replace(codec, **groups) for name, codec in tiers.items() if codec is not None}
-    return config.replace(**tiers, window=16, window_keeps=config.window_keeps // 8)
+    return with_codes(config, key_group=8, value_group=8).replace(window=16, window_keeps=config.window_keeps // 8)
 
 
 METHODS = {name: small(preset()) for name, preset in presets.METHODS.items()}

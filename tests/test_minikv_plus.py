@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from layer import draw, run
-from models import CONFIG, tokens
+from models import CONFIG, tokens, with_codes
 
 from minikv_jax import Codec, ConfigError, prefill, presets, quantize, segments
 from minikv_jax.config import Rank
@@ -113,8 +113,8 @@ def test_two_fine_tiers_answer_like_the_full_cache():
     prompt, stream = draw(np.random.default_rng(), 4, 90, 30, 2, 2, 16)
     # Loud queries attend to few tokens, so that two bits surely hurt.
     prompt, stream = ((3 * query, *rest) for query, *rest in (prompt, stream))
-    fine = {name: dataclasses.replace(TIERS.codec, key_bits=8, value_bits=8) for name in ("codec", "retained")}
-    found, exact = (run(x, *prompt, lengths, stream).outputs for x in (TIERS.replace(**fine), presets.full()))
+    fine = with_codes(TIERS, key_bits=8, value_bits=8)
+    found, exact = (run(x, *prompt, lengths, stream).outputs for x in (fine, presets.full()))
     assert np.linalg.norm(found - exact) < 0.03 * np.linalg.norm(exact)
     coarse = run(TIERS, *prompt, lengths, stream).outputs
     assert np.linalg.norm(coarse - exact) > 0.1 * np.linalg.norm(exact)

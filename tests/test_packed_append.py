@@ -190,11 +190,11 @@ def test_write_matches_the_cache_on_a_gpu():
         check_write(packed_write, np.random.default_rng(), CODECS["KIVI's groups"])
 
 
-@pytest.mark.parametrize("which", ["test_append and 2-bit", pytest.param("test", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["test_append and 2-bit or rotates", pytest.param("test", marks=pytest.mark.slow)])
 def test_the_interpreter_agrees(which):
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", which]
-    command.append(str(Path(__file__).with_name("interpreted_append.py")))
+    command.append(str(Path(__file__).with_name("interpreted_kernels.py")))
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout

@@ -1,12 +1,10 @@
 """What servers need: slots, second turns, chunked prompts, shared prefixes."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import CONFIG, METHODS, MODEL, nearly_equal, tokens
+from models import CONFIG, METHODS, MODEL, nearly_equal, tokens, with_codes
 
 from minikv_jax import (
     ConfigError,
@@ -35,13 +33,6 @@ CHANGING = [*slow("streaming_llm", "h2o", "minikv", "minikv_plus"), "kivi", "mik
 
 def roomy(method):
     return METHODS[method].replace(prompt_capacity=64, generated_capacity=40)
-
-
-def in_eight_bits(config):
-    """The method with codes so fine that what is left is how it goes about tokens."""
-    tiers = {"codec": config.codec, "retained": config.retained}
-    fine = {k: dataclasses.replace(x, key_bits=8, value_bits=8) for k, x in tiers.items() if x and not x.dense}
-    return config.replace(**fine)
 
 
 def decode(cache, later):
@@ -76,7 +67,8 @@ def test_sequences_in_slots_go_on_as_they_would_alone(method):
 
 @pytest.mark.parametrize("method", CHANGING)
 def test_a_second_turn_is_read_as_well_at_once_as_token_by_token(method):
-    config = in_eight_bits(roomy(method))
+    # Codes so fine that what is left is how the method goes about tokens.
+    config = with_codes(roomy(method), key_bits=8, value_bits=8)
     text, turn, counts = tokens(2, 30), tokens(2, 9), jnp.array([9, 4])
     _, cache = prefill(MODEL, text, jnp.array([30, 17]), config)
     logits, extended = extend(MODEL, cache, turn, counts)

@@ -176,7 +176,9 @@ def _one_by_one(
         partials.append(partial[0] if wanted else partial)
         logits = partial[1] if wanted else logits
     output, lse = merge_partials(partials)
-    output = rotate_back(output.astype(parts[0].query.dtype), rotated)
+    output = output.astype(parts[0].query.dtype)
+    if rotated is not None:
+        output = rotate_back(output, rotated)
     return (output, lse, logits) if return_logits else (output, lse)
 
 

@@ -442,7 +442,8 @@ def decode_attention(parts: Sequence, *, scale: float, return_logits: bool, rota
         found = [_partial(*part, scale, return_logits and i == 0) for i, part in enumerate(parts)]
         first, *logits = found[0] if return_logits else (found[0],)
         output, lse = merge_partials([first, *found[1:]])
-        return rotate_back(output.astype(query.dtype), rotated), lse, *logits
+        output = output.astype(query.dtype)
+        return output if rotated is None else rotate_back(output, rotated), lse, *logits
     heads = (keys.codes if isinstance(keys, PackedTensor) else keys).shape[1]
     windows = [None] * (len(segments) - 1) + [behind]
     shares = [

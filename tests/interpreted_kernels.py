@@ -1,4 +1,5 @@
-"""What `test_packed_append.py` runs in a process of its own: the append kernels, called as they are, on numpy."""
+"""What `test_packed_append.py` runs in a process of its own: the append kernels, and the one that joins shares of
+attention, called as they are, on numpy."""
 
 import triton_interpreter  # isort: skip
 
