@@ -37,8 +37,7 @@ def cases(lab: Lab) -> list[Case]:
             raise ConfigError(
                 f"{path}: {name!r} is not supported; {', '.join((*_SCORES, _MIXED))} are. Move it elsewhere."
             )
-        for kind in (name,) if name in _SCORES else ("scbench_summary", "scbench_passkey"):
-            metrics.require(_SCORES[kind][1], kind)
+        metrics.require(_SCORES["scbench_summary" if name == _MIXED else name][1], name)
         for i, record in zip(range(lab.settings.limit), jsonl.records(path, ("multi_turns",))):
             found.append(_case(lab, name, i, record))
     return found

@@ -114,18 +114,21 @@ def at_share(name: str, share: float, model: ModelConfig, prompt: int, generated
         return planned_report(model, config, prompt, generated).total.bits_per_element / 16
 
     try:
-        most = [bits for bits in widths if weighs(1.0, bits) <= share]
-        low, bits = (1.0, most[-1]) if most else (0.01, widths[0])
-        if weighs(low, bits) > share:
-            return None
-        high = 1.0
-        for _ in range(8 if low < high else 0):
-            middle = (low + high) / 2
-            low, high = (middle, high) if weighs(middle, bits) <= share else (low, middle)
+        fit = [bits for bits in widths if weighs(1.0, bits) <= share]
+        x, bits = (1.0, fit[-1]) if fit else (_most(lambda x: weighs(x, widths[0]) <= share), widths[0])
     except ConfigError:
         return None
     # Room comes in whole blocks, and bits in steps: a cache may have to stay somewhat below.
-    return line(low, bits) if weighs(low, bits) >= 0.75 * share else None
+    return line(x, bits) if 0.75 * share <= weighs(x, bits) <= share else None
+
+
+def _most(fits: Callable[[float], bool]) -> float:
+    """The largest share of tokens, from a hundredth on, that still fits; a hundredth where none does."""
+    low, high = 0.01, 1.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def at_equal_bytes(model: ModelConfig, settings: Settings) -> dict[str, CacheConfig]:
