@@ -38,10 +38,10 @@ def test_append_rotates(group):
     check_append(packed_append, np.random.default_rng(), codec, group=group)
 
 
-@pytest.mark.parametrize("splits", [(1,), (5, 3)])
-def test_merging_rotates(splits):
+@pytest.mark.parametrize(("splits", "h"), [((1,), 64), ((5, 3), 128)])
+def test_merging_rotates(splits, h):
     """The kernel that joins shares of attention, beside plain sums and a product."""
-    rng, (b, heads, group, h) = np.random.default_rng(), (2, 3, 2, 32)
+    rng, (b, heads, group) = np.random.default_rng(), (2, 3, 2)
     unit = 2.0 ** rng.integers(-4, 4, (b, heads))
     drawn, output, total = [], 0, 0
     for n in splits:

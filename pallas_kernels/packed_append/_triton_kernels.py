@@ -53,7 +53,7 @@ def to_stored(x, KIND: tl.constexpr, TOWARDS: tl.constexpr):
 
 @triton.jit
 def from_stored(x, KIND: tl.constexpr):
-    if KIND == 2:
+    if KIND == 2 and x.dtype == tl.uint8:
         code = x.to(tl.int32)
         normal = (((code & 0x7F) + 960) << 20).to(tl.float32, bitcast=True)
         small = (code & 7).to(tl.float32) * 0.001953125
@@ -145,6 +145,46 @@ def encode(x, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, CLIP: 
     return codes_on(x, scale, zero, AXIS, BITS, KIND)[0].to(tl.uint8), scale, zero
 
 
+@triton.jit
+def pick(x, i):
+    """Row i of x [rows, channels], as [1, channels]."""
+    row = tl.arange(0, x.shape[0])[:, None]
+    return tl.sum(tl.where(row == i, x, 0.0), 0, keep_dims=True)
+
+
+@triton.jit
+def grids(x, BITS: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr):
+    """Scale and minimum [1, channels] that `encode` has for groups along the tokens of x [1, tokens, channels].
+
+    What is found over tokens waits for all warps, and for a tile this small that is what takes time: both ends come
+    from one exchange, and the errors of all factors from another.
+    """
+    row = tl.arange(0, 4)[:, None, None]
+    ends = tl.max(tl.where(row == 0, x, tl.where(row == 1, -x, (x != x).to(tl.float32))), 1)
+    low = tl.where(pick(ends, 2) > 0, float("nan"), -pick(ends, 1))
+    high = pick(ends, 0)
+    if len(CLIP) == 0 and KIND == 0:
+        return grid_within(low, high, BITS, KIND, 0, 0)
+    row = tl.arange(0, triton.next_power_of_2(1 + len(CLIP)))[:, None]
+    factor = tl.where(row == 0, 1.0, 1.0)
+    for i in tl.static_range(len(CLIP)):
+        factor = tl.where(row == i + 1, CLIP[i], factor)
+    middle = (low + high) / 2
+    shrunk = (high - low) / 2 * factor
+    lows, highs = tl.where(factor == 1.0, low, middle - shrunk), tl.where(factor == 1.0, high, middle + shrunk)
+    scale, zero = grid_within(lows, highs, BITS, KIND, 0, 0)
+    errors = squared_error(x, scale, zero, 1, BITS, KIND)
+    error, least, most = pick(errors, 0), low, high
+    for i in tl.static_range(1, 1 + len(CLIP)):
+        better = pick(errors, i) < error
+        error = tl.where(better, pick(errors, i), error)
+        least, most = tl.where(better, pick(lows, i), least), tl.where(better, pick(highs, i), most)
+    scale, zero = grid_within(least, most, BITS, KIND, 0, 0)
+    if KIND != 0:
+        scale, zero, error = better_of(x, (scale, zero, error), low, high, 1, BITS, KIND, -1, 1)
+    return scale, zero
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A run of rows: codes to scratch memory, scales and minima to their places.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,11 +220,11 @@ def encode_keys(
 
 
 @triton.jit
-def load_coupling(coupling, row, channel, KIND: tl.constexpr, H: tl.constexpr):
-    """What errors of channel `row` add in later ones, 0 in all others; of the folded triangle (`quantize.fold`)."""
-    at = tl.where(row < H // 2, row * H + channel, (H - 1 - row) * H + (H - 1 - channel))
-    later = channel > row
-    return tl.where(later, from_stored(tl.load(coupling + at, mask=later, other=0), KIND), 0.0)
+def load_coupling(coupling, row, channel, below, H: tl.constexpr):
+    """What errors of channel `row` add in later ones, as stored in the folded triangle (`quantize.fold`); for others
+    numbers without meaning. `below`: the row is in the half that was turned round."""
+    start = tl.where(below, (H - row) * H - 1, row * H)
+    return tl.load(coupling + start + tl.where(below, -channel, channel))
 
 
 @triton.jit
@@ -197,40 +237,52 @@ def encode_keys_with_feedback(
 
     Scales of a run of channels are chosen together, from where its numbers would be if rounding them cost nothing more
     (`quantize.encode_with_feedback`).
+
+    All is [runs, tokens, channels of a run], also where one run or token is meant: then a warp has the same tokens, and
+    a lane the same channel, throughout, and what is a sum over channels is a few shuffles.
     """
     RUN: tl.constexpr = 8  # as there
     RUNS: tl.constexpr = H // RUN
-    lane = tl.arange(0, RUN)
+    lane = tl.arange(0, RUN)[None, None, :]
     for i in range(COUNT // GROUP):
         group = start // GROUP + i
-        token = i * GROUP + tl.arange(0, GROUP)
-        every = tl.arange(0, RUNS)[:, None] * RUN + lane[None, :]
-        added = tl.zeros([GROUP, RUNS, RUN], tl.float32)
+        token = i * GROUP + tl.arange(0, GROUP)[None, :, None]
+        every = tl.arange(0, RUNS)[:, None, None] * RUN + lane
+        added = tl.zeros([RUNS, GROUP, RUN], tl.float32)
         for run in range(RUNS):
             channel = run * RUN + lane
-            x = load_rows(rows, token, channel, COUNT, H)
+            x = tl.load(rows + token * H + channel).to(tl.float32)
             if FACTOR:
-                x = x * tl.load(factor + channel)[None, :]
-            here = (tl.arange(0, RUNS) == run)[None, :, None]
-            wanted = x + tl.sum(tl.where(here, added, 0.0), 1)
+                x = x * tl.load(factor + channel)
+            # All that is read of the triangle, before anything waits for a part of it.
+            near, far, below = (), (), run >= RUNS // 2
+            for j in tl.static_range(RUN):
+                near = near + (load_coupling(coupling, run * RUN + j, channel, below, H),)
+            for j in tl.static_range(RUN):
+                far = far + (load_coupling(coupling, run * RUN + j, every, below, H),)
+            here = tl.arange(0, RUNS)[:, None, None] == run
+            wanted = x + tl.sum(tl.where(here, added, 0.0), 0, keep_dims=True)
             ahead = wanted
             for j in tl.static_range(RUN - 1):
-                moved = tl.sum(tl.where(lane[None, :] == j, ahead - x, 0.0), 1)
-                ahead -= moved[:, None] * load_coupling(coupling, run * RUN + j, channel, KIND, H)[None, :]
-            _, s, z = encode(ahead, 0, BITS, KIND, CLIP)
+                moved = tl.sum(tl.where(lane == j, ahead - x, 0.0), 2, keep_dims=True)
+                moved *= from_stored(near[j], KIND)
+                ahead -= tl.where(lane > j, moved, 0.0)
+            s, z = grids(ahead, BITS, KIND, CLIP)
             for j in tl.static_range(RUN - 1):
-                restored = codes_on(wanted, s, z, 0, BITS, KIND)[1]
-                error = tl.sum(tl.where(lane[None, :] == j, x - restored, 0.0), 1)
-                wanted += error[:, None] * load_coupling(coupling, run * RUN + j, channel, KIND, H)[None, :]
-            codes, restored = codes_on(wanted, s, z, 0, BITS, KIND)
-            # Out of that chain: nothing waits for these before the next run.
+                restored = codes_on(wanted, s, z, 1, BITS, KIND)[1]
+                error = tl.sum(tl.where(lane == j, x - restored, 0.0), 2, keep_dims=True)
+                error *= from_stored(near[j], KIND)
+                wanted += tl.where(lane > j, error, 0.0)
+            codes, restored = codes_on(wanted, s, z, 1, BITS, KIND)
+            # Out of that chain: nothing waits for these before the next run. Of this run and those before it nothing is
+            # read again.
             for j in tl.static_range(RUN):
-                error = tl.sum(tl.where(lane[None, :] == j, x - restored, 0.0), 1)
-                later = load_coupling(coupling, run * RUN + j, every, KIND, H)
-                added += error[:, None, None] * later[None, :, :]
-            tl.store(scratch + token[:, None] * H + channel[None, :], codes.to(tl.uint8))
-            tl.store(scale + group * H + channel, s)
-            tl.store(zero + group * H + channel, z)
+                error = tl.sum(tl.where(lane == j, x - restored, 0.0), 2, keep_dims=True)
+                added += error * from_stored(far[j], KIND)
+            tl.store(scratch + token * H + channel, codes.to(tl.uint8))
+            at = group * H + run * RUN + tl.arange(0, RUN)[None, :]
+            tl.store(scale + at, s)
+            tl.store(zero + at, z)
 
 
 @triton.jit
@@ -316,7 +368,7 @@ def write_keys(
     metadata = origin * (128 // GROUP * H)
     scale, zero = as_bytes(scale) + metadata, as_bytes(zero) + metadata
     if FEEDBACK:
-        coupling = as_bytes(coupling) + head.to(tl.int64) * (H // 2 * H)
+        coupling += head.to(tl.int64) * (H // 2 * H)
         encode_keys_with_feedback(
             rows, factor + head * H, coupling, scratch, scale, zero, start,
             COUNT, BITS, GROUP, KIND, H, CLIP, FACTOR,
@@ -349,7 +401,7 @@ def write_values(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels. Grid (B K, 2): the second axis is keys, values and, where they are rotated, queries. Arrays that change are
+# Kernels. Grid (B K, 2): the second axis is keys, with queries where they are rotated, and values. Arrays that change are
 # inputs and outputs in one; sizes arrive negated, for an argument of 1 jax-triton would compile a program of its own.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -369,26 +421,21 @@ def move_rows(rows, COUNT: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def new_row(rows, unit, H: tl.constexpr, ROTATE: tl.constexpr):
-    """The row that arrived, as the window holds it."""
-    x = tl.load(rows + tl.arange(0, H))
+def new_row(rows, unit, queries, to, QUERIES: tl.constexpr, H: tl.constexpr, ROTATE: tl.constexpr):
+    """The row that arrived, as the window holds it. QUERIES rows, rotated with it, go `to` where they meet the keys."""
+    channel = tl.arange(0, H)
     if ROTATE:
-        x = tl.reshape(rotate(tl.reshape(x.to(tl.float32), [1, H]), 1, H), [H])
-        return x * tl.div_rn(1.0, tl.load(unit))
+        ROWS: tl.constexpr = triton.next_power_of_2(1 + QUERIES)
+        row = tl.arange(0, ROWS)[:, None]
+        at = (row - 1) * H + channel[None, :]
+        x = tl.load(tl.where(row == 0, rows + channel[None, :], queries + at), mask=row <= QUERIES, other=0.0)
+        x = rotate(x.to(tl.float32), ROWS, H)
+        scale = tl.load(unit)
+        if QUERIES > 0:
+            tl.store(to + at, (x * scale).to(to.dtype.element_ty), mask=(row > 0) & (row <= QUERIES))
+        return tl.sum(tl.where(row == 0, x, 0.0), 0) * tl.div_rn(1.0, scale)
     else:
-        return x
-
-
-@triton.jit
-def rotate_queries(rows, unit, to, QUERIES: tl.constexpr, H: tl.constexpr):
-    """The queries of one key/value head as they meet its keys."""
-    ROWS: tl.constexpr = triton.next_power_of_2(QUERIES)
-    row = tl.arange(0, ROWS)
-    real = (row < QUERIES)[:, None]
-    at = row[:, None] * H + tl.arange(0, H)[None, :]
-    x = tl.load(rows + at, mask=real, other=0.0).to(tl.float32)
-    x = rotate(x, ROWS, H) * tl.load(unit)
-    tl.store(to + at, x.to(to.dtype.element_ty), mask=real)
+        return tl.load(rows + channel)
 
 
 @triton.jit
@@ -420,13 +467,11 @@ def append_kernel(
     arrived = new_rows + batch * ((2 + QUERIES) * heads * H)
     rows = head.to(tl.int64) * (WINDOW * H)
     full = (accepts != 0) & (filled + 1 == WINDOW)
-    if part == 2:
-        if QUERIES > 0:
-            mine = head % heads * (QUERIES * H)
-            rotate_queries(arrived + 2 * heads * H + mine, key_unit + head, query + head * (QUERIES * H), QUERIES, H)
-    elif accepts != 0:
-        if part == 0:
-            x = new_row(arrived + head % heads * H, key_unit + head, H, QUERIES > 0)
+    if part == 0:
+        asked = arrived + (2 * heads + head % heads * QUERIES) * H
+        mine = query + head * (QUERIES * H)
+        x = new_row(arrived + head % heads * H, key_unit + head, asked, mine, QUERIES, H, QUERIES > 0)
+        if accepts != 0:
             tl.store(window_key + rows + filled * H + channel, x.to(window_key.dtype.element_ty))
             if full:
                 tl.debug_barrier()
@@ -436,8 +481,9 @@ def append_kernel(
                     COUNT, KBITS, KGROUP, KKIND, H, KCLIP, KFACTOR, KFEEDBACK,
                 )  # fmt: skip
                 move_rows(window_key + rows + FIRST * H, COUNT, KEEPS, H)
-        else:
-            x = new_row(arrived + (heads + head % heads) * H, value_unit + head, H, QUERIES > 0)
+    else:
+        if accepts != 0:
+            x = new_row(arrived + (heads + head % heads) * H, value_unit + head, arrived, query, 0, H, QUERIES > 0)
             tl.store(window_value + rows + filled * H + channel, x.to(window_value.dtype.element_ty))
             if full:
                 tl.debug_barrier()

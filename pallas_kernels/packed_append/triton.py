@@ -6,7 +6,7 @@ costs more for asking than for encoding. Written as masked work it costs the enc
 reads its sequence's own counters and leaves at once if its window is not full: one launch instead of about six, nothing
 for the host to wait for, and all arrays are changed in place (`input_output_aliases`).
 
-    program (head, 0): keys             program (head, 1): values             program (head, 2): queries, if rotated
+    program (head, 0): keys, with queries if rotated             program (head, 1): values
 
     new row -> window row `window_length`
     window full?  no: done
@@ -28,6 +28,9 @@ would be three launches more.
 With feedback between channels (`key_coupling`) those take turns: the scales of eight are searched at once, then each is
 rounded, and what that leaves is added to all channels behind it, in registers. A flush of 64 rows of 128 channels is
 then a chain of 128 such additions of 64 x 128 numbers, and takes as long as that chain, however few heads there are.
+What the chain waits for is latency, so its tiles have one layout throughout (a warp keeps its tokens, sums over channels
+are shuffles), and what it reads of the triangle is asked for before any of it is needed: read where it is used, it is
+128 waits for memory for each eight channels, and a flush takes 600 us instead of 150.
 """
 
 from typing import NamedTuple
@@ -176,7 +179,7 @@ def packed_append(
         -keys.codes.shape[2],
         kernel=kernels.append_kernel,
         out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed), scratch, scratch, query],
-        grid=(b * heads, 2 if rotation is None else 3),
+        grid=(b * heads, 2),
         num_warps=8,
         input_output_aliases={len(inputs) - len(changed) + i: i for i in range(len(changed))},
         QUERIES=0 if rotation is None else rotation.query.shape[2] // heads,

@@ -331,7 +331,7 @@ def _merge(
         kernel=kernels.merge_kernel,
         out_shape=[jax.ShapeDtypeStruct(*x) for x in shapes],
         grid=(b * heads * rows, h // width),
-        num_warps=min(max(padded * width // 1024, 1), 8 if unit is None else 16),
+        num_warps=min(max(padded * width // 1024, 1), 8),
         PADDED=padded,
         OTHER=0 if second is None else other_padded,
         H=h,
