@@ -3,6 +3,8 @@
 Formats are compile-time numbers: BITS, GROUP, KIND (of metadata: 0 float16, 1 bfloat16, 2 float8_e4m3fn), H (head
 size). A run is COUNT consecutive rows of a dense array that become tokens `start` and on of a packed segment.
 """
+# Triton builds tuples by `+` alone.
+# ruff: noqa: RUF005
 
 import triton
 import triton.language as tl
@@ -401,8 +403,9 @@ def write_values(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels. Grid (B K, 2): the second axis is keys, with queries where they are rotated, and values. Arrays that change are
-# inputs and outputs in one; sizes arrive negated, for an argument of 1 jax-triton would compile a program of its own.
+# Kernels. Grid (B K, 2): the second axis is keys, with queries where they are rotated, and values. Arrays that change
+# are inputs and outputs in one; sizes arrive negated, for an argument of 1 jax-triton would compile a program of its
+# own.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
