@@ -38,7 +38,7 @@ def test_append_rotates(group):
     check_append(packed_append, np.random.default_rng(), codec, group=group)
 
 
-@pytest.mark.parametrize(("splits", "h"), [((1,), 64), ((5, 3), 128)])
+@pytest.mark.parametrize(("splits", "h"), [((1,), 32), ((2,), 64), ((5, 3), 128), ((1, 1), 256)])
 def test_merging_rotates(splits, h):
     """The kernel that joins shares of attention, beside plain sums and a product."""
     rng, (b, heads, group) = np.random.default_rng(), (2, 3, 2)

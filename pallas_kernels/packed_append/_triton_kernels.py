@@ -167,8 +167,9 @@ def grids(x, BITS: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr):
     high = pick(ends, 0)
     if len(CLIP) == 0 and KIND == 0:
         return grid_within(low, high, BITS, KIND, 0, 0)
-    row = tl.arange(0, triton.next_power_of_2(1 + len(CLIP)))[:, None]
-    factor = tl.where(row == 0, 1.0, 1.0)
+    FACTORS: tl.constexpr = triton.next_power_of_2(1 + len(CLIP))
+    row = tl.arange(0, FACTORS)[:, None]
+    factor = tl.full([FACTORS, 1], 1.0, tl.float32)
     for i in tl.static_range(len(CLIP)):
         factor = tl.where(row == i + 1, CLIP[i], factor)
     middle = (low + high) / 2
@@ -258,7 +259,7 @@ def encode_keys_with_feedback(
                 x = x * tl.load(factor + channel)
             # All that is read of the triangle, before anything waits for a part of it.
             near, far, below = (), (), run >= RUNS // 2
-            for j in tl.static_range(RUN):
+            for j in tl.static_range(RUN - 1):
                 near = near + (load_coupling(coupling, run * RUN + j, channel, below, H),)
             for j in tl.static_range(RUN):
                 far = far + (load_coupling(coupling, run * RUN + j, every, below, H),)
@@ -484,17 +485,16 @@ def append_kernel(
                     COUNT, KBITS, KGROUP, KKIND, H, KCLIP, KFACTOR, KFEEDBACK,
                 )  # fmt: skip
                 move_rows(window_key + rows + FIRST * H, COUNT, KEEPS, H)
-    else:
-        if accepts != 0:
-            x = new_row(arrived + (heads + head % heads) * H, value_unit + head, arrived, query, 0, H, QUERIES > 0)
-            tl.store(window_value + rows + filled * H + channel, x.to(window_value.dtype.element_ty))
-            if full:
-                tl.debug_barrier()
-                write_values(
-                    window_value + rows + FIRST * H, value_scratch, vc, vs, vz, start, head, blocks,
-                    COUNT, VBITS, VGROUP, VKIND, H, VCLIP,
-                )  # fmt: skip
-                move_rows(window_value + rows + FIRST * H, COUNT, KEEPS, H)
+    elif accepts != 0:
+        x = new_row(arrived + (heads + head % heads) * H, value_unit + head, arrived, query, 0, H, QUERIES > 0)
+        tl.store(window_value + rows + filled * H + channel, x.to(window_value.dtype.element_ty))
+        if full:
+            tl.debug_barrier()
+            write_values(
+                window_value + rows + FIRST * H, value_scratch, vc, vs, vz, start, head, blocks,
+                COUNT, VBITS, VGROUP, VKIND, H, VCLIP,
+            )  # fmt: skip
+            move_rows(window_value + rows + FIRST * H, COUNT, KEEPS, H)
 
 
 @triton.jit

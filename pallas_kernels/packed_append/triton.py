@@ -30,7 +30,7 @@ rounded, and what that leaves is added to all channels behind it, in registers. 
 then a chain of 128 such additions of 64 x 128 numbers, and takes as long as that chain, however few heads there are.
 What the chain waits for is latency, so its tiles have one layout throughout (a warp keeps its tokens, sums over
 channels are shuffles), and what it reads of the triangle is asked for before any of it is needed: read where it is
-used, it is 128 waits for memory for each eight channels, and a flush takes 600 us instead of 157.
+used, it is 128 waits for memory for each eight channels.
 """
 
 from typing import NamedTuple
