@@ -61,13 +61,13 @@ def test_write():
     check_write(packed_write, np.random.default_rng(), CODECS["KIVI's groups"])
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", 1), ("float8_e4m3fn", 2)])
+@pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", 1), ("float8_e4m3fn", 3)])
 @pytest.mark.parametrize("towards", [-1, 0, 1])
 def test_metadata_rounds_to_the_neighbour_it_should(dtype, kind, towards):
     rng, dtype = np.random.default_rng(), jnp.dtype(dtype)
     x = np.concatenate([rng.standard_normal(500) * 10.0 ** rng.uniform(-4, 2, 500), np.arange(-6, 6) / 1024])
     x = np.clip(x, -448, 448).astype(np.float32)
-    stored = jnp.uint8 if kind == 2 else jnp.bfloat16
+    stored = jnp.bfloat16 if kind == 1 else jnp.uint8
     got = triton_interpreter.triton_call(
         jnp.asarray(x), kernel=round_kernel, out_type=jax.ShapeDtypeStruct(x.shape, stored), grid=(1,), KIND=kind,
         TOWARDS=towards,
@@ -77,6 +77,27 @@ def test_metadata_rounds_to_the_neighbour_it_should(dtype, kind, towards):
     down, up = every[np.searchsorted(every, x, "right") - 1], every[np.searchsorted(every, x, "left")]
     want = {-1: down, 1: up, 0: np.asarray(jnp.asarray(x).astype(dtype), np.float32)}[towards]
     np.testing.assert_array_equal(np.asarray(got).view(dtype).astype(np.float32), want)
+
+
+def test_division_rounds_as_it_should():
+    """Quotients, ties between two codes and their neighbours among them, from reciprocals some digits off."""
+    rng, n = np.random.default_rng(), 512
+    by = (rng.integers(1, 2048, n) * 2.0 ** rng.integers(-14, 0, n)).astype(np.float32)
+    ties = ((rng.integers(0, 255, n) + 0.5) * by).astype(np.float32)
+    ties = ties.view(np.int32) + rng.integers(-2, 3, n).astype(np.int32)
+    x = np.where(rng.random(n) < 0.5, ties.view(np.float32), rng.uniform(0, 255, n).astype(np.float32) * by)
+    over = (1 / by).view(np.int32) + rng.integers(-2, 3, n).astype(np.int32)
+    arrays = [jnp.asarray(y) for y in (x, by, over.view(np.float32))]
+    got = triton_interpreter.triton_call(
+        *arrays, kernel=divide_kernel, out_type=jax.ShapeDtypeStruct(x.shape, jnp.float32), grid=(1,)
+    )
+    np.testing.assert_array_equal(np.asarray(got), x / by)
+
+
+@triton.jit
+def divide_kernel(x, by, over, target):
+    at = tl.arange(0, 512)
+    tl.store(target + at, kernels.divide(tl.load(x + at), tl.load(by + at), tl.load(over + at)))
 
 
 @triton.jit

@@ -261,14 +261,14 @@ def test_compiles_for(capability, name, kernel):
 
     codec = CODECS[name]
     packed = segment(np.random.default_rng(0), codec, 1, 1, 1, 128)
-    constants = implementation.constants(packed.keys, packed.values, options(packed))
-    kind = {0: "*fp16", 1: "*bf16", 2: "*fp8e4nv" if capability >= 89 else "*u8"}[constants["KKIND"]]
+    constants = implementation.constants(packed.keys, packed.values, options(packed), capability >= 89)
+    kind = {0: "*fp16", 1: "*bf16", 2: "*fp8e4nv", 3: "*u8"}[constants["KKIND"]]
     metadata = dict.fromkeys(("ks", "kz", "vs", "vz"), kind) | dict.fromkeys(("kc", "vc"), "*u8")
     metadata |= {f"_{key}": value for key, value in metadata.items()} | dict.fromkeys(("heads", "blocks"), "i32")
-    scratch = dict.fromkeys(("key_scratch", "value_scratch"), "*u8")
+    scratch = dict.fromkeys(("key_scratch", "value_scratch"), "*u8") | {"unfolded": "*fp32"}
     if kernel == "append_kernel":
         constants |= {"WINDOW": 128, "FIRST": 0, "KEEPS": 64 if packed.keys.group_size <= 64 else 0}
-        constants["QUERIES"] = 6 if constants["KKIND"] == 2 else 0  # what has metadata of 8 bits is rotated
+        constants["QUERIES"] = 6 if constants["KKIND"] >= 2 else 0  # what has metadata of 8 bits is rotated
         names = ("new_rows", "_window_key", "_window_value", "window_key", "window_value", "query")
         types = dict.fromkeys(names, "*bf16") | dict.fromkeys(("key_unit", "value_unit"), "*fp32")
         counters = ("accept", "window_length", "length")

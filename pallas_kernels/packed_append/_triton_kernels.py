@@ -1,7 +1,8 @@
 """Device code of the Triton append kernels; the reason for them stands in `triton.py`.
 
-Formats are compile-time numbers: BITS, GROUP, KIND (of metadata: 0 float16, 1 bfloat16, 2 float8_e4m3fn), H (head
-size). A run is COUNT consecutive rows of a dense array that become tokens `start` and on of a packed segment.
+Formats are compile-time numbers: BITS, GROUP, KIND (of metadata: 0 float16, 1 bfloat16, 2 float8_e4m3fn, 3 the same
+on a chip without instructions for it), H (head size). A run is COUNT consecutive rows of a dense array that become
+tokens `start` and on of a packed segment.
 """
 # Triton builds tuples by `+` alone.
 # ruff: noqa: RUF005
@@ -26,11 +27,13 @@ def round_even(x):
 def to_stored(x, KIND: tl.constexpr, TOWARDS: tl.constexpr):
     """float32 as the metadata's dtype: the nearest (TOWARDS 0), or the next one down (-1) or up (1).
 
-    Directions need the bits at hand, and so does float8_e4m3fn (bias 7, smallest step 2^-9), for chips before Hopper
-    and Ada cannot convert to it.
+    Directions need the bits at hand (of float8_e4m3fn: bias 7, smallest step 2^-9), and so do chips before Ada and
+    Hopper. float8_e4m3fn comes as uint8.
     """
     if KIND == 0:
         return x.to(tl.float16)
+    elif KIND == 2 and TOWARDS == 0:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
         word = x.to(tl.int32, bitcast=True)
         bits = word & 0x7FFFFFFF
@@ -55,7 +58,9 @@ def to_stored(x, KIND: tl.constexpr, TOWARDS: tl.constexpr):
 
 @triton.jit
 def from_stored(x, KIND: tl.constexpr):
-    if KIND == 2 and x.dtype == tl.uint8:
+    if KIND == 2:
+        return x.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    elif KIND == 3:
         code = x.to(tl.int32)
         normal = (((code & 0x7F) + 960) << 20).to(tl.float32, bitcast=True)
         small = (code & 7).to(tl.float32) * 0.001953125
@@ -76,6 +81,17 @@ def as_bytes(pointer):
 
 
 @triton.jit
+def divide(x, by, over):
+    """x / by as IEEE 754 rounds it, given 1 / by to a digit or two, of ordinary numbers; without a branch.
+
+    The remainder is exact, and so what corrects y is off by 2^-20 of a last digit. That rounds as the quotient does if
+    the quotient keeps clear of the middle between two numbers, by 2^-14 of a digit where `by` has at most 11 bits.
+    """
+    y = x * over
+    return tl.fma(tl.fma(-by, y, x), over, y)
+
+
+@triton.jit
 def grid_within(low, high, BITS: tl.constexpr, KIND: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr):
     """Scale and minimum, as stored, rounded UP and DOWN, of groups whose range is [low, high]."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
@@ -84,7 +100,11 @@ def grid_within(low, high, BITS: tl.constexpr, KIND: tl.constexpr, DOWN: tl.cons
     zero = to_stored(tl.where(low == low, clipped, low), KIND, DOWN)
     lowest = low if KIND == 0 else from_stored(zero, KIND)
     span = tl.maximum(high - lowest, 0.0)
-    scale = to_stored(tl.minimum(tl.div_rn(span, tl.full(span.shape, LEVELS, tl.float32)), LIMIT), KIND, UP)
+    if KIND == 1:
+        step = tl.div_rn(span, tl.full(span.shape, LEVELS, tl.float32))
+    else:
+        step = divide(tl.minimum(span, LEVELS * LIMIT), LEVELS * 1.0, 1.0 / LEVELS)
+    scale = to_stored(tl.minimum(step, LIMIT), KIND, UP)
     return scale, zero
 
 
@@ -94,10 +114,11 @@ def codes_on(x, scale, zero, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.co
     LEVELS: tl.constexpr = (1 << BITS) - 1
     step = tl.expand_dims(from_stored(scale, KIND), AXIS)
     least = tl.expand_dims(from_stored(zero, KIND), AXIS)
-    above = x - least
-    divisor = tl.broadcast_to(tl.where(step > 0, step, 1.0), above.shape)
-    codes = tl.where(step > 0, tl.div_rn(above, divisor), 0.0)
-    codes = round_even(tl.minimum(tl.maximum(codes, 0.0), LEVELS * 1.0))
+    above = tl.minimum(tl.maximum(x - least, 0.0), step * LEVELS)
+    by = tl.where(step > 0, step, 1.0)
+    # Scales of bfloat16 may be so small that they have no reciprocal.
+    codes = tl.div_rn(above, tl.broadcast_to(by, above.shape)) if KIND == 1 else divide(above, by, 1.0 / by)
+    codes = round_even(codes)
     return codes, codes * step + least
 
 
@@ -147,47 +168,6 @@ def encode(x, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, CLIP: 
     return codes_on(x, scale, zero, AXIS, BITS, KIND)[0].to(tl.uint8), scale, zero
 
 
-@triton.jit
-def pick(x, i):
-    """Row i of x [rows, channels], as [1, channels]."""
-    row = tl.arange(0, x.shape[0])[:, None]
-    return tl.sum(tl.where(row == i, x, 0.0), 0, keep_dims=True)
-
-
-@triton.jit
-def grids(x, BITS: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr):
-    """Scale and minimum [1, channels] that `encode` has for groups along the tokens of x [1, tokens, channels].
-
-    What is found over tokens waits for all warps, and for a tile this small that is what takes time: both ends come
-    from one exchange, and the errors of all factors from another.
-    """
-    row = tl.arange(0, 4)[:, None, None]
-    ends = tl.max(tl.where(row == 0, x, tl.where(row == 1, -x, (x != x).to(tl.float32))), 1)
-    low = tl.where(pick(ends, 2) > 0, float("nan"), -pick(ends, 1))
-    high = pick(ends, 0)
-    if len(CLIP) == 0 and KIND == 0:
-        return grid_within(low, high, BITS, KIND, 0, 0)
-    FACTORS: tl.constexpr = triton.next_power_of_2(1 + len(CLIP))
-    row = tl.arange(0, FACTORS)[:, None]
-    factor = tl.full([FACTORS, 1], 1.0, tl.float32)
-    for i in tl.static_range(len(CLIP)):
-        factor = tl.where(row == i + 1, CLIP[i], factor)
-    middle = (low + high) / 2
-    shrunk = (high - low) / 2 * factor
-    lows, highs = tl.where(factor == 1.0, low, middle - shrunk), tl.where(factor == 1.0, high, middle + shrunk)
-    scale, zero = grid_within(lows, highs, BITS, KIND, 0, 0)
-    errors = squared_error(x, scale, zero, 1, BITS, KIND)
-    error, least, most = pick(errors, 0), low, high
-    for i in tl.static_range(1, 1 + len(CLIP)):
-        better = pick(errors, i) < error
-        error = tl.where(better, pick(errors, i), error)
-        least, most = tl.where(better, pick(lows, i), least), tl.where(better, pick(highs, i), most)
-    scale, zero = grid_within(least, most, BITS, KIND, 0, 0)
-    if KIND != 0:
-        scale, zero, error = better_of(x, (scale, zero, error), low, high, 1, BITS, KIND, -1, 1)
-    return scale, zero
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # A run of rows: codes to scratch memory, scales and minima to their places.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,11 +203,15 @@ def encode_keys(
 
 
 @triton.jit
-def load_coupling(coupling, row, channel, below, H: tl.constexpr):
-    """What errors of channel `row` add in later ones, as stored in the folded triangle (`quantize.fold`); for others
-    numbers without meaning. `below`: the row is in the half that was turned round."""
-    start = tl.where(below, (H - row) * H - 1, row * H)
-    return tl.load(coupling + start + tl.where(below, -channel, channel))
+def unfold(coupling, to, KIND: tl.constexpr, H: tl.constexpr):
+    """The folded triangle (`quantize.fold`) as float32 [H, H]; up to the diagonal its numbers have no meaning."""
+    row = tl.arange(0, H // 2)[:, None]
+    channel = tl.arange(0, H)[None, :]
+    # Line i holds row i and, from its end, row H - 1 - i: row H / 2 + `row` that of line H / 2 - 1 - `row`.
+    first = tl.load(coupling + row * H + channel)
+    second = tl.load(coupling + (H // 2 - row) * H - 1 - channel)
+    tl.store(to + row * H + channel, from_stored(first, KIND))
+    tl.store(to + (H // 2 + row) * H + channel, from_stored(second, KIND))
 
 
 @triton.jit
@@ -236,7 +220,8 @@ def encode_keys_with_feedback(
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
     CLIP: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """`encode_keys`, channel after channel: what a channel's rounding leaves is added to the channels after it.
+    """`encode_keys`, channel after channel: what a channel's rounding leaves is added to the channels after it, as
+    `coupling` [H, H] has it.
 
     Scales of a run of channels are chosen together, from where its numbers would be if rounding them cost nothing more
     (`quantize.encode_with_feedback`).
@@ -247,41 +232,32 @@ def encode_keys_with_feedback(
     RUN: tl.constexpr = 8  # as there
     RUNS: tl.constexpr = H // RUN
     lane = tl.arange(0, RUN)[None, None, :]
+    every = tl.arange(0, RUNS)[:, None, None]
     for i in range(COUNT // GROUP):
         group = start // GROUP + i
         token = i * GROUP + tl.arange(0, GROUP)[None, :, None]
-        every = tl.arange(0, RUNS)[:, None, None] * RUN + lane
         added = tl.zeros([RUNS, GROUP, RUN], tl.float32)
         for run in range(RUNS):
             channel = run * RUN + lane
             x = tl.load(rows + token * H + channel).to(tl.float32)
             if FACTOR:
                 x = x * tl.load(factor + channel)
-            # All that is read of the triangle, before anything waits for a part of it.
-            near, far, below = (), (), run >= RUNS // 2
+            near = ()
             for j in tl.static_range(RUN - 1):
-                near = near + (load_coupling(coupling, run * RUN + j, channel, below, H),)
-            for j in tl.static_range(RUN):
-                far = far + (load_coupling(coupling, run * RUN + j, every, below, H),)
-            here = tl.arange(0, RUNS)[:, None, None] == run
-            wanted = x + tl.sum(tl.where(here, added, 0.0), 0, keep_dims=True)
+                near = near + (tl.load(coupling + (run * RUN + j) * H + channel),)
+            wanted = x + tl.sum(tl.where(every == run, added, 0.0), 0, keep_dims=True)
             ahead = wanted
             for j in tl.static_range(RUN - 1):
                 moved = tl.sum(tl.where(lane == j, ahead - x, 0.0), 2, keep_dims=True)
-                moved *= from_stored(near[j], KIND)
-                ahead -= tl.where(lane > j, moved, 0.0)
-            s, z = grids(ahead, BITS, KIND, CLIP)
-            for j in tl.static_range(RUN - 1):
-                restored = codes_on(wanted, s, z, 1, BITS, KIND)[1]
-                error = tl.sum(tl.where(lane == j, x - restored, 0.0), 2, keep_dims=True)
-                error *= from_stored(near[j], KIND)
-                wanted += tl.where(lane > j, error, 0.0)
-            codes, restored = codes_on(wanted, s, z, 1, BITS, KIND)
-            # Out of that chain: nothing waits for these before the next run. Of this run and those before it nothing is
-            # read again.
+                ahead -= tl.where(lane > j, moved * near[j], 0.0)
+            _, s, z = encode(ahead, 1, BITS, KIND, CLIP)
             for j in tl.static_range(RUN):
+                codes, restored = codes_on(wanted, s, z, 1, BITS, KIND)
                 error = tl.sum(tl.where(lane == j, x - restored, 0.0), 2, keep_dims=True)
-                added += error * from_stored(far[j], KIND)
+                if j + 1 < RUN:
+                    wanted += tl.where(lane > j, error * near[j], 0.0)
+                # Of this run and those before it nothing is read again.
+                added += error * tl.load(coupling + (run * RUN + j) * H + every * RUN + lane)
             tl.store(scratch + token * H + channel, codes.to(tl.uint8))
             at = group * H + run * RUN + tl.arange(0, RUN)[None, :]
             tl.store(scale + at, s)
@@ -362,7 +338,7 @@ def pack(
 
 @triton.jit
 def write_keys(
-    rows, factor, coupling, scratch, codes, scale, zero, start, head, blocks,
+    rows, factor, coupling, unfolded, scratch, codes, scale, zero, start, head, blocks,
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr,
     CLIP: tl.constexpr, FACTOR: tl.constexpr, FEEDBACK: tl.constexpr,
 ):  # fmt: skip
@@ -371,9 +347,11 @@ def write_keys(
     metadata = origin * (128 // GROUP * H)
     scale, zero = as_bytes(scale) + metadata, as_bytes(zero) + metadata
     if FEEDBACK:
-        coupling += head.to(tl.int64) * (H // 2 * H)
+        unfolded += head.to(tl.int64) * (H * H)
+        unfold(coupling + head.to(tl.int64) * (H // 2 * H), unfolded, KIND, H)
+        tl.debug_barrier()
         encode_keys_with_feedback(
-            rows, factor + head * H, coupling, scratch, scale, zero, start,
+            rows, factor + head * H, unfolded, scratch, scale, zero, start,
             COUNT, BITS, GROUP, KIND, H, CLIP, FACTOR,
         )  # fmt: skip
     else:
@@ -425,30 +403,12 @@ def move_rows(rows, COUNT: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def new_row(rows, unit, queries, to, QUERIES: tl.constexpr, H: tl.constexpr, ROTATE: tl.constexpr):
-    """The row that arrived, as the window holds it. QUERIES rows, rotated with it, go `to` where they meet the keys."""
-    channel = tl.arange(0, H)
-    if ROTATE:
-        ROWS: tl.constexpr = triton.next_power_of_2(1 + QUERIES)
-        row = tl.arange(0, ROWS)[:, None]
-        at = (row - 1) * H + channel[None, :]
-        x = tl.load(tl.where(row == 0, rows + channel[None, :], queries + at), mask=row <= QUERIES, other=0.0)
-        x = rotate(x.to(tl.float32), ROWS, H)
-        scale = tl.load(unit)
-        if QUERIES > 0:
-            tl.store(to + at, (x * scale).to(to.dtype.element_ty), mask=(row > 0) & (row <= QUERIES))
-        return tl.sum(tl.where(row == 0, x, 0.0), 0) * tl.div_rn(1.0, scale)
-    else:
-        return tl.load(rows + channel)
-
-
-@triton.jit
 def append_kernel(
     new_rows, key_unit, value_unit, accept, window_length, length, key_factor, key_coupling,
     _window_key, _window_value, _kc, _ks, _kz, _vc, _vs, _vz,
     heads, blocks,
     window_key, window_value, kc, ks, kz, vc, vs, vz,
-    key_scratch, value_scratch, query,
+    key_scratch, value_scratch, unfolded, query,
     QUERIES: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr,
     KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
     KFEEDBACK: tl.constexpr,
@@ -461,35 +421,41 @@ def append_kernel(
     """
     heads, blocks = -heads, -blocks
     COUNT: tl.constexpr = WINDOW - FIRST - KEEPS
+    ROWS: tl.constexpr = triton.next_power_of_2(1 + QUERIES)
     head = tl.program_id(0)
     part = tl.program_id(1)
     batch = head // heads
-    accepts = tl.load(accept + batch)
+    # Row 0 is the row that arrived, keys bring their queries along. Asked for before anything waits.
+    row = tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, H)[None, :]
+    asks = (row > 0) & (row <= QUERIES) & (part == 0)
+    arrived = new_rows + batch * ((2 + QUERIES) * heads * H) + channel
+    mine = arrived + (part * heads + head % heads) * H
+    asked = arrived + (2 * heads + head % heads * QUERIES + row - 1) * H
+    x = tl.load(tl.where(row == 0, mine, asked), mask=(row == 0) | asks, other=0.0)
+    if QUERIES > 0:
+        unit = tl.load(tl.where(part == 0, key_unit, value_unit) + head)
+    accepts = tl.load(accept + batch) != 0
     filled = tl.load(window_length + batch)
     start = tl.load(length + batch)
-    channel = tl.arange(0, H)
-    arrived = new_rows + batch * ((2 + QUERIES) * heads * H)
+    if QUERIES > 0:
+        x = rotate(x.to(tl.float32), ROWS, H)
+        to = query + (head * QUERIES + row - 1) * H + channel
+        tl.store(to, (x * unit).to(query.dtype.element_ty), mask=asks)
+        x *= divide(1.0, unit, 1.0 / unit)
     rows = head.to(tl.int64) * (WINDOW * H)
-    full = (accepts != 0) & (filled + 1 == WINDOW)
-    if part == 0:
-        asked = arrived + (2 * heads + head % heads * QUERIES) * H
-        mine = query + head * (QUERIES * H)
-        x = new_row(arrived + head % heads * H, key_unit + head, asked, mine, QUERIES, H, QUERIES > 0)
-        if accepts != 0:
-            tl.store(window_key + rows + filled * H + channel, x.to(window_key.dtype.element_ty))
-            if full:
-                tl.debug_barrier()
-                write_keys(
-                    window_key + rows + FIRST * H, key_factor, key_coupling, key_scratch, kc, ks, kz,
-                    start, head, blocks,
-                    COUNT, KBITS, KGROUP, KKIND, H, KCLIP, KFACTOR, KFEEDBACK,
-                )  # fmt: skip
-                move_rows(window_key + rows + FIRST * H, COUNT, KEEPS, H)
-    elif accepts != 0:
-        x = new_row(arrived + (heads + head % heads) * H, value_unit + head, arrived, query, 0, H, QUERIES > 0)
-        tl.store(window_value + rows + filled * H + channel, x.to(window_value.dtype.element_ty))
-        if full:
-            tl.debug_barrier()
+    to = tl.where(part == 0, window_key, window_value) + rows + filled * H + row * H + channel
+    tl.store(to, x.to(window_key.dtype.element_ty), mask=(row == 0) & accepts)
+    if accepts & (filled + 1 == WINDOW):
+        tl.debug_barrier()
+        if part == 0:
+            write_keys(
+                window_key + rows + FIRST * H, key_factor, key_coupling, unfolded, key_scratch, kc, ks, kz,
+                start, head, blocks,
+                COUNT, KBITS, KGROUP, KKIND, H, KCLIP, KFACTOR, KFEEDBACK,
+            )  # fmt: skip
+            move_rows(window_key + rows + FIRST * H, COUNT, KEEPS, H)
+        else:
             write_values(
                 window_value + rows + FIRST * H, value_scratch, vc, vs, vz, start, head, blocks,
                 COUNT, VBITS, VGROUP, VKIND, H, VCLIP,
@@ -503,7 +469,7 @@ def write_kernel(
     key_factor, key_coupling,
     _kc, _ks, _kz, _vc, _vs, _vz,
     heads, blocks,
-    kc, ks, kz, vc, vs, vz, key_scratch, value_scratch,
+    kc, ks, kz, vc, vs, vz, key_scratch, value_scratch, unfolded,
     KROWS: tl.constexpr, KCOUNT: tl.constexpr, VROWS: tl.constexpr, VCOUNT: tl.constexpr, H: tl.constexpr,
     KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
     KFEEDBACK: tl.constexpr,
@@ -517,7 +483,8 @@ def write_kernel(
         if tl.load(key_when + batch) != 0:
             rows = key_rows + (head.to(tl.int64) * KROWS + tl.load(key_first + batch)) * H
             write_keys(
-                rows, key_factor, key_coupling, key_scratch, kc, ks, kz, tl.load(key_start + batch), head, blocks,
+                rows, key_factor, key_coupling, unfolded, key_scratch, kc, ks, kz,
+                tl.load(key_start + batch), head, blocks,
                 KCOUNT, KBITS, KGROUP, KKIND, H, KCLIP, KFACTOR, KFEEDBACK,
             )  # fmt: skip
     else:

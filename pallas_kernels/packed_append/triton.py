@@ -23,14 +23,16 @@ The limit. A step in which nothing is full moves two rows a head: the launch is 
 channels reads 64 KiB, and writes 16 KiB, a head; it runs once in 128 steps, so its 2 B K programs need not be fast.
 
 Where rows are held rotated, each program rotates what it loads: as products of their own, with what scales them, they
-would be three launches more.
+would be three launches more. A step without a flush is the time that loads and shuffles take one after the other, so
+loads come before anything that waits, and each warp writes the row it has, be it a query or the window's.
 
 With feedback between channels (`key_coupling`) those take turns: the scales of eight are searched at once, then each is
 rounded, and what that leaves is added to all channels behind it, in registers. A flush of 64 rows of 128 channels is
 then a chain of 128 such additions of 64 x 128 numbers, and takes as long as that chain, however few heads there are.
-What the chain waits for is latency, so its tiles have one layout throughout (a warp keeps its tokens, sums over
-channels are shuffles), and what it reads of the triangle is asked for before any of it is needed: read where it is
-used, it is 128 waits for memory for each eight channels.
+Two warps share a scheduler and wait for one another's instructions, so those are few: tiles have one layout throughout
+(a warp keeps its tokens, sums over channels are shuffles), divisions do without the branch for numbers that cannot
+occur, and the triangle, folded and in the metadata's dtype, is spread out as float32 first. Read where it lies, each
+warp makes an address and a conversion of each byte for itself, for each eight channels: half of all instructions.
 """
 
 from typing import NamedTuple
@@ -41,7 +43,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import triton_call
 from pallas_kernels.packed_decode.layout import PackedTensor
-from pallas_kernels.packed_decode.triton import KINDS, decline_format, knows_float8
+from pallas_kernels.packed_decode.triton import decline_format, kinds, knows_float8
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -100,19 +102,20 @@ class Options(NamedTuple):
     key_coupling: Float[Array, "B K half H"] | None = None
 
 
-def constants(keys: PackedTensor, values: PackedTensor, options: Options) -> dict:
-    """The kernels' compile-time numbers that say how keys and values are stored."""
+def constants(keys: PackedTensor, values: PackedTensor, options: Options, float8: bool) -> dict:
+    """The kernels' compile-time numbers that say how keys and values are stored; `float8`: the chip knows it."""
+    kind = kinds(float8)
     return dict(
         H=keys.head_size,
         KBITS=keys.bits,
         KGROUP=keys.group_size,
-        KKIND=KINDS[keys.scale.dtype.name],
+        KKIND=kind[keys.scale.dtype.name],
         KCLIP=tuple(map(float, options.key_clip)),
         KFACTOR=options.key_factor is not None,
         KFEEDBACK=options.key_coupling is not None,
         VBITS=values.bits,
         VGROUP=values.group_size,
-        VKIND=KINDS[values.scale.dtype.name],
+        VKIND=kind[values.scale.dtype.name],
         VCLIP=tuple(map(float, options.value_clip)),
     )
 
@@ -138,8 +141,11 @@ def _restored(arrays: list[Array], like: tuple[PackedTensor, PackedTensor]) -> t
     return jax.tree.unflatten(structure, arrays)
 
 
-def _scratch(b: int, heads: int, count: int, head_size: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((b, heads, count, head_size), jnp.uint8)
+def _scratch(b: int, heads: int, head_size: int, options: Options, *counts: int) -> list[jax.ShapeDtypeStruct]:
+    """Memory for codes of runs of `counts` rows, and for the coupling unfolded."""
+    codes = [jax.ShapeDtypeStruct((b, heads, count, head_size), jnp.uint8) for count in counts]
+    unfolded = (1,) if options.key_coupling is None else (b, heads, head_size, head_size)
+    return [*codes, jax.ShapeDtypeStruct(unfolded, jnp.float32)]
 
 
 def packed_append(
@@ -171,14 +177,14 @@ def packed_append(
     new_rows = jnp.concatenate([new_key, new_value, *queries], axis=1)
     units = [counters[0]] * 2 if rotation is None else [x.astype(jnp.float32) for x in rotation[1:]]
     inputs = [new_rows, *units, *counters, *_optional(keys, options, counters[0]), *changed]
-    scratch = _scratch(b, heads, count, h)
+    scratch = _scratch(b, heads, h, options, count, count)
     query = jax.ShapeDtypeStruct((1,) if rotation is None else rotation.query.shape, new_rows.dtype)
-    window_key, window_value, *packed, _, _, query = triton_call.call(
+    window_key, window_value, *packed, _, _, _, query = triton_call.call(
         *inputs,
         -heads,
         -keys.codes.shape[2],
         kernel=kernels.append_kernel,
-        out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed), scratch, scratch, query],
+        out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed), *scratch, query],
         grid=(b * heads, 2),
         num_warps=8,
         input_output_aliases={len(inputs) - len(changed) + i: i for i in range(len(changed))},
@@ -186,7 +192,7 @@ def packed_append(
         WINDOW=window,
         FIRST=first,
         KEEPS=keeps,
-        **constants(keys, values, options),
+        **constants(keys, values, options, knows_float8()),
     )
     keys, values = _restored(packed, (keys, values))
     # Not the kernel's work: XLA counts for all layers in one launch, and needs no copy of what a kernel returned.
@@ -222,7 +228,7 @@ def packed_write(
         kernel=kernels.write_kernel,
         out_shape=[
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed),
-            *(_scratch(b, heads, run.count, h) for run in (key, value)),
+            *_scratch(b, heads, h, options, key.count, value.count),
         ],
         grid=(b * heads, 2),
         num_warps=8,
@@ -231,6 +237,6 @@ def packed_write(
         KCOUNT=key.count,
         VROWS=value.rows.shape[2],
         VCOUNT=value.count,
-        **constants(keys, values, options),
+        **constants(keys, values, options, knows_float8()),
     )
     return _restored(packed[:6], (keys, values))

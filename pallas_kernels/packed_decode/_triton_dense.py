@@ -124,6 +124,8 @@ def merge_kernel(
     head = index // rows
     row = index % rows
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    # Asked for first: it comes from far away, as what a step reads once does.
+    scale = tl.load(unit + head) if ROTATE else 1.0
     every = tl.arange(0, PADDED)
     at = (head * splits + every) * rows + row
     x = tl.load(part + at.to(tl.int64)[:, None] * H + channel[None, :], mask=(every < splits)[:, None], other=0.0)
@@ -150,9 +152,9 @@ def merge_kernel(
     to = out + position.to(tl.int64) * H + channel
     if NORMALIZE:
         filled = tl.where(total > 0, total, 1.0)
-        result = result / filled
+        result *= scale / filled
         if ROTATE:
-            result = tl.reshape(rotate(tl.reshape(result, [1, H]), 1, H), [H]) * tl.load(unit + head)
+            result = tl.reshape(rotate(tl.reshape(result, [1, H]), 1, H), [H])
         tl.store(to, result.to(out.dtype.element_ty))
         if tl.program_id(1) == 0:
             tl.store(

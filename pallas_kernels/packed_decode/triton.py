@@ -79,7 +79,7 @@ from pallas_kernels.hadamard import rotate_back
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 from pallas_kernels.partial import Partial, merge_partials
 
-KINDS = {"float16": 0, "bfloat16": 1, "float8_e4m3fn": 2}
+KINDS = {"float16": 0, "bfloat16": 1, "float8_e4m3fn": 2}  # of metadata; float8 is 3 on a chip that does not know it
 WINDOW = 512  # rows up to which a dense segment goes into a packed one's launch
 DENSE_TOKENS = 64  # of one step of the dense kernel; half as many where a row is a kilobyte
 REGISTERS = 200  # ten warps a processor
@@ -130,6 +130,11 @@ def knows_float8() -> bool:
     return float(getattr(jax.devices()[0], "compute_capability", "0.0")) >= 8.9
 
 
+def kinds(float8: bool) -> dict[str, int]:
+    """`KINDS`, as the kernels know them, of a chip with or without float8_e4m3fn."""
+    return KINDS if float8 else KINDS | {"float8_e4m3fn": 3}
+
+
 def _bytes(x: Array) -> Array:
     """Metadata as the kernel may be given them; XLA copies to make bytes."""
     if x.dtype != jnp.float8_e4m3fn or knows_float8():
@@ -144,16 +149,16 @@ def constants(keys: PackedTensor, values: PackedTensor, rows: int, float8: bool)
         rows: query rows of a key/value head; up to four meet the two halves of a block side by side (TWIN).
         float8: whether the chip knows float8_e4m3fn.
     """
-    kinds = KINDS | ({} if float8 else {"float8_e4m3fn": 3})
+    kind = kinds(float8)
     halves = keys.group_axis == "tokens" and min(keys.group_size, values.group_size) >= 64
     return dict(
         KBITS=keys.bits,
         KGROUP=keys.group_size,
         KAXIS=int(keys.group_axis == "channels"),
-        KKIND=kinds[keys.scale.dtype.name],
+        KKIND=kind[keys.scale.dtype.name],
         VBITS=values.bits,
         VGROUP=values.group_size,
-        VKIND=kinds[values.scale.dtype.name],
+        VKIND=kind[values.scale.dtype.name],
         H=keys.head_size,
         REGISTERS=REGISTERS,
         TWIN=rows <= 4 and halves and max(keys.bits, values.bits) <= 4,
@@ -317,6 +322,7 @@ def _merge(
     other = first if second is None else second
     splits, other_splits = (x.part.shape[1] for x in (first, other))
     padded, other_padded = (1 << (x - 1).bit_length() for x in (splits, other_splits))
+    joined = 0 if second is None else other_padded
     # A rotation needs all channels; else programs of a few keep more loads in flight.
     width = h if unit is not None else min(h, max(32, 1024 // max(padded, other_padded)))
     shapes = [((b, t, n, h), query.dtype if normalize else jnp.float32), ((b, t, n), jnp.float32)]
@@ -331,9 +337,10 @@ def _merge(
         kernel=kernels.merge_kernel,
         out_shape=[jax.ShapeDtypeStruct(*x) for x in shapes],
         grid=(b * heads * rows, h // width),
-        num_warps=min(max(padded * width // 1024, 1), 8),
+        # As few as have registers for all: what takes time is waiting for one another.
+        num_warps=min(max((padded + joined) * width // 4096, 1), 8),
         PADDED=padded,
-        OTHER=0 if second is None else other_padded,
+        OTHER=joined,
         H=h,
         WIDTH=width,
         NORMALIZE=normalize,
@@ -365,8 +372,13 @@ def choose_dense_splits(work: int, tiles: int, processors: int) -> int:
 
 
 def choose_window_splits(work: int, splits: int, tokens: int, processors: int) -> int:
-    """Programs for a window of `tokens` beside `splits` packed ones: what else the processors hold, 32 tokens each."""
-    return max(1, min((10 * processors - splits * work) // work, -(-tokens // 32)))
+    """Programs for a window of `tokens` beside `splits` packed ones: what else the processors hold, 32 tokens each.
+
+    A few less, if with those all shares were just too many for a power of two, which the join makes of them.
+    """
+    most = max(1, min((10 * processors - splits * work) // work, -(-tokens // 32)))
+    room = (1 << (splits - 1).bit_length()) - splits
+    return room if most <= 2 * room < 2 * most else most
 
 
 def _processors() -> int:
