@@ -53,7 +53,7 @@ the memory's peak at 40 % of the issue slots and 23 % of the tensor cores; what 
 three-bit keys the issue slots come nearer: a third bit costs one more LOP3 an operand, and only values can be nested.
 Float8 metadata are one instruction a pair from Ada on, and about 7 before. On an H200, whose memory is a third faster,
 instructions are the limit of small formats: two bits with float8 metadata in groups of 64, four rows, took 58.8 us a
-layer in a step of 8 x 32768 tokens, 1460 instructions a block, and take 45.9 since twins and nested masks, 1140 a
+layer in a step of 8 x 32768 tokens, 1460 instructions a block, and take 45.7 since twins and nested masks, 1140 a
 block, where copying as many bytes takes 42 (`minikv bench e2e`, `examples/results/e2e-h200.json`; instructions counted
 in the machine code). More warps of fewer registers and other numbers of shares were slower.
 
