@@ -154,12 +154,74 @@ def test_scbench_asks_turn_after_turn(tmp_path):
     assert len(measured["full"][0].values["scbench"]) == 2
 
 
-def test_scbench_files_that_do_not_fit(tmp_path):
-    _write(tmp_path / "scbench_repoqa.jsonl", {"context": "", "multi_turns": []})
-    with pytest.raises(ConfigError, match="scbench_repoqa"):
-        scbench.TASK.cases(lab(scbench=tmp_path))
-    (tmp_path / "scbench_repoqa.jsonl").rename(tmp_path / "scbench_kv.jsonl")
-    with pytest.raises(ConfigError, match="record 0"):
+FUNCTIONS = {  # what stands before a function, and the function
+    "python": ("import os\n\n", "def add(a, b):\n    def inner():\n        return b\n    return a + inner()"),
+    "java": ("class A {\n  int x;\n  ", "int add(int a, int b) {\n    return a + b;\n  }"),
+    "typescript": ("const x = 1\n", "function add(a: number, b: number): number { return a + b }"),
+    "rust": ("use std::io;\n", "fn add(a: i32, b: i32) -> i32 { a + b }"),
+    "cpp": ("int A::of() { return 1; }\nint *p() { return 0; }\n", "int add(int a, int b) { return a + b; }"),
+    "go": ("package main\n", "func add(a int, b int) int { return a + b }"),
+}
+
+
+@pytest.mark.parametrize("language", metrics.LANGUAGES)
+def test_functions_are_found_in_code(language):
+    before, code = FUNCTIONS[language]
+    text = f"Here it is:\n```{language}\n{before}{code}\n```\nand more:\n```\nnothing\n```"
+    assert metrics.first_function(text, language) == code
+    assert metrics.first_function("```\nonly text\n```", language) == "only text\n"
+    assert metrics.first_function(f" {code} ", language) == code
+
+    other = code.replace("add", "subtract").replace("a + b", "a - b").replace("a + inner()", "a - inner()")
+    functions = [("subtract", other), ("add", code)]
+    judge = dict(functions=functions, language=language)
+    assert metrics.finds_function(text, name="add", **judge) == 1
+    assert metrics.finds_function(text, name="subtract", **judge) == 0
+    assert metrics.finds_function("no such thing", name="add", **judge) == 0
+    assert metrics.finds_function("", name="add", **judge) == 0
+
+
+def _code(name: str) -> str:
+    return f"def {name}(a, b):\n    c = a + b\n    return [c, {name!r}, a, b, a - b, a / b]"
+
+
+def test_scbench_judges_a_repositorys_functions(tmp_path):
+    """A record's functions are told from those of other records of the repository, which need not be measured."""
+    code = dict(repo="r", lang="python", context="code")
+    turns = [{"input": f"what {name}s", "answer": _code(name), "name": name} for name in ("add", "move")]
+    records = [code | {"multi_turns": turns[:1]}, code | {"multi_turns": turns[1:]}]
+    (tmp_path / "scbench_repoqa.jsonl").write_text("\n".join(map(json.dumps, records)))
+    turns = [turns[0] | {"task": "scbench_repoqa"}, {"input": "key?", "answer": "v", "task": "scbench_kv"}]
+    _write(tmp_path / "scbench_repoqa_and_kv.jsonl", code | {"multi_turns": turns})
+    alone, mixed = scbench.TASK.cases(lab(scbench=tmp_path, limit=1))
+    assert [turn.most for turn in mixed.about["turns"]] == [1024, 80]
+    for turn in (alone.about["turns"][0], mixed.about["turns"][0]):
+        assert turn.score(f"```python\n{_code('add')}\n```") == 1
+    assert alone.about["turns"][0].score(_code("move")) == 0
+    assert mixed.about["turns"][1].score("it is v") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        ("scbench_repoqa", {"lang": "c#"}, "this is 'c#'"),
+        ("scbench_repoqa", {"repo": None}, "expected a repo"),
+        ("scbench_repoqa_and_kv", {}, "answer, input, task"),
+        ("scbench_repoqa_and_kv", {"task": "scbench_mf"}, "scbench_mf"),
+        ("scbench_kv", {"multi_turns": []}, "record 0"),
+        ("scbench_kv", {"context": None}, "expected a context"),
+        ("scbench_of_another", {}, "not supported"),
+    ],
+)
+def test_scbench_files_that_do_not_fit(tmp_path, name, change, match):
+    turn = {"input": "x", "answer": "y", "name": "y"}
+    record = {"context": "", "repo": "r", "lang": "go", "multi_turns": [turn]}
+    if "task" in change:
+        turn["task"] = change["task"]
+    else:
+        record |= change
+    _write(tmp_path / f"{name}.jsonl", {key: x for key, x in record.items() if x is not None})
+    with pytest.raises(ConfigError, match=match):
         scbench.TASK.cases(lab(scbench=tmp_path))
 
 

@@ -1,17 +1,15 @@
-"""SCBench (arXiv 2412.10319) from a local folder: one compressed context, several turns, its own metrics.
-
-Its repository-level code tasks are judged with a parser for each language, and are left out.
-"""
+"""SCBench (arXiv 2412.10319) from a local folder: one compressed context, several turns, its own metrics."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from minikv_jax.errors import ConfigError
 from minikv_jax.evals import jsonl, metrics, written
 from minikv_jax.evals.task import Case, Lab, Metric, Task
 
-_SCORES: dict[str, tuple[int, Callable[[str, str], float]]] = {
+# Tokens that an answer may take, and what judges it.
+_SCORES: dict[str, tuple[int, Callable[..., float]]] = {
     "scbench_kv": (150, metrics.holds),
     "scbench_prefix_suffix": (150, metrics.holds),
     "scbench_hashhop": (150, metrics.holds),
@@ -23,39 +21,81 @@ _SCORES: dict[str, tuple[int, Callable[[str, str], float]]] = {
     "scbench_mf": (5, metrics.first_number),
     "scbench_passkey": (15, metrics.first_number),
     "scbench_summary": (200, metrics.rouge_l_sum),
+    "scbench_repoqa": (1024, metrics.finds_function),
 }
 # Every one of these answers must be there, and the score is the share that is; elsewhere one of them is enough.
 _ALL_OF = ("scbench_vt",)
-_MIXED = "scbench_summary_with_needles"
+# Sets whose turns are of two kinds, and the tokens that answers may take there.
+_MIXED = {
+    "scbench_summary_with_needles": {"scbench_summary": 800, "scbench_passkey": 15},
+    "scbench_repoqa_and_kv": {"scbench_repoqa": 1024, "scbench_kv": 80},
+}
+_REPEAT = "Repeat the function of the code that is described here, exactly, in a code block between lines of ```.\n\n"
 
 
 def cases(lab: Lab) -> list[Case]:
     found = []
     for path in jsonl.files(lab.settings.scbench, "--scbench", "SCBench's JSON lines"):
         name = path.stem
-        if name not in (*_SCORES, _MIXED):
+        if name not in (*_SCORES, *_MIXED):
             raise ConfigError(
-                f"{path}: {name!r} is not supported; {', '.join((*_SCORES, _MIXED))} are. Move it elsewhere."
+                f"{path}: {name!r} is not supported; {', '.join((*_SCORES, *_MIXED))} are. Move it elsewhere."
             )
-        metrics.require(_SCORES["scbench_summary" if name == _MIXED else name][1], name)
-        for i, record in zip(range(lab.settings.limit), jsonl.records(path, ("multi_turns",))):
-            found.append(_case(lab, name, i, record))
+        for kind in _MIXED.get(name, (name,)):
+            metrics.require(_SCORES[kind][1], name)
+        records = [_checked(name, i, x) for i, x in enumerate(jsonl.records(path, ("multi_turns",)))]
+        for i, record in zip(range(lab.settings.limit), records):
+            # Wherever they are asked for: what is found must not be another function of the same repository.
+            functions = [
+                (turn["name"], turn["answer"])
+                for other in records
+                if other.get("repo") == record.get("repo")
+                for turn in other["multi_turns"]
+                if _kind(name, turn) == "scbench_repoqa"
+            ]
+            found.append(_case(lab, name, i, record, functions))
     return found
 
 
-def _case(lab: Lab, name: str, i: int, record: dict[str, Any]) -> Case:
-    given = record["multi_turns"]
+def _kind(name: str, turn: dict[str, Any]) -> str:
+    return turn["task"] if name in _MIXED else name
+
+
+def _checked(name: str, i: int, record: dict[str, Any]) -> dict[str, Any]:
+    """The record, if it holds what its set's records do."""
+    turns = record["multi_turns"]
+    fields = {"input", "answer"} | ({"task"} if name in _MIXED else set())
+    if ("context" not in record and "input" not in record) or not turns or any(fields - turn.keys() for turn in turns):
+        raise ConfigError(
+            f"{name}, record {i}: expected a context and multi_turns with {', '.join(sorted(fields))} each."
+        )
+    kinds = {_kind(name, turn) for turn in turns}
+    if name in _MIXED and kinds - _MIXED[name].keys():
+        raise ConfigError(f"{name}, record {i}: tasks {sorted(kinds)}; {', '.join(_MIXED[name])} are expected.")
+    if "scbench_repoqa" in kinds:
+        named = all("name" in turn for turn in turns if _kind(name, turn) == "scbench_repoqa")
+        if "repo" not in record or record.get("lang") not in metrics.LANGUAGES or not named:
+            raise ConfigError(
+                f"{name}, record {i}: expected a repo, a lang of {', '.join(metrics.LANGUAGES)} (this is "
+                f"{record.get('lang')!r}), and the name of each function."
+            )
+    return record
+
+
+def _case(lab: Lab, name: str, i: int, record: dict[str, Any], functions: Sequence[tuple[str, str]]) -> Case:
     context = record.get("context", record.get("input"))
-    if context is None or not given or any("input" not in turn or "answer" not in turn for turn in given):
-        raise ConfigError(f"{name}, record {i}: expected a context and multi_turns with input and answer each.")
     turns, before = [], None
-    for turn in given:
-        kind = turn.get("task", name) if name == _MIXED else name
+    for turn in record["multi_turns"]:
+        kind = _kind(name, turn)
         most, score = _SCORES[kind]
-        opened, question = lab.chat(context, _question(turn))
+        most = _MIXED.get(name, {}).get(kind, most)
+        opened, question = lab.chat(context, _question(turn, kind))
         before = before or opened
         answers = [str(x) for x in (turn["answer"] if isinstance(turn["answer"], list) else [turn["answer"]])]
-        judge = functools.partial(_judge, answers=answers, score=score, all_of=kind in _ALL_OF)
+        if kind == "scbench_repoqa":
+            judge = functools.partial(score, name=turn["name"], functions=functions, language=record["lang"])
+        else:
+            judge = functools.partial(_judge, answers=answers, score=score, all_of=kind in _ALL_OF)
         # What comes between an answer and the next question belongs to the question.
         lead = "\n\n" if turns else ""
         turns.append(written.Turn(tuple(lab.ids(lead + question)), tuple(lab.ids(answers[0])), most, judge))
@@ -64,7 +104,9 @@ def _case(lab: Lab, name: str, i: int, record: dict[str, Any]) -> Case:
     return written.case(f"{name}/{longest}/{i}", name, ids, turns)
 
 
-def _question(turn: dict[str, Any]) -> str:
+def _question(turn: dict[str, Any], kind: str) -> str:
+    if kind == "scbench_repoqa":
+        return _REPEAT + turn["input"]
     options = turn.get("options") or ()
     lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options)]
     return "\n".join([turn["input"], *lines])
