@@ -219,6 +219,9 @@ def test_what_cannot_run_is_declined(change, match):
     )
     with pytest.raises(NotImplementedError, match=match):
         packed_append(*new, accept, *rows, filled, packed.keys, packed.values, length)
+    with pytest.raises(NotImplementedError, match="bfloat16 and float32"):
+        rows[0] = rows[0].astype(jnp.bfloat16)
+        packed_append(*new, accept, *rows, filled, packed.keys, packed.values, length)
 
 
 def test_shapes_that_contradict_each_other_are_refused():

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_packed_decode import FORMATS, attention, dequantised, error, poison, segment
 
 from pallas_kernels.partial import Partial
@@ -16,7 +18,7 @@ from triton.compiler import ASTSource
 
 from pallas_kernels.packed_decode import _triton_kernels as kernels
 from pallas_kernels.packed_decode.api import Part
-from pallas_kernels.packed_decode.triton import constants
+from pallas_kernels.packed_decode.triton import choose_splits, choose_window_splits, constants
 
 
 def simulate(query, keys, values, lengths, splits, window=None, window_splits=0, float8=True) -> Partial:
@@ -145,6 +147,16 @@ def test_lanes_take_a_window_along(dtype, h, group, t, window_splits):
         ]
         want = attention(query[i : i + 1], *(x[None] for x in both), np.full((1, heads), held[i].sum()), h**-0.5)
         assert error([x[i : i + 1] for x in got], want) < 4e-3
+
+
+@given(work=st.integers(1, 600), blocks=st.integers(1, 2000), tokens=st.integers(1, 512))
+def test_shares_of_a_window(work, blocks, tokens):
+    """As many as 32 tokens each make; fewer, by half at most, only where all shares then are a power of two."""
+    splits = choose_splits(work, blocks, 132)
+    beside = choose_window_splits(work, splits, tokens, 132)
+    most = max(1, min(1320 // work - splits, -(-tokens // 32)))
+    assert 1 <= beside <= most <= 2 * beside
+    assert beside == most or (splits + beside).bit_count() == 1
 
 
 @pytest.mark.usefixtures("triton_cache")

@@ -168,6 +168,8 @@ def packed_append(
     queries = [] if rotation is None else [jnp.swapaxes(rotation.query, 1, 2)]
     rows = (new_key, new_value, *queries, window_key, window_value)
     count = window - first - keeps
+    if window_key.dtype != window_value.dtype:
+        raise NotImplementedError(f"windows of {window_key.dtype} and {window_value.dtype}: those of one dtype run")
     _require(rows, keys, values, count)
     from pallas_kernels.packed_append import _triton_kernels as kernels
 
