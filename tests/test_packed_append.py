@@ -1,5 +1,6 @@
 """The append kernels: code for code what the cache does without them, on a CUDA device and in Triton's interpreter."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -81,12 +82,32 @@ def expected_append(new, accept, window, filled, packed, length, first, keeps) -
     return Appended(*window, filled + accept - moved, keys, values, length + moved)
 
 
-def same_codes(got, want):
-    """Equal arrays, but for few numbers that lie between two codes, or groups that fit two ranges or scales alike."""
-    got, want = quantize.from_packed(got), quantize.from_packed(want)
+def by_group(packed):
+    """Codes, scales and minima of each group of tokens, float32 [B, K, groups, ...]."""
+    parts = [np.asarray(x, np.float32) for x in quantize.from_packed(packed)]
+    return [x.reshape(*x.shape[:2], parts[1].shape[2], -1) for x in parts]
+
+
+def same_codes(got, want, steady=True):
+    """Equal arrays, but for few numbers that lie between two codes, or groups that fit two ranges or scales alike;
+    only groups that are `steady` [B, K, groups]."""
+    got, want = ([x[np.broadcast_to(steady, x.shape[:3])] for x in by_group(packed)] for packed in (got, want))
     for a, b in zip(got, want):
-        assert np.mean(np.asarray(a, np.float32) != np.asarray(b, np.float32)) < 1e-2
-    assert np.mean(np.abs(np.asarray(got.codes, np.int32) - np.asarray(want.codes)) > 1) < 1e-3
+        assert np.mean(a != b) < 1e-2
+    assert np.mean(np.abs(got[0] - want[0]) > 1) < 1e-3
+
+
+def steady_groups(rng, packed, want, append):
+    """Groups of keys [B, K, groups] that stay as they are if feedback is some 1e-7 more or less. Elsewhere a code that
+    tips over tips a range, and so most of what follows in its group, as sums in another order may."""
+    steady = True
+    away = 3e-7 * rng.choice([-1, 1], packed.coupling.shape)
+    for sign in (-1, 1):
+        coupling = jnp.asarray(np.asarray(packed.coupling, np.float64) * (1 + sign * away), jnp.float32)
+        moved = append(dataclasses.replace(packed, coupling=coupling))
+        for a, b in zip(by_group(moved.keys), by_group(want.keys)):
+            steady = steady & (a == b).all(-1)
+    return steady
 
 
 def untouched(got, before, start, count, when):
@@ -121,24 +142,18 @@ def draw_rotation(rng, new, group) -> tuple[Rotation, list, jax.Array]:
     return Rotation(query, *units), held, asked.astype(query.dtype)
 
 
-def check_append(run, rng, codec, **sizes):
-    """`check_one_append`, once more if feedback fails it: in one draw of a hundred, sums that come in another order tip
-    a code, which tips a range, and so most of what follows in that group."""
-    try:
-        check_one_append(run, rng, codec, **sizes)
-    except AssertionError:
-        if codec.key_feedback != "all":
-            raise
-        check_one_append(run, rng, codec, **sizes)
-
-
-def check_one_append(run, rng, codec, first=0, keeps=0, group=None, **sizes):
+def check_append(run, rng, codec, first=0, keeps=0, group=None, **sizes):
     """With `group`, so many queries of each head come along, and all that is new is rotated."""
     new, accept, rows, filled, packed, length = draw_append(rng, codec, first=first, **sizes)
     rotation, held, asked = (None, new, None) if group is None else draw_rotation(rng, new, group)
+
+    def append(packed):
+        return expected_append(held, accept, rows, filled, packed, length, first, keeps)
+
     # A GPU's short products would round what feedback adds: one code in some goes another way, and all after it.
     with jax.default_matmul_precision("highest"):
-        want = expected_append(held, accept, rows, filled, packed, length, first, keeps)
+        want = append(packed)
+        steady = steady_groups(rng, packed, want, append) if codec.key_feedback == "all" else True
     about = dict(first=first, keeps=keeps, options=options(packed), rotation=rotation)
     got = run(*new, accept, *rows, filled, packed.keys, packed.values, length, **about)
     for name in ("window_length", "length"):
@@ -150,9 +165,11 @@ def check_one_append(run, rng, codec, first=0, keeps=0, group=None, **sizes):
         off = {"rtol": eps, "atol": 1e-6 * np.abs(other).max()} if group else {"rtol": 0}
         np.testing.assert_allclose(np.asarray(one, np.float32), other, **off)
     full = accept & (filled + 1 == rows[0].shape[2])
-    for name in ("keys", "values"):
-        same_codes(getattr(got, name), getattr(want, name))
-        untouched(getattr(got, name), getattr(packed, name), length, rows[0].shape[2] - first - keeps, full)
+    count = rows[0].shape[2] - first - keeps
+    assert np.sum(np.logical_not(steady)) <= np.sum(full) * rows[0].shape[1] * count // codec.token_group / 2
+    for name, groups in (("keys", steady), ("values", True)):
+        same_codes(getattr(got, name), getattr(want, name), groups)
+        untouched(getattr(got, name), getattr(packed, name), length, count, full)
 
 
 def check_write(run, rng, codec, h=64, ring=129, window=128):
@@ -230,9 +247,13 @@ def test_what_cannot_run_is_declined(change, match):
     )
     with pytest.raises(NotImplementedError, match=match):
         packed_append(*new, accept, *rows, filled, packed.keys, packed.values, length)
+
+
+def test_windows_of_two_dtypes_are_declined():
+    new, accept, rows, *rest, packed, length = draw_append(np.random.default_rng(0), CODECS["2-bit"], heads=1)
+    rows[0] = rows[0].astype(jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="bfloat16 and float32"):
-        rows[0] = rows[0].astype(jnp.bfloat16)
-        packed_append(*new, accept, *rows, filled, packed.keys, packed.values, length)
+        packed_append(*new, accept, *rows, *rest, packed.keys, packed.values, length)
 
 
 def test_shapes_that_contradict_each_other_are_refused():

@@ -1,7 +1,8 @@
 """SCBench (arXiv 2412.10319) from a local folder: one compressed context, several turns, its own metrics."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from minikv_jax.errors import ConfigError
@@ -25,7 +26,7 @@ _SCORES: dict[str, tuple[int, Callable[..., float]]] = {
 }
 # Every one of these answers must be there, and the score is the share that is; elsewhere one of them is enough.
 _ALL_OF = ("scbench_vt",)
-# Sets whose turns are of two kinds, and the tokens that answers may take there.
+# Sets whose turns are of two kinds, and the tokens that answers to each may take there.
 _MIXED = {
     "scbench_summary_with_needles": {"scbench_summary": 800, "scbench_passkey": 15},
     "scbench_repoqa_and_kv": {"scbench_repoqa": 1024, "scbench_kv": 80},
@@ -41,19 +42,25 @@ def cases(lab: Lab) -> list[Case]:
             raise ConfigError(
                 f"{path}: {name!r} is not supported; {', '.join((*_SCORES, *_MIXED))} are. Move it elsewhere."
             )
-        for kind in _MIXED.get(name, (name,)):
+        for kind in _kinds(name):
             metrics.require(_SCORES[kind][1], name)
-        records = [_checked(name, i, x) for i, x in enumerate(jsonl.records(path, ("multi_turns",)))]
-        for i, record in zip(range(lab.settings.limit), records):
-            # Wherever they are asked for: what is found must not be another function of the same repository.
-            functions = [
-                (turn["name"], turn["answer"])
-                for other in records
-                if other.get("repo") == record.get("repo")
-                for turn in other["multi_turns"]
-                if _kind(name, turn) == "scbench_repoqa"
-            ]
+        functions = _functions(name, path) if "scbench_repoqa" in _kinds(name) else {}
+        for i, record in zip(range(lab.settings.limit), jsonl.records(path, ("multi_turns",))):
             found.append(_case(lab, name, i, record, functions))
+    return found
+
+
+def _kinds(name: str) -> dict[str, int]:
+    """The kinds of a set's turns, and the tokens that answers may take."""
+    return _MIXED.get(name) or {name: _SCORES[name][0]}
+
+
+def _functions(name: str, path: Path) -> dict[str, list[tuple[str, str]]]:
+    """Each repository's functions (name, code), whichever record asks for them: one found must not be another."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for i, record in enumerate(jsonl.records(path, ("multi_turns",))):
+        turns = [turn for turn in _turns(name, i, record) if _kind(name, turn) == "scbench_repoqa"]
+        found.setdefault(record.get("repo"), []).extend((turn["name"], turn["answer"]) for turn in turns)
     return found
 
 
@@ -61,8 +68,8 @@ def _kind(name: str, turn: dict[str, Any]) -> str:
     return turn["task"] if name in _MIXED else name
 
 
-def _checked(name: str, i: int, record: dict[str, Any]) -> dict[str, Any]:
-    """The record, if it holds what its set's records do."""
+def _turns(name: str, i: int, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The record's turns, if it holds what its set's records do."""
     turns = record["multi_turns"]
     fields = {"input", "answer"} | ({"task"} if name in _MIXED else set())
     if ("context" not in record and "input" not in record) or not turns or any(fields - turn.keys() for turn in turns):
@@ -70,8 +77,8 @@ def _checked(name: str, i: int, record: dict[str, Any]) -> dict[str, Any]:
             f"{name}, record {i}: expected a context and multi_turns with {', '.join(sorted(fields))} each."
         )
     kinds = {_kind(name, turn) for turn in turns}
-    if name in _MIXED and kinds - _MIXED[name].keys():
-        raise ConfigError(f"{name}, record {i}: tasks {sorted(kinds)}; {', '.join(_MIXED[name])} are expected.")
+    if kinds - _kinds(name).keys():
+        raise ConfigError(f"{name}, record {i}: tasks {sorted(kinds)}; {', '.join(_kinds(name))} are expected.")
     if "scbench_repoqa" in kinds:
         named = all("name" in turn for turn in turns if _kind(name, turn) == "scbench_repoqa")
         if "repo" not in record or record.get("lang") not in metrics.LANGUAGES or not named:
@@ -79,21 +86,22 @@ def _checked(name: str, i: int, record: dict[str, Any]) -> dict[str, Any]:
                 f"{name}, record {i}: expected a repo, a lang of {', '.join(metrics.LANGUAGES)} (this is "
                 f"{record.get('lang')!r}), and the name of each function."
             )
-    return record
+    return turns
 
 
-def _case(lab: Lab, name: str, i: int, record: dict[str, Any], functions: Sequence[tuple[str, str]]) -> Case:
+def _case(lab: Lab, name: str, i: int, record: dict[str, Any], functions: dict[str, list[tuple[str, str]]]) -> Case:
+    given = _turns(name, i, record)
     context = record.get("context", record.get("input"))
     turns, before = [], None
-    for turn in record["multi_turns"]:
+    for turn in given:
         kind = _kind(name, turn)
-        most, score = _SCORES[kind]
-        most = _MIXED.get(name, {}).get(kind, most)
+        most, score = _kinds(name)[kind], _SCORES[kind][1]
         opened, question = lab.chat(context, _question(turn, kind))
         before = before or opened
         answers = [str(x) for x in (turn["answer"] if isinstance(turn["answer"], list) else [turn["answer"]])]
         if kind == "scbench_repoqa":
-            judge = functools.partial(score, name=turn["name"], functions=functions, language=record["lang"])
+            known = functions[record["repo"]]
+            judge = functools.partial(score, name=turn["name"], functions=known, language=record["lang"])
         else:
             judge = functools.partial(_judge, answers=answers, score=score, all_of=kind in _ALL_OF)
         # What comes between an answer and the next question belongs to the question.

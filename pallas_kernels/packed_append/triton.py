@@ -32,7 +32,8 @@ then a chain of 128 such additions of 64 x 128 numbers, and takes as long as tha
 Two warps share a scheduler and wait for one another's instructions, so those are few: tiles have one layout throughout
 (a warp keeps its tokens, sums over channels are shuffles), divisions do without the branch for numbers that cannot
 occur, and the triangle, folded and in the metadata's dtype, is spread out as float32 first. Read where it lies, each
-warp makes an address and a conversion of each byte for itself, for each eight channels: half of all instructions.
+warp makes an address and a conversion of each byte for itself, for each eight channels: two fifths of all
+instructions.
 """
 
 from typing import NamedTuple

@@ -305,6 +305,11 @@ def attend_dense(
     )
 
 
+def _power_of_two(x: int) -> int:
+    """The smallest that is not below x."""
+    return 1 << (x - 1).bit_length()
+
+
 def _merge(
     query: Float[Array, "B T N H"],
     heads: int,
@@ -321,10 +326,9 @@ def _merge(
     rows = t * (n // heads)
     other = first if second is None else second
     splits, other_splits = (x.part.shape[1] for x in (first, other))
-    padded, other_padded = (1 << (x - 1).bit_length() for x in (splits, other_splits))
-    joined = 0 if second is None else other_padded
+    padded, joined = _power_of_two(splits), 0 if second is None else _power_of_two(other_splits)
     # A rotation needs all channels; else programs of a few keep more loads in flight.
-    width = h if unit is not None else min(h, max(32, 1024 // max(padded, other_padded)))
+    width = h if unit is not None else min(h, max(32, 1024 // max(padded, joined)))
     shapes = [((b, t, n, h), query.dtype if normalize else jnp.float32), ((b, t, n), jnp.float32)]
     shapes.append(((1,) if normalize else (b, t, n), jnp.float32))
     return triton_call.call(
@@ -377,7 +381,7 @@ def choose_window_splits(work: int, splits: int, tokens: int, processors: int) -
     A few less, if with those all shares were just too many for a power of two, which the join makes of them.
     """
     most = max(1, min((10 * processors - splits * work) // work, -(-tokens // 32)))
-    room = (1 << (splits - 1).bit_length()) - splits
+    room = _power_of_two(splits) - splits
     return room if most <= 2 * room < 2 * most else most
 
 
