@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import draws
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_its_cache_weighs_two_and_a_quarter_bits():
 
 @pytest.mark.parametrize("length", [3, 9, 24, 31])
 def test_the_newest_tokens_stay_as_they_came(length):
-    prompt, stream = draw(np.random.default_rng(), 1, 40, 60, 2, 2, 16)
+    prompt, stream = draw(draws.rng(), 1, 40, 60, 2, 2, 16)
     seen = run(PLUS.replace(exact_sinks=False), *prompt, np.array([length]), stream)
     key = np.concatenate([prompt[1][0, :length], stream[1][:, 0]])
     for layer, count in ((seen.prompt, length), (seen.after, length + len(stream[1]))):
@@ -53,7 +54,7 @@ def test_the_newest_tokens_stay_as_they_came(length):
 
 
 def test_sinks_stay_as_they_came_and_stretch_no_group():
-    prompt, stream = draw(np.random.default_rng(), 2, 64, 40, 2, 2, 16)
+    prompt, stream = draw(draws.rng(), 2, 64, 40, 2, 2, 16)
     lengths = np.array([64, 2])
     quiet = run(PLUS, *prompt, lengths, stream)
     # Sinks of the first sequence came with its prompt; the second had two tokens, so two more are new ones.
@@ -85,7 +86,7 @@ def _held(segment, layer, b):
 
 def test_the_most_attended_tokens_have_four_bits_and_the_others_two():
     lengths = np.array([90, 41, 12, 3])
-    prompt, stream = draw(np.random.default_rng(), 4, 90, 30, 2, 2, 16)
+    prompt, stream = draw(draws.rng(), 4, 90, 30, 2, 2, 16)
     _, scores, _ = two_pass_attention(*prompt, query_lengths=lengths, key_value_lengths=lengths, score_rows=256)
     seen = run(TIERS, *prompt, lengths, stream)
     for b, length in enumerate(lengths):
@@ -110,7 +111,7 @@ def test_the_most_attended_tokens_have_four_bits_and_the_others_two():
 
 def test_two_fine_tiers_answer_like_the_full_cache():
     lengths = np.array([90, 41, 12, 3])
-    prompt, stream = draw(np.random.default_rng(), 4, 90, 30, 2, 2, 16)
+    prompt, stream = draw(draws.rng(), 4, 90, 30, 2, 2, 16)
     # Loud queries attend to few tokens, so that two bits surely hurt.
     prompt, stream = ((3 * query, *rest) for query, *rest in (prompt, stream))
     fine = with_codes(TIERS, key_bits=8, value_bits=8)
@@ -139,7 +140,7 @@ def test_tiers_that_do_not_go_together_are_named(make, words):
 @given(exponents=st.tuples(*[st.integers(-30, 30)] * 2))
 def test_numbers_of_any_size_are_kept_as_well(exponents):
     # Eight-bit floats end at 448 and at 2 ** -9: without the layer's units tiny values would all become one.
-    (query, key, value), stream = draw(np.random.default_rng(3), 1, 64, 20, 2, 2, 16)
+    (query, key, value), stream = draw(draws.rng(), 1, 64, 20, 2, 2, 16)
     plain = run(PLUS, query, key, value, np.array([60]), stream).outputs
     k, v = (np.float32(2.0**e) for e in exponents)
     scaled = (query / k, key * k, value * v), (stream[0] / k, stream[1] * k, stream[2] * v)
@@ -165,7 +166,7 @@ def test_short_metadata_reaches_all_of_a_group(x, offset, bits):
 
 
 def test_feedback_is_gptq_and_saves_what_queries_see():
-    rng = np.random.default_rng()
+    rng = draws.rng()
     x = rng.standard_normal((1, 1, 128, 16)).astype(np.float32)
     queries = (rng.standard_normal((400, 4)) @ rng.standard_normal((4, 16))).astype(np.float32)
     moment = (queries.T @ queries)[None, None]
@@ -187,7 +188,7 @@ def test_feedback_is_gptq_and_saves_what_queries_see():
 
 @pytest.mark.parametrize("size", [1, 2, 7, 16])
 def test_a_triangle_unfolds_to_what_it_was(size):
-    triangle = np.triu(np.random.default_rng().standard_normal((2, 3, size, size)).astype(np.float32), 1)
+    triangle = np.triu(draws.rng().standard_normal((2, 3, size, size)).astype(np.float32), 1)
     half = quantize.fold(jnp.asarray(triangle))
     assert half.shape == (2, 3, -(-size // 2), size)
     np.testing.assert_array_equal(quantize.unfold(half), triangle)
@@ -203,7 +204,7 @@ def test_a_coupling_fits_into_eight_bits(seed, rank, spread):
 
 
 def test_keys_of_new_tokens_go_by_the_prompts_queries():
-    rng = np.random.default_rng()
+    rng = draws.rng()
     prompt, stream = draw(rng, 1, 96, 4, 2, 2, 16)
     narrow = rng.standard_normal((3, 16)).astype(np.float32)  # few directions: most of an error is seen by no query
     asked = (rng.standard_normal((1, 96, 4, 3)) @ narrow).astype(np.float32)
@@ -219,7 +220,7 @@ def test_keys_of_new_tokens_go_by_the_prompts_queries():
 
 
 def test_feedback_without_queries_is_rounding():
-    x = jnp.asarray(np.random.default_rng().standard_normal((1, 2, 128, 16)), jnp.float32)
+    x = jnp.asarray(draws.rng().standard_normal((1, 2, 128, 16)), jnp.float32)
     plain = quantize.encode(x, 2, 32, "tokens")
     fed = quantize.encode_with_feedback(x, quantize.coupling_of(jnp.zeros((1, 2, 16, 16))), 2, 32)
     for a, b in zip(plain, fed):

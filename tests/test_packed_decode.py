@@ -1,5 +1,6 @@
 """Packed decode attention against float64 attention over the dequantised cache."""
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,8 +121,8 @@ def error(got: Partial, want) -> float:
     return float(np.linalg.norm(got_mean - want_mean) / max(np.linalg.norm(want_mean), 1e-30))
 
 
-def compare(implementation, fmt, *, b=2, heads=2, group=2, t=1, h=64, blocks=2, lengths=None, dtype="bfloat16", seed=0):
-    rng = np.random.default_rng(seed)
+def compare(implementation, fmt, *, b=2, heads=2, group=2, t=1, h=64, blocks=2, lengths=None, dtype="bfloat16"):
+    rng = draws.rng()
     keys, values = segment(rng, b, heads, blocks, h, fmt)
     query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)), dtype)
     if lengths is None:
@@ -144,7 +145,7 @@ def test_pack_and_unpack_are_inverse(bits, axis):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_dequantize_follows_the_definition(name):
-    for packed in segment(np.random.default_rng(0), 1, 2, 2, 64, FORMATS[name]):
+    for packed in segment(draws.rng(), 1, 2, 2, 64, FORMATS[name]):
         np.testing.assert_allclose(layout.dequantize(packed), dequantised(packed), rtol=1e-5, atol=1e-6)
 
 
@@ -159,16 +160,15 @@ def test_xla_matches_float64(name):
     heads=st.sampled_from([(1, 1), (1, 8), (2, 4), (3, 3)]),
     t=st.sampled_from([1, 3]),
     blocks=st.integers(1, 3),
-    seed=st.integers(0, 2**20),
 )
-def test_xla_matches_float64_on_drawn_shapes(name, heads, t, blocks, seed):
+def test_xla_matches_float64_on_drawn_shapes(name, heads, t, blocks):
     k, group = heads
-    assert compare("xla", FORMATS[name], heads=k, group=group, t=t, blocks=blocks, seed=seed) < 1e-5
+    assert compare("xla", FORMATS[name], heads=k, group=group, t=t, blocks=blocks) < 1e-5
 
 
 @pytest.mark.parametrize("scales", [[0.0], [1e-6], [1e4], [0.0, 1e-6, 0.1, 1e4]])
 def test_xla_takes_adversarial_scales(scales):
-    rng = np.random.default_rng(1)
+    rng = draws.rng()
     keys, values = segment(rng, 1, 2, 1, 64, FORMATS["2-bit"], scales=scales)
     query = jnp.asarray(rng.normal(size=(1, 1, 4, 64)) * 1e-3, jnp.float32)
     lengths = jnp.asarray([100])
@@ -198,7 +198,7 @@ def poison(packed, length):
 
 
 def check_nothing_beyond_the_length(implementation, length, fmt, h=64):
-    rng = np.random.default_rng(2)
+    rng = draws.rng()
     keys, values = segment(rng, 1, 2, 3, h, fmt)
     query = jnp.asarray(rng.normal(size=(1, 1, 4, h)), jnp.bfloat16)
     lengths = jnp.asarray([length])
@@ -227,15 +227,15 @@ def random_partials(rng, count):
 
 
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 2**20), order=st.permutations(range(4)))
-def test_merge_does_not_depend_on_the_order(seed, order):
-    partials = random_partials(np.random.default_rng(seed), 4)
+@given(order=st.permutations(range(4)))
+def test_merge_does_not_depend_on_the_order(order):
+    partials = random_partials(draws.rng(), 4)
     for a, b in zip(merge_partials(partials), merge_partials([partials[i] for i in order])):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_merge_ignores_empty_parts():
-    (part,) = random_partials(np.random.default_rng(0), 1)
+    (part,) = random_partials(draws.rng(), 1)
     empty = Partial(jnp.zeros((1, 2, 3, 4)), jnp.full((1, 2, 3), -jnp.inf), jnp.zeros((1, 2, 3)))
     for a, b in zip(merge_partials([part]), merge_partials([empty, part, empty])):
         np.testing.assert_array_equal(a, b)
@@ -244,7 +244,7 @@ def test_merge_ignores_empty_parts():
 
 
 def test_merging_segments_is_attention_over_all_of_them():
-    rng = np.random.default_rng(3)
+    rng = draws.rng()
     parts = [segment(rng, 1, 2, blocks, 64, FORMATS["2-bit"]) for blocks in (1, 2)]
     query = jnp.asarray(rng.normal(size=(1, 2, 4, 64)), jnp.float32)
     lengths = (70, 200)
@@ -259,9 +259,9 @@ def test_merging_segments_is_attention_over_all_of_them():
     np.testing.assert_allclose(lse, want[1] + np.log(want[2]), rtol=1e-5)
 
 
-def compare_dense(implementation, *, b=2, heads=2, group=2, t=1, h=64, s=90, dtype="float32", seed=4) -> float:
+def compare_dense(implementation, *, b=2, heads=2, group=2, t=1, h=64, s=90, dtype="float32") -> float:
     """Drawn rows visible to every query and head; what nobody sees is NaN."""
-    rng = np.random.default_rng(seed)
+    rng = draws.rng()
     query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)), dtype)
     key, value = (jnp.asarray(rng.normal(size=(b, heads, s, h)), dtype) for _ in range(2))
     lengths = rng.integers(0, s + 1, (b, t, heads))
@@ -285,17 +285,16 @@ def compare_dense(implementation, *, b=2, heads=2, group=2, t=1, h=64, s=90, dty
     heads=st.sampled_from([(1, 1), (1, 8), (2, 4), (3, 3)]),
     t=st.integers(1, 3),
     s=st.integers(1, 200),
-    seed=st.integers(0, 2**20),
 )
-def test_dense_matches_float64(heads, t, s, seed):
-    assert compare_dense("xla", heads=heads[0], group=heads[1], t=t, s=s, seed=seed) < 1e-5
+def test_dense_matches_float64(heads, t, s):
+    assert compare_dense("xla", heads=heads[0], group=heads[1], t=t, s=s) < 1e-5
 
 
 def check_together(
     implementation, *, t=1, heads=2, group=2, h=64, dtype="bfloat16", lengths=((200, 33), (0, 0)), formats=("2-bit",)
 ):
     """Packed segments and a dense one as one softmax, and the logits of the first; `lengths` of each, by sequence."""
-    rng = np.random.default_rng(7)
+    rng = draws.rng()
     b = len(lengths)
     query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)), dtype)
     held = [segment(rng, b, heads, 2, h, FORMATS[name]) for name in formats]
@@ -343,7 +342,7 @@ def test_segments_attend_together(t):
 
 
 def test_wrong_arguments_are_refused():
-    keys, values = segment(np.random.default_rng(5), 1, 2, 1, 64, FORMATS["2-bit"])
+    keys, values = segment(draws.rng(), 1, 2, 1, 64, FORMATS["2-bit"])
     query, lengths = jnp.zeros((1, 1, 4, 64)), jnp.asarray([3])
     with pytest.raises(ValueError, match="head size"):
         packed_decode_attention(jnp.zeros((1, 1, 4, 128)), keys, values, lengths)
@@ -362,7 +361,7 @@ def test_wrong_arguments_are_refused():
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="declines only without a GPU")
 def test_triton_declines_without_a_gpu():
-    keys, values = segment(np.random.default_rng(6), 1, 2, 1, 64, FORMATS["2-bit"])
+    keys, values = segment(draws.rng(), 1, 2, 1, 64, FORMATS["2-bit"])
     query, lengths = jnp.zeros((1, 1, 4, 64)), jnp.asarray([3])
     with pytest.raises(NotImplementedError, match="needs a CUDA GPU"):
         packed_decode_attention(query, keys, values, lengths, implementation="triton")

@@ -2,6 +2,7 @@
 
 import functools
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ def test_four_codes_in_turn_pack_to_the_published_word():
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_every_code_survives_packing(bits):
-    codes = np.random.default_rng().integers(0, 2**bits, (3, 128, 5), dtype=np.uint8)
+    codes = draws.rng().integers(0, 2**bits, (3, 128, 5), dtype=np.uint8)
     for axis, x in ((1, codes), (2, codes.swapaxes(1, 2))):
         packed = pack(jnp.asarray(x), bits, axis=axis)
         assert packed.shape[axis] == 16 * bits
@@ -51,7 +52,7 @@ def test_a_constant_group_gives_back_the_constant(constant):
 @pytest.mark.parametrize("axis", ["tokens", "channels"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_stored_numbers_are_the_references(bits, axis, tokens_last):
-    rng = np.random.default_rng()
+    rng = draws.rng()
     x = rng.standard_normal((1, 2, 128, 32)).astype(np.float32) * rng.choice([0.1, 1, 30], 32).astype(np.float32)
     for group in (4, 16, 32):
         codes = quantize.encode(jnp.asarray(x), bits, group, axis, "float16")
@@ -85,7 +86,7 @@ def test_no_number_is_off_by_more_than_half_a_step(x, bits, axis):
 
 @pytest.mark.parametrize("metadata", ["float16", "bfloat16", "float8_e4m3fn"])
 def test_numbers_beyond_the_metadata_do_not_become_infinite(metadata):
-    x = jnp.asarray(np.random.default_rng().choice([-1e30, 0.0, 1e30], (1, 1, 128, 16)), jnp.float32)
+    x = jnp.asarray(draws.rng().choice([-1e30, 0.0, 1e30], (1, 1, 128, 16)), jnp.float32)
     codes = quantize.encode(x, 2, 16, "tokens", metadata)
     assert np.all(np.isfinite(dequantize(quantize.to_packed(codes, 2, 16, "tokens", False))))
 
@@ -95,7 +96,7 @@ def test_numbers_beyond_the_metadata_do_not_become_infinite(metadata):
 @pytest.mark.parametrize("clip", [(), (0.9, 0.8)])
 def test_codes_of_a_compiled_program_go_by_metadata_as_stored(clip, metadata, where):
     # XLA drops conversions to a short float and back on a GPU: codes would go by scales that nobody has.
-    x = np.random.default_rng().standard_normal((2, 2, 128, 16)).astype(np.float32) + 5
+    x = draws.rng().standard_normal((2, 2, 128, 16)).astype(np.float32) + 5
     with jax.default_device(jax.devices(where)[0]):
         encode = functools.partial(quantize.encode, bits=3, group_size=16, group_axis="tokens")
         codes = jax.jit(functools.partial(encode, metadata_dtype=metadata, clip=clip))(jnp.asarray(x))
@@ -114,7 +115,7 @@ def test_codes_of_a_compiled_program_go_by_metadata_as_stored(clip, metadata, wh
 )
 def test_a_group_that_holds_nan_comes_back_as_nan_and_no_other_does(place, whole, axis, metadata, clip):
     # XLA's own minimum loses NaN or keeps it as the size has it compiled: two heads of two sequences lose it.
-    x = np.random.default_rng().standard_normal((2, 2, 128, 16)).astype(np.float32)
+    x = draws.rng().standard_normal((2, 2, 128, 16)).astype(np.float32)
     token, channel = place
     broken = np.zeros_like(x, bool)
     if axis == "tokens":
