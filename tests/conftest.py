@@ -36,10 +36,10 @@ def pytest_configure(config):
 
 def _keep_programs(folder: Path) -> None:
     """What one worker or run has compiled, the next one reads: JAX's cache, in a folder of this checkout."""
-    if "PYTEST_XDIST_WORKER" not in os.environ and folder.exists():
-        # Drawn shapes leave programs that no other run asks for.
-        if sum(path.stat().st_size for path in folder.iterdir()) > 1 << 30:
-            shutil.rmtree(folder)
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    # Drawn shapes leave programs that no other run asks for.
+    if alone and folder.exists() and sum(path.stat().st_size for path in folder.iterdir()) > 1 << 30:
+        shutil.rmtree(folder)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

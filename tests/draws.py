@@ -36,3 +36,10 @@ def rng() -> np.random.Generator:
     """A generator of its own for each call in a test."""
     names = [zlib.crc32(_state[name].encode()) for name in ("test", "example")]
     return np.random.default_rng([int(os.environ.get(VARIABLE, 0)), *names, next(_state["counter"])])
+
+
+def array(x, dtype="float32"):
+    """Drawn numbers as a JAX array. NumPy rounds them: JAX would compile a conversion for every shape."""
+    import jax.numpy as jnp
+
+    return jnp.asarray(np.asarray(x).astype(jnp.dtype(dtype)))

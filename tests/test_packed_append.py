@@ -21,6 +21,9 @@ from pallas_kernels.packed_append import triton as implementation
 from pallas_kernels.packed_append.api import Options, Rotation, Run, packed_append, packed_write
 from pallas_kernels.packed_append.triton import Appended
 
+# Compiled once for all tests of a shape.
+build = jax.jit(segments.build, static_argnums=(0, 4, 5))
+encode, write_codes, turn = jax.jit(segments.encode), jax.jit(segments.write_codes), jax.jit(rotate)
 CODECS = {
     "2-bit": Codec(2, 2, 16, 16),
     "KIVI's groups": Codec(2, 2, 32, 32),
@@ -36,15 +39,15 @@ CODECS = {
 
 def numbers(rng, *shape):
     loud = np.where(rng.random(shape[-1]) < 0.1, 8.0, 1.0)
-    return jnp.asarray(rng.standard_normal(shape) * loud + rng.standard_normal(shape[-1]), jnp.float32)
+    return draws.array(rng.standard_normal(shape) * loud + rng.standard_normal(shape[-1]))
 
 
 def segment(rng, codec, b, heads, blocks, h, dtype=jnp.float32):
     x = [numbers(rng, b, heads, 128 * blocks, h).astype(dtype) for _ in range(2)]
-    balance = jnp.asarray(rng.uniform(0.5, 2, (b, heads, h)), jnp.float32)
+    balance = draws.array(rng.uniform(0.5, 2, (b, heads, h)))
     queries = rng.standard_normal((b, heads, 400, h // 4)) @ rng.standard_normal((b, heads, h // 4, h))
-    moment = jnp.asarray(np.swapaxes(queries, 2, 3) @ queries, jnp.float32)
-    return segments.build(codec, *x, jnp.zeros((b,), jnp.int32), 128 * blocks, dtype, balance, moment)
+    moment = draws.array(np.swapaxes(queries, 2, 3) @ queries)
+    return build(codec, *x, jnp.zeros((b,), jnp.int32), 128 * blocks, dtype, balance, moment)
 
 
 def options(packed):
@@ -61,9 +64,9 @@ def expected_write(packed, key, value):
     def per_head(x):
         return jnp.broadcast_to(x[:, None], key.rows.shape[:2])
 
-    codes = segments.encode(packed, rows(key), rows(value))
-    keys = segments.write_codes(packed.keys, codes[0], per_head(key.start), key.when)
-    return keys, segments.write_codes(packed.values, codes[1], per_head(value.start), value.when)
+    codes = encode(packed, rows(key), rows(value))
+    keys = write_codes(packed.keys, codes[0], per_head(key.start), key.when)
+    return keys, write_codes(packed.values, codes[1], per_head(value.start), value.when)
 
 
 def expected_append(new, accept, window, filled, packed, length, first, keeps) -> Appended:
@@ -138,8 +141,8 @@ def draw_rotation(rng, new, group) -> tuple[Rotation, list, jax.Array]:
     b, heads, _, h = new[0].shape
     query = numbers(rng, b, 1, heads * group, h).astype(new[0].dtype)
     units = [jnp.asarray(2.0 ** rng.integers(-4, 4, (b, heads)), jnp.float32) for _ in range(2)]
-    held = [(rotate(x) / unit[..., None, None]).astype(x.dtype) for x, unit in zip(new, units)]
-    asked = rotate(query) * jnp.repeat(units[0], group, axis=1)[:, None, :, None]
+    held = [(turn(x) / unit[..., None, None]).astype(x.dtype) for x, unit in zip(new, units)]
+    asked = turn(query) * jnp.repeat(units[0], group, axis=1)[:, None, :, None]
     return Rotation(query, *units), held, asked.astype(query.dtype)
 
 

@@ -26,7 +26,7 @@ QUICK = "32 tokens, 64 channels"
 INTERPRETED = """
 import sys
 sys.path.insert(0, "tests")
-import jax, jax.numpy as jnp, numpy as np
+import draws, jax, jax.numpy as jnp, numpy as np
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from pallas_kernels.packed_decode import mosaic_gpu as m
 from test_packed_decode import attention, dequantised, error, poison, segment

@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 from pallas_kernels.two_pass_attention import mosaic_gpu
 from pallas_kernels.two_pass_attention.api import two_pass_attention
 
+# Compiled once for all tests of a shape.
+attend = jax.jit(two_pass_attention, static_argnames=("is_causal", "sliding_window", "score_rows", "implementation"))
+
 
 def reference(q, k, v, rows, columns, offset, scale, causal=True, window=None, score_rows="all"):
     """The definition, one row at a time, in float64. Padding is never read."""
@@ -46,7 +49,7 @@ def reference(q, k, v, rows, columns, offset, scale, causal=True, window=None, s
 def draw(b, t, s, n, k, h, dtype=np.float32):
     rng = draws.rng()
     shapes = (b, t, n, h), (b, s, k, h), (b, s, k, h)
-    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+    return [draws.array(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
 def ints(*x):
@@ -60,7 +63,27 @@ def compare(got, want, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
 
 
-@settings(max_examples=8, deadline=None)
+def check_xla(t, s, heads, h, causal, window, score_rows, shift, share):
+    q, k, v = draw(2, t, s, *heads, h)
+    rows, columns = ints(t, max(int(t * share), 1)), ints(max(int(s * share), 1), s)
+    window = window if causal else None
+    offset = None if shift is None else ints(shift, 0)
+    got = attend(
+        q, k, v, query_lengths=rows, key_value_lengths=columns, query_offset=offset, is_causal=causal,
+        sliding_window=window, score_rows=score_rows, implementation="xla",
+    )  # fmt: skip
+    begin = [0, 0] if offset is None else np.asarray(offset)
+    want = reference(q, k, v, np.asarray(rows), np.asarray(columns), begin, h**-0.5, causal, window, score_rows)
+    compare(got, want, 2e-4)
+
+
+@given(shift=st.integers(0, 11), share=st.floats(0.1, 1), window=st.sampled_from([None, 7]))
+def test_xla_is_the_definition(shift, share, window):
+    check_xla(40, 45, (4, 2), 64, True, window, 5, shift, share)
+
+
+@pytest.mark.slow
+@settings(max_examples=500)
 @given(
     t=st.integers(1, 40),
     s=st.integers(1, 45),
@@ -72,18 +95,8 @@ def compare(got, want, tolerance):
     shift=st.sampled_from([None, 0, 3, 11]),
     share=st.floats(0.1, 1),
 )
-def test_xla_is_the_definition(t, s, heads, h, causal, window, score_rows, shift, share):
-    q, k, v = draw(2, t, s, *heads, h)
-    rows, columns = ints(t, max(int(t * share), 1)), ints(max(int(s * share), 1), s)
-    window = window if causal else None
-    offset = None if shift is None else ints(shift, 0)
-    got = two_pass_attention(
-        q, k, v, query_lengths=rows, key_value_lengths=columns, query_offset=offset, is_causal=causal,
-        sliding_window=window, score_rows=score_rows, implementation="xla",
-    )  # fmt: skip
-    begin = [0, 0] if offset is None else np.asarray(offset)
-    want = reference(q, k, v, np.asarray(rows), np.asarray(columns), begin, h**-0.5, causal, window, score_rows)
-    compare(got, want, 2e-4)
+def test_xla_is_the_definition_at_every_shape(t, s, heads, h, causal, window, score_rows, shift, share):
+    check_xla(t, s, heads, h, causal, window, score_rows, shift, share)
 
 
 def dominant(q, k, v):
@@ -111,7 +124,7 @@ ADVERSARIAL = [dominant, equal, huge, denormal]
 @pytest.mark.parametrize("change", ADVERSARIAL)
 def test_adversarial_values(change):
     q, k, v = change(*draw(1, 33, 33, 4, 2, 64))
-    got = two_pass_attention(q, k, v, implementation="xla")
+    got = attend(q, k, v, implementation="xla")
     compare(got, reference(q, k, v, [33], [33], [0], 64**-0.5), 2e-3 if change is huge else 1e-4)
 
 
@@ -119,9 +132,9 @@ def test_adversarial_values(change):
 def test_padding_may_hold_anything(bad):
     q, k, v = draw(2, 24, 30, 4, 2, 64)
     rows, columns = ints(24, 13), ints(21, 30)
-    clean = two_pass_attention(q, k, v, query_lengths=rows, key_value_lengths=columns)
+    clean = attend(q, k, v, query_lengths=rows, key_value_lengths=columns)
     q, k, v = q.at[1, 13:].set(bad), k.at[0, 21:].set(bad), v.at[0, 21:].set(bad)
-    dirty = two_pass_attention(q, k, v, query_lengths=rows, key_value_lengths=columns)
+    dirty = attend(q, k, v, query_lengths=rows, key_value_lengths=columns)
     for a, b in zip(clean, dirty):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     assert (np.asarray(dirty[0])[1, 13:] == 0).all() and (np.asarray(dirty[1])[0, :, 21:] == 0).all()
@@ -129,14 +142,14 @@ def test_padding_may_hold_anything(bad):
 
 def test_a_length_beyond_the_array_means_the_array():
     q, k, v = draw(2, 24, 30, 4, 2, 64)
-    want = two_pass_attention(q, k, v, score_rows=5)
-    got = two_pass_attention(q, k, v, query_lengths=ints(25, 999), key_value_lengths=ints(31, 999), score_rows=5)
+    want = attend(q, k, v, score_rows=5)
+    got = attend(q, k, v, query_lengths=ints(25, 999), key_value_lengths=ints(31, 999), score_rows=5)
     compare(got, want, 1e-6)
 
 
 def test_scores_add_up_to_the_rows():
     q, k, v = draw(1, 100, 100, 6, 2, 64)
-    _, scores, _ = two_pass_attention(q, k, v)
+    _, scores, _ = attend(q, k, v)
     np.testing.assert_allclose(np.asarray(scores).sum(-1), 100 * 3, rtol=1e-5)
 
 
@@ -182,9 +195,9 @@ def lowered(kind, dtype, t, s, heads, kv_heads, h, **options):
     "dtype,t,s,heads,kv_heads,h,options",
     [
         (jnp.bfloat16, 512, 512, 8, 2, 128, {}),
-        (jnp.float16, 333, 517, 4, 4, 64, {}),
+        pytest.param(jnp.float16, 333, 517, 4, 4, 64, {}, marks=pytest.mark.slow),
         (jnp.bfloat16, 100, 700, 4, 2, 96, dict(score_rows=64)),
-        (jnp.bfloat16, 256, 256, 2, 1, 256, dict(is_causal=False)),
+        pytest.param(jnp.bfloat16, 256, 256, 2, 1, 256, dict(is_causal=False), marks=pytest.mark.slow),
     ],
 )
 def test_lowers_for_hopper_by_default(dtype, t, s, heads, kv_heads, h, options):
@@ -240,7 +253,7 @@ print("DONE")
     [
         dict(causal=True, score_rows="all", blocks={}),
         # Three tiles of rows, in pairs: the fourth is none.
-        dict(causal=True, score_rows="all", blocks={}, kv_heads=2, warpgroups=1),
+        pytest.param(dict(causal=True, score_rows="all", blocks={}, kv_heads=2, warpgroups=1), marks=pytest.mark.slow),
         pytest.param(dict(causal=True, score_rows=20, blocks=dict(whole_group=True)), marks=pytest.mark.slow),
         pytest.param(dict(causal=False, score_rows="all", blocks={}), marks=pytest.mark.slow),
     ],
