@@ -38,9 +38,14 @@ from minikv_jax.sampling import sample
 
 MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
 step = jax.jit(decode_step, donate_argnames="cache")
+
+
 # Every method, those beyond a few among the slow tests.
-FEW = ("full", "minikv", "two_tiers")
-EVERY = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+def every(*quick):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+
+
+EVERY = every("full", "minikv", "mikv")
 
 
 def follow(config, prompt, lengths, later, params=MODEL):
@@ -107,7 +112,7 @@ def test_a_ragged_batch_is_its_sequences_one_by_one(method, lengths):
         states = [step(MODEL, cache, token)] + [step(MODEL, c, token[b : b + 1]) for b, (_, c) in enumerate(alone)]
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", every("minikv", "two_tiers"))
 def test_padding_never_matters(method):
     text, later, lengths = tokens(2, 30), tokens(2, 10), jnp.array([30, 11])
     config = METHODS[method].replace(prompt_capacity=64)
