@@ -40,8 +40,8 @@ MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
 step = jax.jit(decode_step, donate_argnames="cache")
 
 
-# Every method, those beyond a few among the slow tests.
 def every(*quick):
+    """Every method, those beyond a few among the slow tests."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 
 

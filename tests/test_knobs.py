@@ -21,7 +21,7 @@ def outputs(config, prompt, stream, lengths):
 @pytest.mark.parametrize(
     "knob", [{"rotate": True}, {"balance": True}, {"clip": (0.95, 0.9)}, {"metadata_dtype": "bfloat16"}]
 )
-@pytest.mark.parametrize("method", ["minikv", "kivi"])
+@pytest.mark.parametrize("method", ["minikv", pytest.param("kivi", marks=pytest.mark.slow)])
 def test_a_codec_knob_changes_rounding_only(method, knob):
     # At 8 bits the codes hardly round, so what is stored and what is asked must fit together whatever the knob.
     base = {"group_size": 8, "residual": 16}
