@@ -2,21 +2,18 @@
 
 import os
 import secrets
-import shutil
-from pathlib import Path
 
 import draws
+import environment  # before anything that imports JAX
 import hypothesis
 import pytest
-
-# Before JAX starts, and for the processes that tests start. Compiling is most of a test's time and its programs run
-# once: LLVM's optimisations are left out. Each worker takes of a GPU's memory what it needs, not most of it.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+from typed import check_annotations
 
 # The first example of a shape compiles, so time says nothing; each run draws afresh.
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=25, print_blob=True)
 hypothesis.settings.load_profile("suite")
+
+check_annotations()
 
 
 def pytest_addoption(parser):
@@ -30,19 +27,10 @@ def pytest_configure(config):
     # Workers of pytest-xdist inherit the variable.
     seed = int(os.environ.setdefault(draws.VARIABLE, str(secrets.randbits(32))))
     hypothesis.core.global_force_seed = seed
-    if "not gpu" in config.getoption("markexpr"):
-        _keep_programs(config.rootpath / ".pytest_cache" / "jax")
-
-
-def _keep_programs(folder: Path) -> None:
-    """What one worker or run has compiled, the next one reads: JAX's cache, in a folder of this checkout."""
-    alone = "PYTEST_XDIST_WORKER" not in os.environ
-    # Drawn shapes leave programs that no other run asks for.
-    if alone and folder.exists() and sum(path.stat().st_size for path in folder.iterdir()) > 1 << 30:
-        shutil.rmtree(folder)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        environment.forget_old_programs()
+    if "not gpu" not in config.getoption("markexpr"):
+        environment.compile_anew()
 
 
 def pytest_terminal_summary(terminalreporter):
