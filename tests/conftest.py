@@ -4,12 +4,10 @@ import os
 import secrets
 
 import draws
+import environment  # before anything that imports JAX
 import hypothesis
 import pytest
 from typed import check_annotations
-
-# Compiling is most of a test's time and its programs run once: leave out LLVM's optimisations. Set before JAX starts.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # The first example of a shape compiles, so time says nothing; each run draws afresh.
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=25, print_blob=True)
@@ -29,10 +27,20 @@ def pytest_configure(config):
     # Workers of pytest-xdist inherit the variable.
     seed = int(os.environ.setdefault(draws.VARIABLE, str(secrets.randbits(32))))
     hypothesis.core.global_force_seed = seed
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        environment.forget_old_programs()
+    if "not gpu" not in config.getoption("markexpr"):
+        environment.compile_anew()
 
 
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"Draw the same again: pytest --draws {os.environ[draws.VARIABLE]}")
+
+
+def pytest_itemcollected(item):
+    given = getattr(getattr(item, "obj", None), "hypothesis", None)
+    if given is not None and not hasattr(given.inner_test, "__wrapped__"):
+        given.inner_test = draws.by_example(given.inner_test)
 
 
 @pytest.fixture(autouse=True)

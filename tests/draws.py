@@ -1,9 +1,11 @@
 """Random numbers of the tests: drawn anew in every run, and drawn again with `pytest --draws SEED`.
 
-`conftest.py` draws the seed of a run and prints it. Each test's generators depend on that seed and on the test's name
-alone, so a failure comes back whatever else runs.
+`conftest.py` draws the seed of a run and prints it. Each generator depends on that seed, on the test's name, on what
+hypothesis gave the test, and on how many generators the test made before: a failure comes back whatever else runs, and
+hypothesis, when it tries an example again, meets the same numbers. Outside of pytest the seed is 0.
 """
 
+import functools
 import itertools
 import os
 import zlib
@@ -11,16 +13,33 @@ import zlib
 import numpy as np
 
 VARIABLE = "MINIKV_TEST_SEED"
-_counter = itertools.count()
-_test = 0
+_state = {"test": "", "example": "", "counter": itertools.count()}
 
 
 def begin(test: str) -> None:
     """Called by `conftest.py` before each test."""
-    global _counter, _test
-    _counter, _test = itertools.count(), zlib.crc32(test.encode())
+    _state.update(test=test, example="", counter=itertools.count())
+
+
+def by_example(test):
+    """A hypothesis test's function, begun anew for each example."""
+
+    @functools.wraps(test)
+    def one(*arguments, **drawn):
+        _state.update(example=repr((arguments, drawn)), counter=itertools.count())
+        return test(*arguments, **drawn)
+
+    return one
 
 
 def rng() -> np.random.Generator:
     """A generator of its own for each call in a test."""
-    return np.random.default_rng([int(os.environ[VARIABLE]), _test, next(_counter)])
+    names = [zlib.crc32(_state[name].encode()) for name in ("test", "example")]
+    return np.random.default_rng([int(os.environ.get(VARIABLE, 0)), *names, next(_state["counter"])])
+
+
+def array(x, dtype="float32"):
+    """Drawn numbers as a JAX array. NumPy rounds them: JAX would compile a conversion for every shape."""
+    import jax.numpy as jnp
+
+    return jnp.asarray(np.asarray(x).astype(jnp.dtype(dtype)))

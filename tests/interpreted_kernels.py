@@ -3,6 +3,7 @@ attention, called as they are, on numpy."""
 
 import triton_interpreter  # isort: skip
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,19 +30,19 @@ FIRST_AND_KEEPS = [(0, 0, name) for name in CODECS] + [(4, 0, list(CODECS)[2]), 
 @pytest.mark.parametrize(("first", "keeps", "name"), FIRST_AND_KEEPS)
 def test_append(name, first, keeps):
     sizes = dict(heads=1, first=first, keeps=keeps, window=128 + first)
-    check_append(packed_append, np.random.default_rng(), CODECS[name], **sizes)
+    check_append(packed_append, draws.rng(), CODECS[name], **sizes)
 
 
 @pytest.mark.parametrize("group", [1, 6])
 def test_append_rotates(group):
     codec = CODECS["3 and 2 bits, fp8, clipped"]
-    check_append(packed_append, np.random.default_rng(), codec, group=group)
+    check_append(packed_append, draws.rng(), codec, group=group)
 
 
 @pytest.mark.parametrize(("splits", "h"), [((1,), 32), ((2,), 64), ((5, 3), 128), ((1, 1), 256)])
 def test_merging_rotates(splits, h):
     """The kernel that joins shares of attention, beside plain sums and a product."""
-    rng, (b, heads, group) = np.random.default_rng(), (2, 3, 2)
+    rng, (b, heads, group) = draws.rng(), (2, 3, 2)
     unit = 2.0 ** rng.integers(-4, 4, (b, heads))
     drawn, output, total = [], 0, 0
     for n in splits:
@@ -58,13 +59,13 @@ def test_merging_rotates(splits, h):
 
 
 def test_write():
-    check_write(packed_write, np.random.default_rng(), CODECS["KIVI's groups"])
+    check_write(packed_write, draws.rng(), CODECS["KIVI's groups"])
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", 1), ("float8_e4m3fn", 3)])
 @pytest.mark.parametrize("towards", [-1, 0, 1])
 def test_metadata_rounds_to_the_neighbour_it_should(dtype, kind, towards):
-    rng, dtype = np.random.default_rng(), jnp.dtype(dtype)
+    rng, dtype = draws.rng(), jnp.dtype(dtype)
     x = np.concatenate([rng.standard_normal(500) * 10.0 ** rng.uniform(-4, 2, 500), np.arange(-6, 6) / 1024])
     x = np.clip(x, -448, 448).astype(np.float32)
     stored = jnp.bfloat16 if kind == 1 else jnp.uint8
@@ -81,7 +82,7 @@ def test_metadata_rounds_to_the_neighbour_it_should(dtype, kind, towards):
 
 def test_division_rounds_as_it_should():
     """Quotients, ties between two codes and their neighbours among them, from reciprocals some digits off."""
-    rng, n = np.random.default_rng(), 512
+    rng, n = draws.rng(), 512
     by = (rng.integers(1, 2048, n) * 2.0 ** rng.integers(-14, 0, n)).astype(np.float32)
     ties = ((rng.integers(0, 255, n) + 0.5) * by).astype(np.float32)
     ties = ties.view(np.int32) + rng.integers(-2, 3, n).astype(np.int32)

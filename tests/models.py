@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import draws
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -47,7 +48,7 @@ METHODS["pyramidkv"] = presets.pyramidkv(budget=24, window=8)
 
 
 def tokens(*shape):
-    return jnp.asarray(np.random.default_rng().integers(0, CONFIG.vocab_size, shape), jnp.int32)
+    return jnp.asarray(draws.rng().integers(0, CONFIG.vocab_size, shape), jnp.int32)
 
 
 def nearly_equal(a, b) -> bool:

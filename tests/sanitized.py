@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import draws
 import jax
 import jax.numpy as jnp
-import numpy as np
 import test_packed_append as append
 import test_packed_decode as decode
 
@@ -19,7 +19,7 @@ from pallas_kernels.packed_append.api import packed_append, packed_write
 from pallas_kernels.packed_decode.api import Part, decode_attention, packed_decode_attention
 from pallas_kernels.two_pass_attention.api import two_pass_attention
 
-RNG = np.random.default_rng(0)
+RNG = draws.rng()
 
 
 def two_pass(implementation):

@@ -299,6 +299,7 @@ def test_a_run_writes_everything_and_goes_on_after_a_kill(tmp_path, monkeypatch)
     assert (tmp_path / "cut" / "items.jsonl").read_bytes() == again
 
 
+@pytest.mark.slow
 def test_processes_measure_what_one_does(tmp_path, monkeypatch):
     asked = dataclasses.replace(LAB.settings, limit=1)
     methods = {"snapkv": METHODS["snapkv"]}

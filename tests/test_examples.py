@@ -4,8 +4,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+import draws
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from models import CONFIG, METHODS, MODEL
 
@@ -22,7 +22,7 @@ def load(name):
 
 
 def test_the_serving_loop_answers_as_each_prompt_would_alone():
-    rng = np.random.default_rng()
+    rng = draws.rng()
     config = METHODS["full"].replace(prompt_capacity=48, generated_capacity=20)
     prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in (40, 48, 33, 45, 48)]
     alone = [

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import chex
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,9 +38,14 @@ from minikv_jax.sampling import sample
 
 MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
 step = jax.jit(decode_step, donate_argnames="cache")
-# Every method, those beyond a few among the slow tests.
-FEW = ("full", "minikv", "two_tiers")
-EVERY = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+
+
+def every(*quick):
+    """Every method, those beyond a few among the slow tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+
+
+EVERY = every("full", "minikv", "mikv")
 
 
 def follow(config, prompt, lengths, later, params=MODEL):
@@ -106,7 +112,7 @@ def test_a_ragged_batch_is_its_sequences_one_by_one(method, lengths):
         states = [step(MODEL, cache, token)] + [step(MODEL, c, token[b : b + 1]) for b, (_, c) in enumerate(alone)]
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", every("minikv", "two_tiers"))
 def test_padding_never_matters(method):
     text, later, lengths = tokens(2, 30), tokens(2, 10), jnp.array([30, 11])
     config = METHODS[method].replace(prompt_capacity=64)
@@ -214,7 +220,7 @@ def test_generation_ends_with_the_end_token(count):
 
 def test_sampling_stays_within_top_p_and_follows_the_temperature():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-    keys = jax.random.split(jax.random.key(int(np.random.default_rng().integers(1 << 30))), 4000)
+    keys = jax.random.split(jax.random.key(int(draws.rng().integers(1 << 30))), 4000)
 
     def shares(sampling):
         drawn = jax.vmap(lambda key: sample(logits, key, sampling)[0])(keys)
@@ -351,7 +357,7 @@ def test_logits_everywhere_are_the_same_in_chunks_of_rows(monkeypatch):
 )
 def test_a_layer_compressed_in_pieces_is_the_layer(method):
     config = METHODS[method].replace(prompt_capacity=40)
-    rng, shape = np.random.default_rng(), Shape.of(config, 0, 1)
+    rng, shape = draws.rng(), Shape.of(config, 0, 1)
     key, value = (jnp.asarray(rng.standard_normal((2, 40, 4, 16)), jnp.float32) for _ in range(2))
     scores, lengths = jnp.asarray(rng.random((2, 4, 40)), jnp.float32), jnp.array([40, 23])
     queries = QueryStatistics.of(key, 4, jnp.ones((2, 40), bool))

@@ -1,21 +1,19 @@
-"""Importing is quick and pulls in nothing heavy."""
+"""Importing pulls in nothing beyond JAX, flax and jaxtyping."""
 
 import subprocess
 import sys
 
 _PROGRAM = """
-import sys, time
-start = time.perf_counter()
+import sys
+import flax.nnx, jax, jaxtyping
+before = set(sys.modules)
 import minikv_jax
-print(time.perf_counter() - start, *[name for name in ("torch", "transformers", "matplotlib") if name in sys.modules])
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 """
 
 
-def test_import_is_quick_and_light():
-    for _ in range(2):  # a busy machine, or the first import of all, gets a second try
-        result = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=True)
-        seconds, *heavy = result.stdout.split()
-        if float(seconds) < 3:
-            break
-    assert heavy == []
-    assert float(seconds) < 3
+def test_import_is_light():
+    """What costs time at import is other packages, so they are counted, not seconds: a busy machine is no fault."""
+    result = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=True)
+    standard = sys.stdlib_module_names
+    assert [name for name in result.stdout.split() if name not in standard] == ["minikv_jax", "pallas_kernels"]

@@ -1,5 +1,6 @@
 """The knobs that go beyond the papers: each does what it says, and none changes what it should not."""
 
+import draws
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,12 +21,12 @@ def outputs(config, prompt, stream, lengths):
 @pytest.mark.parametrize(
     "knob", [{"rotate": True}, {"balance": True}, {"clip": (0.95, 0.9)}, {"metadata_dtype": "bfloat16"}]
 )
-@pytest.mark.parametrize("method", ["minikv", "kivi"])
+@pytest.mark.parametrize("method", ["minikv", pytest.param("kivi", marks=pytest.mark.slow)])
 def test_a_codec_knob_changes_rounding_only(method, knob):
     # At 8 bits the codes hardly round, so what is stored and what is asked must fit together whatever the knob.
     base = {"group_size": 8, "residual": 16}
     base |= {"bits": 8} if method == "minikv" else {"key_bits": 8, "value_bits": 8}
-    prompt, stream = draw(np.random.default_rng(), 2, 64, 40, 2, 2, 16)
+    prompt, stream = draw(draws.rng(), 2, 64, 40, 2, 2, 16)
     plain, turned = (outputs(presets.by_name(method, **base, **more), prompt, stream, (64, 33)) for more in ({}, knob))
     assert np.abs(plain - turned).mean() < 0.05 < np.abs(plain).mean()
     # A range is clipped only where that helps, which it hardly does at 8 bits.
@@ -34,7 +35,7 @@ def test_a_codec_knob_changes_rounding_only(method, knob):
 
 def test_quantised_first_keeps_the_ranges_of_neighbours_that_left():
     # Heads with few enough tokens that groups of 8 break, and an end that fills no group.
-    prompt, stream = draw(np.random.default_rng(), 2, 64, 3, 2, 2, 16)
+    prompt, stream = draw(draws.rng(), 2, 64, 3, 2, 2, 16)
     dense, lengths = presets.minikv(0.3, 0.2, bits=16), np.array([64, 43])
     codec = presets.minikv(group_size=8).codec
     with pytest.raises(ConfigError, match="keeps every token"):
@@ -57,7 +58,7 @@ def test_quantised_first_keeps_the_ranges_of_neighbours_that_left():
 
 def test_rotation_helps_where_one_channel_is_loud():
     # Groups over channels share the loud channel's range; rotated, every channel has a quarter of it.
-    x = np.random.default_rng().standard_normal((1, 2, 128, 16)) * np.where(np.arange(16) == 5, 30, 1)
+    x = draws.rng().standard_normal((1, 2, 128, 16)) * np.where(np.arange(16) == 5, 30, 1)
     x = jnp.asarray(x, jnp.float32)
     errors = []
     for y in (x, rotate(x)):
@@ -69,7 +70,7 @@ def test_rotation_helps_where_one_channel_is_loud():
 
 
 def test_clipping_never_loses_precision():
-    x = jnp.asarray(np.random.default_rng().standard_t(2, (1, 2, 64, 32)), jnp.float32)
+    x = jnp.asarray(draws.rng().standard_t(2, (1, 2, 64, 32)), jnp.float32)
     errors = []
     for clip in ((), (0.9,), (0.9, 0.8, 0.7)):
         codes = quantize.encode(x, 2, 16, "tokens", "float16", clip)
@@ -78,7 +79,7 @@ def test_clipping_never_loses_precision():
 
 
 def test_the_balancer_is_the_papers():
-    prompt, stream = draw(np.random.default_rng(), 1, 48, 1, 2, 3, 16)
+    prompt, stream = draw(draws.rng(), 1, 48, 1, 2, 3, 16)
     cache = run(presets.mikv(), *prompt, np.array([48]), stream).prompt
     np.testing.assert_allclose(
         cache.retained.balance[0], reference.channel_balancer(prompt[0][0], prompt[1][0]), rtol=1e-5
@@ -86,7 +87,7 @@ def test_the_balancer_is_the_papers():
 
 
 def test_whole_numbered_minima_are_q_hitters():
-    x = np.random.default_rng().standard_normal((1, 1, 128, 32)).astype(np.float32)
+    x = draws.rng().standard_normal((1, 1, 128, 32)).astype(np.float32)
     codes = quantize.encode(jnp.asarray(x), 4, 32, "channels", "float16", (), True)
     expected = reference.integer_zero_roundtrip(x[0, 0], 4)
     # The minimum is stored in float16: its rounding, and now and then a number half-way between two codes.
@@ -96,7 +97,7 @@ def test_whole_numbered_minima_are_q_hitters():
 
 @pytest.mark.parametrize("length", [64, 30])
 def test_sinks_stay(length):
-    prompt, stream = draw(np.random.default_rng(), 1, 64, 1, 2, 1, 16)
+    prompt, stream = draw(draws.rng(), 1, 64, 1, 2, 1, 16)
     # Keys that nobody attends to: only the knob can keep them.
     prompt[1][:, :4] = -10 * np.sign(prompt[0].mean(axis=(0, 1, 2))) * np.ones(16)
     config = presets.h2o(0.2, 0.1, sinks=4)
@@ -106,7 +107,7 @@ def test_sinks_stay(length):
 
 
 def test_scores_are_normalised_pooled_and_weighted():
-    rng = np.random.default_rng()
+    rng = draws.rng()
     scores, value = rng.random((1, 1, 20)).astype(np.float32), rng.standard_normal((1, 1, 20, 8)).astype(np.float32)
     lengths, recent = jnp.array([20]), jnp.array([5])
 

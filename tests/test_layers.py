@@ -57,7 +57,7 @@ def test_each_layer_holds_what_it_would_hold_under_a_method_of_its_own():
 @pytest.mark.parametrize(
     "everywhere,alone",
     [
-        (dict(precise=(0, 1, 2)), dict(key_bits=4, value_bits=4)),
+        pytest.param(dict(precise=(0, 1, 2)), dict(key_bits=4, value_bits=4), marks=pytest.mark.slow),
         (dict(brief=(0, 1, 2), brief_share=0.5), dict(heavy=0.25, recent=0.25)),
     ],
 )
@@ -143,6 +143,7 @@ LAB = Lab(MODEL, tiny.Characters(), Settings(lengths=(256,), limit=2, new_tokens
 EVERY = plus(64, precise=(0, 1, 2), brief=(0, 1, 2))  # no window fills up
 
 
+@pytest.mark.slow
 def test_an_exchanged_layer_costs_what_reading_with_such_a_method_costs():
     reading = calibrate._texts(LAB)
     walk = calibrate._Walk.of(LAB, EVERY, reading)
@@ -165,6 +166,7 @@ def test_an_exchanged_layer_costs_what_reading_with_such_a_method_costs():
     assert walk.loss(MODEL, {}) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_command_chooses_the_layers_that_pay_most(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_load", lambda *_: (MODEL, tiny.Characters()))
     out = tmp_path / "layers.json"

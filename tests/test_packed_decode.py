@@ -1,5 +1,6 @@
 """Packed decode attention against float64 attention over the dequantised cache."""
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,11 @@ from pallas_kernels.packed_decode.api import Part, decode_attention, dense_decod
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor, pack, rows_per_block, unpack
 from pallas_kernels.partial import Partial, merge_partials
 
+# Compiled once for all tests of a shape.
+attend = jax.jit(packed_decode_attention, static_argnames=("implementation", "scale", "return_logits"))
+attend_dense = jax.jit(dense_decode_attention, static_argnames=("implementation", "scale", "return_logits"))
+attend_together = jax.jit(decode_attention, static_argnames=("implementation", "return_logits"))
+dequantize = jax.jit(layout.dequantize)
 FORMATS = {
     "2-bit": (2, 32, "float16", 2, 128, "float16"),
     "2-bit, groups of 64 channels": (2, 32, "float16", 2, 64, "float16"),
@@ -41,12 +47,12 @@ def segment(rng, b, heads, blocks, h, fmt, low=-1.0, high=1.0, scales=None):
     vgroup = min(vgroup, h)
 
     def metadata(shape, dtype, a, z):
-        return jnp.asarray(rng.uniform(a, z, shape), dtype)
+        return draws.array(rng.uniform(a, z, shape), dtype)
 
     def one(codes_shape, shape, bits, group, dtype, axis, last):
         top = 1.0 / 2**bits
-        scale = metadata(shape, dtype, 0, top) if scales is None else jnp.asarray(rng.choice(scales, shape), dtype)
-        codes = jnp.asarray(rng.integers(0, 256, codes_shape), jnp.uint8)
+        scale = metadata(shape, dtype, 0, top) if scales is None else draws.array(rng.choice(scales, shape), dtype)
+        codes = draws.array(rng.integers(0, 256, codes_shape), "uint8")
         return PackedTensor(codes, scale, metadata(shape, dtype, low, high), bits, group, axis, last)
 
     lead = (b, heads, blocks)
@@ -78,7 +84,7 @@ def dequantised(packed):
     b, k, s, h = codes.shape
 
     def spread(x):
-        x = np.asarray(x.astype(jnp.float32)).astype(np.float64)
+        x = np.asarray(x).astype(np.float64)
         x = np.repeat(x, packed.group_size, axis=-2)
         if packed.group_axis == "channels":
             x = np.swapaxes(x, -1, -2)
@@ -89,7 +95,7 @@ def dequantised(packed):
 
 def attention(query, key, value, lengths, scale):
     """float64: output, maximum, total, unnormalised as in `Partial`."""
-    query = np.asarray(query.astype(jnp.float32)).astype(np.float64)
+    query = np.asarray(query).astype(np.float64)
     b, t, n, _ = query.shape
     group = n // key.shape[1]
     out, maximum, total = np.zeros(query.shape), np.full((b, t, n), -np.inf), np.zeros((b, t, n))
@@ -120,14 +126,14 @@ def error(got: Partial, want) -> float:
     return float(np.linalg.norm(got_mean - want_mean) / max(np.linalg.norm(want_mean), 1e-30))
 
 
-def compare(implementation, fmt, *, b=2, heads=2, group=2, t=1, h=64, blocks=2, lengths=None, dtype="bfloat16", seed=0):
-    rng = np.random.default_rng(seed)
+def compare(implementation, fmt, *, b=2, heads=2, group=2, t=1, h=64, blocks=2, lengths=None, dtype="bfloat16"):
+    rng = draws.rng()
     keys, values = segment(rng, b, heads, blocks, h, fmt)
-    query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)), dtype)
+    query = draws.array(rng.normal(size=(b, t, heads * group, h)), dtype)
     if lengths is None:
         lengths = rng.integers(0, blocks * BLOCK + 1, (b, heads))
     lengths = np.asarray(lengths)
-    got = packed_decode_attention(query, keys, values, jnp.asarray(lengths, jnp.int32), implementation=implementation)
+    got = attend(query, keys, values, jnp.asarray(lengths, jnp.int32), implementation=implementation)
     lengths = np.broadcast_to(lengths.reshape(b, -1), (b, heads))
     return error(got, attention(query, dequantised(keys), dequantised(values), lengths, h**-0.5))
 
@@ -135,17 +141,17 @@ def compare(implementation, fmt, *, b=2, heads=2, group=2, t=1, h=64, blocks=2, 
 @pytest.mark.parametrize("bits", layout.SUPPORTED_BITS)
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_pack_and_unpack_are_inverse(bits, axis):
-    rng = np.random.default_rng(bits)
-    codes = jnp.asarray(rng.integers(0, 2**bits, (3, 128, 128)), jnp.uint8)
-    packed = pack(codes, bits, axis)
+    rng = draws.rng()
+    codes = draws.array(rng.integers(0, 2**bits, (3, 128, 128)), "uint8")
+    packed = jax.jit(pack, static_argnums=(1, 2))(codes, bits, axis)
     assert packed.shape[axis] == rows_per_block(bits)
-    np.testing.assert_array_equal(unpack(packed, bits, axis), codes)
+    np.testing.assert_array_equal(jax.jit(unpack, static_argnums=(1, 2))(packed, bits, axis), codes)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_dequantize_follows_the_definition(name):
-    for packed in segment(np.random.default_rng(0), 1, 2, 2, 64, FORMATS[name]):
-        np.testing.assert_allclose(layout.dequantize(packed), dequantised(packed), rtol=1e-5, atol=1e-6)
+    for packed in segment(draws.rng(), 1, 2, 2, 64, FORMATS[name]):
+        np.testing.assert_allclose(dequantize(packed), dequantised(packed), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -159,20 +165,19 @@ def test_xla_matches_float64(name):
     heads=st.sampled_from([(1, 1), (1, 8), (2, 4), (3, 3)]),
     t=st.sampled_from([1, 3]),
     blocks=st.integers(1, 3),
-    seed=st.integers(0, 2**20),
 )
-def test_xla_matches_float64_on_drawn_shapes(name, heads, t, blocks, seed):
+def test_xla_matches_float64_on_drawn_shapes(name, heads, t, blocks):
     k, group = heads
-    assert compare("xla", FORMATS[name], heads=k, group=group, t=t, blocks=blocks, seed=seed) < 1e-5
+    assert compare("xla", FORMATS[name], heads=k, group=group, t=t, blocks=blocks) < 1e-5
 
 
 @pytest.mark.parametrize("scales", [[0.0], [1e-6], [1e4], [0.0, 1e-6, 0.1, 1e4]])
 def test_xla_takes_adversarial_scales(scales):
-    rng = np.random.default_rng(1)
+    rng = draws.rng()
     keys, values = segment(rng, 1, 2, 1, 64, FORMATS["2-bit"], scales=scales)
-    query = jnp.asarray(rng.normal(size=(1, 1, 4, 64)) * 1e-3, jnp.float32)
+    query = draws.array(rng.normal(size=(1, 1, 4, 64)) * 1e-3)
     lengths = jnp.asarray([100])
-    got = packed_decode_attention(query, keys, values, lengths, implementation="xla")
+    got = attend(query, keys, values, lengths, implementation="xla")
     want = attention(query, dequantised(keys), dequantised(values), np.full((1, 2), 100), 64**-0.5)
     assert error(got, want) < 1e-4
 
@@ -181,15 +186,13 @@ def poison(packed, length):
     """Garbage in everything that only tokens past `length` touch."""
     keep = np.arange(packed.capacity) < length
     keep = keep.reshape(-1, BLOCK)
-    nan = jnp.asarray(np.nan, packed.scale.dtype)
     if packed.group_axis == "tokens":
         held = keep.reshape(keep.shape[0], -1, packed.group_size).any(axis=-1)[None, None, :, :, None]
     else:
         held = keep[None, None, :, None, :]
     return PackedTensor(
         packed.codes,
-        jnp.where(held, packed.scale, nan),
-        jnp.where(held, packed.zero, nan),
+        *(draws.array(np.where(held, np.asarray(x, np.float32), np.nan), x.dtype) for x in (packed.scale, packed.zero)),
         packed.bits,
         packed.group_size,
         packed.group_axis,
@@ -198,14 +201,12 @@ def poison(packed, length):
 
 
 def check_nothing_beyond_the_length(implementation, length, fmt, h=64):
-    rng = np.random.default_rng(2)
+    rng = draws.rng()
     keys, values = segment(rng, 1, 2, 3, h, fmt)
-    query = jnp.asarray(rng.normal(size=(1, 1, 4, h)), jnp.bfloat16)
+    query = draws.array(rng.normal(size=(1, 1, 4, h)), "bfloat16")
     lengths = jnp.asarray([length])
-    clean = packed_decode_attention(query, keys, values, lengths, implementation=implementation)
-    dirty = packed_decode_attention(
-        query, poison(keys, length), poison(values, length), lengths, implementation=implementation
-    )
+    clean = attend(query, keys, values, lengths, implementation=implementation)
+    dirty = attend(query, poison(keys, length), poison(values, length), lengths, implementation=implementation)
     for a, b in zip(clean, dirty):
         np.testing.assert_array_equal(a, b)
 
@@ -218,24 +219,24 @@ def test_xla_reads_nothing_beyond_the_length(length):
 def random_partials(rng, count):
     return [
         Partial(
-            jnp.asarray(rng.normal(size=(1, 2, 3, 4)), jnp.float32),
-            jnp.asarray(rng.normal(size=(1, 2, 3)) * 30, jnp.float32),
-            jnp.asarray(rng.uniform(1, 50, (1, 2, 3)), jnp.float32),
+            draws.array(rng.normal(size=(1, 2, 3, 4))),
+            draws.array(rng.normal(size=(1, 2, 3)) * 30),
+            draws.array(rng.uniform(1, 50, (1, 2, 3))),
         )
         for _ in range(count)
     ]
 
 
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 2**20), order=st.permutations(range(4)))
-def test_merge_does_not_depend_on_the_order(seed, order):
-    partials = random_partials(np.random.default_rng(seed), 4)
+@given(order=st.permutations(range(4)))
+def test_merge_does_not_depend_on_the_order(order):
+    partials = random_partials(draws.rng(), 4)
     for a, b in zip(merge_partials(partials), merge_partials([partials[i] for i in order])):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_merge_ignores_empty_parts():
-    (part,) = random_partials(np.random.default_rng(0), 1)
+    (part,) = random_partials(draws.rng(), 1)
     empty = Partial(jnp.zeros((1, 2, 3, 4)), jnp.full((1, 2, 3), -jnp.inf), jnp.zeros((1, 2, 3)))
     for a, b in zip(merge_partials([part]), merge_partials([empty, part, empty])):
         np.testing.assert_array_equal(a, b)
@@ -244,13 +245,11 @@ def test_merge_ignores_empty_parts():
 
 
 def test_merging_segments_is_attention_over_all_of_them():
-    rng = np.random.default_rng(3)
+    rng = draws.rng()
     parts = [segment(rng, 1, 2, blocks, 64, FORMATS["2-bit"]) for blocks in (1, 2)]
-    query = jnp.asarray(rng.normal(size=(1, 2, 4, 64)), jnp.float32)
+    query = draws.array(rng.normal(size=(1, 2, 4, 64)))
     lengths = (70, 200)
-    merged, lse = merge_partials(
-        [packed_decode_attention(query, *part, jnp.asarray([n])) for part, n in zip(parts, lengths)]
-    )
+    merged, lse = jax.jit(merge_partials)([attend(query, *part, jnp.asarray([n])) for part, n in zip(parts, lengths)])
     key, value = (
         np.concatenate([dequantised(part[i])[:, :, :n] for part, n in zip(parts, lengths)], axis=2) for i in range(2)
     )
@@ -259,15 +258,16 @@ def test_merging_segments_is_attention_over_all_of_them():
     np.testing.assert_allclose(lse, want[1] + np.log(want[2]), rtol=1e-5)
 
 
-def compare_dense(implementation, *, b=2, heads=2, group=2, t=1, h=64, s=90, dtype="float32", seed=4) -> float:
+def compare_dense(implementation, *, b=2, heads=2, group=2, t=1, h=64, s=90, dtype="float32") -> float:
     """Drawn rows visible to every query and head; what nobody sees is NaN."""
-    rng = np.random.default_rng(seed)
-    query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)), dtype)
-    key, value = (jnp.asarray(rng.normal(size=(b, heads, s, h)), dtype) for _ in range(2))
+    rng = draws.rng()
+    query = draws.array(rng.normal(size=(b, t, heads * group, h)), dtype)
+    key, value = (draws.array(rng.normal(size=(b, heads, s, h)), dtype) for _ in range(2))
     lengths = rng.integers(0, s + 1, (b, t, heads))
-    dirty = [jnp.where((np.arange(s) < lengths.max(1)[:, :, None])[..., None], x, jnp.nan) for x in (key, value)]
+    seen = (np.arange(s) < lengths.max(1)[:, :, None])[..., None]
+    dirty = [draws.array(np.where(seen, np.asarray(x, np.float32), np.nan), dtype) for x in (key, value)]
     options = {"return_logits": True, "implementation": implementation}
-    got, logits = dense_decode_attention(query, *dirty, jnp.asarray(lengths, jnp.int32), **options)
+    got, logits = attend_dense(query, *dirty, jnp.asarray(lengths, jnp.int32), **options)
     key, value = (np.asarray(x.astype(jnp.float32), np.float64) for x in (key, value))
     worst = 0.0
     for i in range(t):
@@ -285,23 +285,22 @@ def compare_dense(implementation, *, b=2, heads=2, group=2, t=1, h=64, s=90, dty
     heads=st.sampled_from([(1, 1), (1, 8), (2, 4), (3, 3)]),
     t=st.integers(1, 3),
     s=st.integers(1, 200),
-    seed=st.integers(0, 2**20),
 )
-def test_dense_matches_float64(heads, t, s, seed):
-    assert compare_dense("xla", heads=heads[0], group=heads[1], t=t, s=s, seed=seed) < 1e-5
+def test_dense_matches_float64(heads, t, s):
+    assert compare_dense("xla", heads=heads[0], group=heads[1], t=t, s=s) < 1e-5
 
 
 def check_together(
     implementation, *, t=1, heads=2, group=2, h=64, dtype="bfloat16", lengths=((200, 33), (0, 0)), formats=("2-bit",)
 ):
     """Packed segments and a dense one as one softmax, and the logits of the first; `lengths` of each, by sequence."""
-    rng = np.random.default_rng(7)
+    rng = draws.rng()
     b = len(lengths)
-    query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)), dtype)
+    query = draws.array(rng.normal(size=(b, t, heads * group, h)), dtype)
     held = [segment(rng, b, heads, 2, h, FORMATS[name]) for name in formats]
-    held.append(tuple(jnp.asarray(rng.normal(size=(b, heads, 40, h)), dtype) for _ in range(2)))
+    held.append(tuple(draws.array(rng.normal(size=(b, heads, 40, h)), dtype) for _ in range(2)))
     parts = [Part(query, *x, jnp.asarray(n, jnp.int32)) for x, n in zip(held, zip(*lengths), strict=True)]
-    output, lse, logits = decode_attention(parts, return_logits=True, implementation=implementation)
+    output, lse, logits = attend_together(parts, return_logits=True, implementation=implementation)
     tensors = [[_float64(x) for x in pair] for pair in held]
     for count in (1, len(parts)):
         wanted_output, wanted_lse = [], []
@@ -313,12 +312,12 @@ def check_together(
             with np.errstate(divide="ignore"):
                 wanted_lse.append((top + np.log(total))[0])
         whole = count == len(parts)
-        got = (output, lse) if whole else decode_attention(parts[:count], implementation=implementation)
+        got = (output, lse) if whole else attend_together(parts[:count], implementation=implementation)
         assert got[0].dtype == query.dtype
         np.testing.assert_allclose(np.asarray(got[0], np.float64), wanted_output, rtol=2e-2, atol=4e-3)
         np.testing.assert_allclose(got[1], wanted_lse, rtol=2e-3, atol=5e-3)
     unit = 2.0 ** rng.integers(-4, 4, (b, heads))
-    turned, lse = decode_attention(parts, rotated=jnp.asarray(unit, jnp.float32), implementation=implementation)
+    turned, lse = attend_together(parts, rotated=draws.array(unit), implementation=implementation)
     turned = np.asarray(turned, np.float64) / np.repeat(unit, group, axis=1)[:, None, :, None]
     np.testing.assert_allclose(turned, wanted_output @ hadamard(h), rtol=2e-2, atol=8e-3)
     np.testing.assert_allclose(lse, wanted_lse, rtol=2e-3, atol=5e-3)
@@ -335,7 +334,7 @@ def _float64(x) -> np.ndarray:
 TWO_TIERS = {"formats": ("4-bit, fp8", "2-bit, fp8"), "lengths": ((64, 200, 33), (0, 0, 0), (8, 0, 40))}
 
 
-@pytest.mark.parametrize("t", [1, 3])
+@pytest.mark.parametrize("t", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_segments_attend_together(t):
     check_together("xla", t=t)
     check_together(None, t=t)
@@ -343,7 +342,7 @@ def test_segments_attend_together(t):
 
 
 def test_wrong_arguments_are_refused():
-    keys, values = segment(np.random.default_rng(5), 1, 2, 1, 64, FORMATS["2-bit"])
+    keys, values = segment(draws.rng(), 1, 2, 1, 64, FORMATS["2-bit"])
     query, lengths = jnp.zeros((1, 1, 4, 64)), jnp.asarray([3])
     with pytest.raises(ValueError, match="head size"):
         packed_decode_attention(jnp.zeros((1, 1, 4, 128)), keys, values, lengths)
@@ -362,7 +361,7 @@ def test_wrong_arguments_are_refused():
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="declines only without a GPU")
 def test_triton_declines_without_a_gpu():
-    keys, values = segment(np.random.default_rng(6), 1, 2, 1, 64, FORMATS["2-bit"])
+    keys, values = segment(draws.rng(), 1, 2, 1, 64, FORMATS["2-bit"])
     query, lengths = jnp.zeros((1, 1, 4, 64)), jnp.asarray([3])
     with pytest.raises(NotImplementedError, match="needs a CUDA GPU"):
         packed_decode_attention(query, keys, values, lengths, implementation="triton")

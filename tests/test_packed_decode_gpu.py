@@ -1,5 +1,6 @@
 """The Triton kernel on a CUDA device, against float64."""
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +51,7 @@ def test_triton_reads_nothing_beyond_the_length(length, name):
 @pytest.mark.parametrize("name", ["2-bit", "2 and 4 bits, groups of 128"])
 @pytest.mark.parametrize("scales", [[0.0], [1e-6], [1e4], [0.0, 1e-6, 0.1, 1e4]])
 def test_triton_takes_adversarial_scales(scales, name):
-    rng = np.random.default_rng(1)
+    rng = draws.rng()
     keys, values = segment(rng, 1, 2, 2, 128, FORMATS[name], scales=scales)
     query = jnp.asarray(rng.normal(size=(1, 1, 4, 128)) * 1e-3, jnp.bfloat16)
     got = packed_decode_attention(query, keys, values, jnp.asarray([200]), implementation="triton")
@@ -81,7 +82,7 @@ def test_segments_attend_together(heads, t, dtype):
 
 @pytest.mark.parametrize(("tiers", "rows", "launches"), [(1, 128, 2), (1, 1024, 3), (2, 128, 3)])
 def test_a_window_joins_the_launch_of_the_codes_before_it(tiers, rows, launches):
-    rng = np.random.default_rng(0)
+    rng = draws.rng()
     keys, values = segment(rng, 1, 8, 4, 128, FORMATS["2-bit"])
     query = jnp.zeros((1, 1, 32, 128), jnp.bfloat16)
     window = jnp.zeros((1, 8, rows, 128), jnp.bfloat16)

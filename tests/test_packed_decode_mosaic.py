@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,14 +26,14 @@ QUICK = "32 tokens, 64 channels"
 INTERPRETED = """
 import sys
 sys.path.insert(0, "tests")
-import jax, jax.numpy as jnp, numpy as np
+import draws, jax, jax.numpy as jnp, numpy as np
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from pallas_kernels.packed_decode import mosaic_gpu as m
 from test_packed_decode import attention, dequantised, error, poison, segment
 from test_packed_decode_mosaic import FORMATS
 
 def check(name, lengths, heads=1, rows=2, splits=1, stages=1, scales=None, query_size=1.0):
-    rng = np.random.default_rng(0)
+    rng = draws.rng()
     b = len(lengths)
     keys, values = segment(rng, b, heads, 5, 128, FORMATS[name], scales=scales)
     query = jnp.asarray(rng.normal(size=(b, 1, heads * rows, 128)) * query_size, jnp.bfloat16)
@@ -71,7 +72,7 @@ def test_interpreted_it_is_the_definition_and_has_no_races(cases):
 
 
 def arguments(fmt, rows=4, blocks=9, h=128):
-    keys, values = segment(np.random.default_rng(0), 2, 2, blocks, h, fmt)
+    keys, values = segment(draws.rng(), 2, 2, blocks, h, fmt)
     return jax.ShapeDtypeStruct((2, 1, 2 * rows, h), jnp.bfloat16), keys, values, jax.ShapeDtypeStruct((2,), jnp.int32)
 
 
@@ -139,7 +140,7 @@ def test_gpu_reads_nothing_beyond_the_length(name):
 
 @gpu
 def test_gpu_takes_adversarial_scales():
-    rng = np.random.default_rng(1)
+    rng = draws.rng()
     for scales in ([0.0], [1e-6], [1e4], [0.0, 1e-6, 0.1, 1e4]):
         keys, values = segment(rng, 1, 2, 2, 128, FORMATS[QUICK], scales=scales)
         query = jnp.asarray(rng.normal(size=(1, 1, 4, 128)) * 1e-3, jnp.bfloat16)
@@ -153,7 +154,7 @@ def test_gpu_takes_adversarial_scales():
 def test_gpu_schedules_give_the_same_bits(options):
     from pallas_kernels.packed_decode import mosaic_gpu
 
-    keys, values = segment(np.random.default_rng(3), 2, 2, 17, 128, FORMATS[QUICK])
+    keys, values = segment(draws.rng(), 2, 2, 17, 128, FORMATS[QUICK])
     query = jax.random.normal(jax.random.key(0), (2, 1, 8, 128), jnp.bfloat16)
     lengths = jnp.asarray([[2176, 1900], [5, 0]])
     attend = partial(

@@ -1,5 +1,6 @@
 """The Triton kernel without a GPU: its arithmetic lane by lane in numpy, and its compilation for several chips."""
 
+import draws
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def check_logits(logits, query, keys, lengths):
 def check(
     fmt, *, h=64, heads=1, group=2, t=1, scales=None, query_size=1.0, splits=2, lengths=((200,), (128,), (0,)), **more
 ):
-    rng = np.random.default_rng(0)
+    rng = draws.rng()
     b = len(lengths)
     keys, values = segment(rng, b, heads, 2, h, fmt, scales=scales)
     query = jnp.asarray(rng.normal(size=(b, t, heads * group, h)) * query_size, jnp.bfloat16)
@@ -113,7 +114,7 @@ def test_lanes_take_adversarial_scales(scales, name):
 @pytest.mark.parametrize("length", [1, 64, 65, 127, 200])
 @pytest.mark.parametrize("name", ["2-bit", "3 and 2 bits, fp8", "2-bit, fp8"])
 def test_lanes_read_nothing_beyond_the_length(name, length):
-    rng = np.random.default_rng(2)
+    rng = draws.rng()
     keys, values = segment(rng, 1, 1, 2, 64, FORMATS[name])
     query, lengths = jnp.asarray(rng.normal(size=(1, 1, 2, 64)), jnp.float32), np.asarray([[length]], np.int32)
     clean = simulate(query, keys, values, lengths, 1)
@@ -127,7 +128,7 @@ def test_lanes_read_nothing_beyond_the_length(name, length):
 )
 def test_lanes_take_a_window_along(dtype, h, group, t, window_splits):
     """Codes and a window, each from nothing to full; what lies beyond a window's length is NaN."""
-    rng = np.random.default_rng(4)
+    rng = draws.rng()
     form = FORMATS["2-bit, fp8"] if group == 4 else FORMATS["2-bit"]
     held = np.asarray([[200, 33], [0, 50], [130, 0], [128, 1], [0, 0], [5, 17]])
     b, heads = len(held), 2
@@ -173,7 +174,7 @@ def test_shares_of_a_window(work, blocks, tokens):
     ],
 )
 def test_compiles_for(capability, name, window):
-    keys, values = segment(np.random.default_rng(0), 1, 1, 1, 128, FORMATS[name])
+    keys, values = segment(draws.rng(), 1, 1, 1, 128, FORMATS[name])
     constant = constants(keys, values, 4, capability >= 89) | {"LOGITS": False, "PER_HEAD": False, "WINDOW": window}
     types = dict.fromkeys(("kc", "ks", "kz", "vc", "vs", "vz"), "*u8")
     types = {"q": "*bf16", **types, "lengths": "*i32", **dict.fromkeys(("wq", "wk", "wv"), "*bf16")}

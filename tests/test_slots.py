@@ -28,7 +28,7 @@ def slow(*names):
     return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-CHANGING = [*slow("streaming_llm", "h2o", "minikv", "minikv_plus"), "kivi", "mikv", "two_tiers"]
+CHANGING = [*slow("streaming_llm", "h2o", "minikv", "minikv_plus", "two_tiers"), "kivi", "mikv"]
 
 
 def roomy(method):
@@ -93,7 +93,7 @@ def test_a_second_turn_on_a_full_cache_is_exact():
     np.testing.assert_allclose(logits, prefill(MODEL, whole, jnp.array([450]), config)[0], atol=2e-5)
 
 
-@pytest.mark.parametrize("method", [*slow("minikv_plus"), "snapkv", "mikv", "two_tiers"])
+@pytest.mark.parametrize("method", [*slow("minikv_plus", "mikv"), "snapkv", "two_tiers"])
 def test_a_prompt_in_chunks_leaves_what_the_whole_prompt_leaves(method):
     text, lengths, later, config = tokens(2, 50), jnp.array([50, 21]), tokens(2, 8), METHODS[method]
     logits, cache = prefill(MODEL, text, lengths, config)
@@ -103,7 +103,7 @@ def test_a_prompt_in_chunks_leaves_what_the_whole_prompt_leaves(method):
     assert nearly_equal(decode(cache, later)[0], decode(chunked, later)[0])
 
 
-@pytest.mark.parametrize("method", [*slow("minikv_plus"), "snapkv", "kivi", "two_tiers"])
+@pytest.mark.parametrize("method", [*slow("minikv_plus", "snapkv"), "kivi", "two_tiers"])
 def test_forks_answer_as_the_original_would(method):
     config = roomy(method)
     _, cache = prefill(MODEL, tokens(1, 60), jnp.array([60]), config)

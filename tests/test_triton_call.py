@@ -67,9 +67,18 @@ class FakeTriton:
 
 @pytest.fixture
 def cache_folder(tmp_path):
+    yield from programs_kept_in(tmp_path)
+
+
+@pytest.fixture
+def no_cache_folder():
+    yield from programs_kept_in(None)
+
+
+def programs_kept_in(folder):
     before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", folder and str(folder))
+    yield folder
     jax.config.update("jax_compilation_cache_dir", before)
 
 
@@ -98,8 +107,7 @@ def test_a_broken_file_of_the_cache_is_replaced(cache_folder):
     assert FakeTriton().launch()[1].binary == result.binary
 
 
-def test_without_a_cache_folder_every_process_compiles():
-    assert jax.config.jax_compilation_cache_dir is None
+def test_without_a_cache_folder_every_process_compiles(no_cache_folder):
     for _ in range(2):
         fake = FakeTriton()
         fake.launch()

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pallas_kernels.two_pass_attention import _triton_kernels as kernels
+from pallas_kernels.two_pass_attention import triton as implementation
 from pallas_kernels.two_pass_attention.triton import constants, tiles_for
 
 INTERPRETED = """
@@ -35,7 +36,7 @@ tiles = triton.Tile(32, 32, 4, 2), triton.Tile(32, 16, 4, 2)
 def check(t, s, h=64, change=None, rows=(None, None), columns=(None, None), offset=(0, 0), causal=True, window=None,
           score_rows="all", enough=1024):
     common._ENOUGH_KEYS = enough
-    q, k, v = draw(t + s, 2, t, s, 4, 2, h, jnp.float16)
+    q, k, v = draw(2, t, s, 4, 2, h, jnp.float16)
     if change is not None:
         q, k, v = globals()[change](q, k, v)
     rows, columns = ([n if x is None else x for x in given] for n, given in ((t, rows), (s, columns)))
@@ -102,7 +103,7 @@ def compiled(kernel, h, capability, dtype="bf16", is_causal=True, sliding_window
 
 SHARED_MEMORY = {80: 163, 86: 99, 90: 227, 100: 227}
 PRODUCT = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-QUICK = [(64, 80, None), (128, 90, None), (64, 100, None)]
+QUICK = [(64, 80, None), (128, 90, None)]
 EVERY = [x for x in itertools.product((64, 96, 128, 256), PRODUCT, (None, 512)) if x not in QUICK]
 
 
@@ -128,7 +129,7 @@ def launched(monkeypatch):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
 
     monkeypatch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(triton_call=triton_call))
-    jax.clear_caches()
+    implementation._two_passes.clear_cache()
     return names
 
 

@@ -1,0 +1,32 @@
+"""What JAX reads when it starts, for the tests and the processes they start."""
+
+import os
+import shutil
+from pathlib import Path
+
+PROGRAMS = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+
+# Compiling is most of a test's time and its programs run once: LLVM's optimisations are left out. Each worker takes of
+# a GPU's memory what it needs, not most of it. What one worker or run has compiled, the next one reads.
+for name, value in {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "JAX_COMPILATION_CACHE_DIR": str(PROGRAMS),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}.items():
+    os.environ.setdefault(name, value)
+
+
+def compile_anew() -> None:
+    """For runs on a GPU: what they compile is part of what they test."""
+    import jax
+
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def forget_old_programs() -> None:
+    """Drawn shapes leave programs that no other run asks for: above a gigabyte all are removed."""
+    if PROGRAMS.exists() and sum(path.stat().st_size for path in PROGRAMS.iterdir()) > 1 << 30:
+        shutil.rmtree(PROGRAMS)
