@@ -12,6 +12,7 @@ exchange costs reading the follow-ups through the layers from there on.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -83,6 +84,8 @@ def calibrate(
         raise ConfigError("Calibration needs a method with a precise codec and a brief allocation, as minikv_plus has.")
     if min(precise, brief) < 0 or precise + brief > layers:
         raise ConfigError(f"{precise} precise and {brief} brief layers of {layers}: give fewer.")
+    if lab.settings.new_tokens < 2:
+        raise ConfigError("Calibration needs at least 2 tokens after a text: give more --new-tokens.")
     walks = [_Walk.of(lab, config, reading) for reading in (_records(lab), _texts(lab))]
     finished = 0
 
@@ -173,6 +176,11 @@ class _Walk:
         for layer in caches:
             del layer["full"]
         walk.base = walk.loss(lab.model, {}, keep=True)
+        if not 0 < walk.base < math.inf:
+            raise ConfigError(
+                f"The method changes predictions by a KL of {walk.base}: there is nothing to calibrate, or the model's "
+                "predictions are no numbers."
+            )
         return walk
 
     def through(self, model: Llama, chosen: dict[int, str], keep: bool = False) -> Float[Array, "B F D"]:
