@@ -165,7 +165,9 @@ def encode_with_feedback(
     own = jnp.diagonal(coupling.reshape(b, k, h // width, width, h // width, width), axis1=2, axis2=4)
     runs = x.reshape(b, k, -1, width, s), coupling.reshape(b, k, h, -1, width), own
     runs = [jnp.moveaxis(y, axis, 0) for y, axis in zip(runs, (2, 3, 4))]
-    _, codes = jax.lax.scan(step, jnp.zeros_like(x), (*runs, _inverse(runs[-1]), jnp.arange(0, h, width)))
+    _, codes = jax.lax.scan(
+        step, jnp.zeros_like(x), (*runs, _inverse(runs[-1]), jnp.arange(0, h, width, dtype=jnp.int32))
+    )
     return Codes(*(jnp.moveaxis(y, 0, 2).reshape(b, k, h, -1).swapaxes(-1, -2) for y in codes))
 
 
@@ -177,7 +179,8 @@ def coupling_of(moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:
     h = moment.shape[-1]
     mean = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None] / h
     # One part in a hundred of the mean keeps the factors finite where queries leave a direction empty.
-    moment = jnp.where(mean > 0, moment / jnp.where(mean > 0, mean, 1), 0) + 0.01 * jnp.eye(h)
+    damping = 0.01 * jnp.eye(h, dtype=jnp.float32)
+    moment = jnp.where(mean > 0, moment / jnp.where(mean > 0, mean, 1), 0) + jnp.expand_dims(damping, (0, 1))
     # With channels counted from the last, Cholesky's lower factor is the upper one.
     factor = jnp.linalg.cholesky(moment[..., ::-1, ::-1])[..., ::-1, ::-1]
     return jnp.triu(factor / jnp.diagonal(factor, axis1=-2, axis2=-1)[..., None, :], 1)
@@ -199,9 +202,10 @@ def _inverse(above: Float[Array, "... W W"]) -> Float[Array, "... W W"]:
     """(1 + N)^-1 of strictly upper triangular N: (1 - N)(1 + N^2)(1 + N^4)..., which ends, for N^W = 0."""
     width = above.shape[-1]
     product = functools.partial(jnp.matmul, precision="highest")
-    inverse, power, reached = jnp.eye(width) - above, product(above, above), 2
+    one = jnp.expand_dims(jnp.eye(width, dtype=jnp.float32), range(above.ndim - 2))
+    inverse, power, reached = one - above, product(above, above), 2
     while reached < width:
-        inverse, power, reached = product(inverse, jnp.eye(width) + power), product(power, power), 2 * reached
+        inverse, power, reached = product(inverse, one + power), product(power, power), 2 * reached
     return inverse
 
 

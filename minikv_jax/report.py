@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Hashable
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from minikv_jax.config import CacheConfig
 from minikv_jax.errors import ConfigError, shortened
 from minikv_jax.kivi import KiviWindow
 from minikv_jax.models.config import ModelConfig
+from minikv_jax.prefill import checked
 from minikv_jax.segments import DenseSegment
 from pallas_kernels.packed_decode.layout import BLOCK
 
@@ -77,12 +79,15 @@ def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generat
         prompt, generated: tokens read.
 
     Raises:
-        ConfigError: numbers of tokens that are none or too large to be planned for.
+        ConfigError: numbers of tokens that are none or too large to be planned for; a method that the model cannot run.
     """
     for name, tokens in (("prompt", prompt), ("generated", generated)):
         if not isinstance(tokens, int) or not 1 <= tokens <= _MOST_TOKENS:
             raise ConfigError(f"{name}={shortened(tokens)}: give a whole number of tokens, 1 to {_MOST_TOKENS:,}.")
+    # A plan may go beyond the model's positions.
+    roomy = model.replace(max_position_embeddings=max(model.max_position_embeddings, prompt + generated))
     config = config.replace(prompt_capacity=prompt, generated_capacity=generated)
+    config = checked(SimpleNamespace(config=roomy), prompt, config)
     kinds: dict[Hashable, Size] = {}
     sizes = []
     for i in range(model.num_layers):

@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from minikv_jax import outputs
 from minikv_jax.bench.timing import write_results
 from minikv_jax.config import CacheConfig
@@ -101,11 +99,9 @@ def cases_of(lab: Lab, title: str, methods: Mapping[str, CacheConfig]) -> list[C
     if not cases:
         raise ConfigError(f"{title} has no case of at most {max(lab.settings.lengths)} tokens: give longer --lengths.")
     case, room = max(((case, task.room(lab, case)) for case in cases), key=lambda x: len(x[0].prompt) + x[1])
-    prompt = np.zeros((1, len(case.prompt)), np.int32)
     for label, config in methods.items():
         try:
-            changes = {"generated_capacity": room, "prompt_capacity": None}
-            checked(model, prompt, np.array([prompt.size]), config.replace(**changes))
+            checked(model, len(case.prompt), config.replace(generated_capacity=room, prompt_capacity=None))
         except MiniKVError as error:
             raise ConfigError(f"{title}, {case.name}, {label}: {error}") from None
     return cases
