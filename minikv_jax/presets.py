@@ -13,7 +13,7 @@ from minikv_jax.config import Allocation, Amount, CacheConfig, Codec, Rank, chec
 from minikv_jax.errors import ConfigError, shortened
 
 METHODS: dict[str, Callable[..., CacheConfig]] = {}
-_MOST = 2**31 - 1  # positions and sizes are 32-bit numbers
+_MOST = 2**30 - 1  # sizes are 32-bit numbers, and so is twice a size
 
 
 def _method[**P](preset: Callable[P, CacheConfig]) -> Callable[P, CacheConfig]:
@@ -241,7 +241,7 @@ def minikv_plus(
             layer holds about as many bytes as H tokens take.
     """
     if keeps is None:
-        keeps = residual // 2 if residual % (2 * group_size) == 0 else 0
+        keeps = residual // 2 if group_size > 0 and residual % (2 * group_size) == 0 else 0
     mild = (0.95, 0.9, 0.85)
     codec = Codec(
         key_bits,

@@ -15,6 +15,8 @@ from typing import NoReturn
 from minikv_jax.errors import MiniKVError
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# In errors of JAX: too little memory, no such device.
+_OF_THE_DEVICE = ("RESOURCE_EXHAUSTED", "Out of memory", "Unable to initialize backend")
 _LONGEST = 1200  # characters of a message: its beginning says what was given, its end what to do
 
 
@@ -141,11 +143,8 @@ def _message(error: BaseException) -> str | None:
         return f"{error.filename}: {error.strerror}." if error.filename is not None else f"{error.strerror}."
     if isinstance(error, MemoryError):
         return f"Out of memory. {error}".strip()
-    jax = sys.modules.get("jax")
-    if jax is not None and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-        return f"The device is out of memory: {str(error).partition(chr(10))[0]}"
-    if isinstance(error, RuntimeError) and str(error).startswith("Unable to initialize backend"):
-        return f"JAX cannot start: {error}"
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_THE_DEVICE):
+        return f"JAX: {str(error).partition(chr(10))[0]}"
     return None
 
 
