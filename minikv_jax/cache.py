@@ -58,8 +58,9 @@ class Ledger:
 class Units(NamedTuple):
     """What one in a layer's keys and values stands for: a power of two for each head, float32.
 
-    Metadata of 8 bits has little range. In these units the prompt's largest number lies from 64 to 128, so scales of
-    the loudest groups and of some thousand times quieter ones are held, and later tokens may be three times as loud.
+    Metadata of 8 bits has little range. In these units the prompt's largest number lies from 16 to 32, so scales of the
+    loudest groups and of some hundred times quieter ones are held to their last digit, and later tokens may be fourteen
+    times as loud: after a prompt of few tokens they were seen to be eight times as loud.
     """
 
     key: Float[Array, "B K"]
@@ -69,7 +70,7 @@ class Units(NamedTuple):
     def of(cls, key: Float[Array, "B K T H"], value: Float[Array, "B K T H"]) -> "Units":
         def power(x):
             largest = jnp.abs(x).max(axis=(2, 3), initial=0).astype(jnp.float32)
-            exponent = jnp.clip(jnp.frexp(largest)[1] - 7, -60, 60)
+            exponent = jnp.clip(jnp.frexp(largest)[1] - 5, -60, 60)
             return jnp.where(largest > 0, jnp.ldexp(jnp.float32(1), exponent), 1)
 
         return cls(power(key), power(value))

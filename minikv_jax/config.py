@@ -322,7 +322,8 @@ class CacheConfig:
             not self.rotate_keys or not any(codec.balance for codec in codecs),
             "balance and rotate_keys both even out channels, and the rotation would undo the balance: choose one.",
         )
-        _require(bool(codecs) or not (self.rotate_keys or self.rotate_values), "Rotation needs a tier of fewer than 16 bits.")
+        rotates = self.rotate_keys or self.rotate_values
+        _require(bool(codecs) or not rotates, "Rotation needs a tier of fewer than 16 bits.")
         self._check_window()
         self._check_layers()
 

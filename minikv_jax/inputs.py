@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from minikv_jax.models.llama import Llama
 
 
+_INT32 = np.iinfo(np.int32)
+
+
 def is_concrete(x: Any) -> bool:
     """Whether values can be read now: not while a function is traced, nor where another host holds some of them."""
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def integers(x: Any, name: str, letters: str, error: type[MiniKVError] = PromptError) -> np.ndarray | Array:
-    """`x` as an array of integers: NumPy's where the values can be read, else as it is.
+    """`x` as an array of integers: NumPy's int32 where the values can be read, else as it is.
 
     Args:
         x: an array of any integer dtype, or lists of ints.
@@ -34,7 +37,7 @@ def integers(x: Any, name: str, letters: str, error: type[MiniKVError] = PromptE
         error: the class to raise.
 
     Raises:
-        MiniKVError: floats, booleans, ragged lists, another number of axes.
+        MiniKVError: floats, booleans, ragged lists, another number of axes, numbers beyond int32.
     """
     if is_concrete(x):
         try:
@@ -45,7 +48,18 @@ def integers(x: Any, name: str, letters: str, error: type[MiniKVError] = PromptE
         raise error(f"{name} holds {x.dtype}: give whole numbers (int32) of shape [{letters}].")
     if x.ndim != len(letters.split()):
         raise error(f"{name} has shape {x.shape}: give [{letters}].")
-    return x
+    if not isinstance(x, np.ndarray):
+        return x
+    # A conversion alone would turn 2**32 + 3 into 3.
+    beyond = x[(x < _INT32.min) | (x > _INT32.max)]
+    if beyond.size:
+        raise error(f"{name} holds {beyond[0]}: give whole numbers that fit int32.")
+    return x.astype(np.int32)
+
+
+def on_device(x: np.ndarray | Array) -> Int[Array, "..."]:
+    """`integers` as a JAX array, int32. `jnp.asarray` of a NumPy array compiles a copy for each shape; this does not."""
+    return jax.device_put(x.astype(np.int32)) if isinstance(x, np.ndarray) else x.astype(jnp.int32)
 
 
 def token_rows(tokens: Any, lengths: Any, vocabulary: int, least: int) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
@@ -69,7 +83,7 @@ def token_rows(tokens: Any, lengths: Any, vocabulary: int, least: int) -> tuple[
     if longest == 0:
         raise PromptError("There is nothing to read, the prompt is empty: give at least one token.")
     xp = np if isinstance(tokens, np.ndarray) and isinstance(lengths, np.ndarray) else jnp
-    # Compared as they came: a conversion to int32 first would turn 2**32 + 3 into 3.
+    # Traced numbers are compared as they came, for the same reason.
     fits = (lengths >= least) & (lengths <= longest)
     known = (tokens >= 0) & (tokens < vocabulary) | (xp.arange(longest)[None] >= lengths[:, None])
     if isinstance(lengths, np.ndarray) and not fits.all():
@@ -78,7 +92,7 @@ def token_rows(tokens: Any, lengths: Any, vocabulary: int, least: int) -> tuple[
         row, column = np.argwhere(~known)[0]
         _refuse_token(tokens[row, column], row, vocabulary, f" at {column}")
     accepted = fits & known.all(axis=1)
-    return jnp.asarray(tokens, jnp.int32), jnp.asarray(xp.where(accepted, lengths, 0), jnp.int32)
+    return on_device(tokens), on_device(xp.where(accepted, lengths, 0))
 
 
 def next_tokens(tokens: Any, cache: "KVCache", vocabulary: int) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
@@ -95,7 +109,7 @@ def next_tokens(tokens: Any, cache: "KVCache", vocabulary: int) -> tuple[Int[Arr
         wrong = np.flatnonzero(~known & np.asarray(jax.device_get(has_room)))
         if wrong.size:
             _refuse_token(tokens[wrong[0]], wrong[0], vocabulary)
-    return jnp.asarray(tokens, jnp.int32), has_room & known
+    return on_device(tokens), has_room & known
 
 
 def with_room(counts: Int[Array, "B"], cache: "KVCache") -> Int[Array, "B"]:

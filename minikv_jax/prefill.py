@@ -266,7 +266,7 @@ def bucket(tokens: Int[Array, "B T"], limit: int | None = None) -> Int[Array, "B
         padded = max(min(padded, limit), longest)
     # NumPy's padding is compiled for no length.
     pad = np.pad if isinstance(tokens, np.ndarray) else jnp.pad
-    return jnp.asarray(pad(tokens, ((0, 0), (0, padded - longest))))
+    return inputs.on_device(pad(tokens, ((0, 0), (0, padded - longest))))
 
 
 def forward(params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:

@@ -50,7 +50,7 @@ def to_unit(x: Float[Array, "B K T"], valid: Bool[Array, "B K T"]) -> Float[Arra
 def mix(
     scores: Float[Array, "B K T"],
     friendliness: Float[Array, "B K T"],
-    candidates: Bool[Array, "B K T"],
+    candidates: Bool[Array, "B #K T"],
     valid: Bool[Array, "B K T"],
     protected: Int[Array, "B"],
     weight: float,

@@ -2,7 +2,6 @@
 
 import functools
 
-import draws
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -16,7 +16,10 @@ import beartype
 import jaxtyping
 
 CHECKED = (
-    *(f"minikv_jax.{name}" for name in "allocate cache kivi quantize rank report segments models.llama".split()),
+    *(
+        f"minikv_jax.{name}"
+        for name in ["allocate", "cache", "kivi", "quantize", "rank", "report", "segments", "models.llama"]
+    ),
     "pallas_kernels",
 )
 
@@ -25,7 +28,7 @@ def check_annotations() -> int:
     """Wraps the functions of the core wherever they are known by name, and says how many there are."""
     wrapped = {}
     for module in _modules():
-        for name, item in list(vars(module).items()):
+        for item in list(vars(module).values()):
             if getattr(item, "__module__", None) != module.__name__:
                 continue
             if inspect.isfunction(item):

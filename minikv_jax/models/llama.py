@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from minikv_jax.errors import ConfigError
 from minikv_jax.models.config import ModelConfig, RopeScaling
 
 
@@ -133,6 +134,14 @@ class Llama(nnx.Module):
 type Params = Llama | tuple[Any, Any]
 
 
-def as_model(params: Params) -> Llama:
-    """The model: as it is, or merged from the graph definition and state that `nnx.split` made of it."""
-    return params if isinstance(params, Llama) else nnx.merge(*params)
+def as_model(params: Any) -> Llama:
+    """The model: as it is, or merged from the graph definition and state that `nnx.split` made of it.
+
+    Raises:
+        ConfigError: neither of both.
+    """
+    if isinstance(params, Llama):
+        return params
+    if isinstance(params, tuple | list) and len(params) == 2 and isinstance(params[0], nnx.GraphDef):
+        return nnx.merge(*params)
+    raise ConfigError(f"The model is a {type(params).__name__}: give a Llama, as `load` does, or nnx.split(model).")
