@@ -16,6 +16,6 @@ def as_message(tokenizer: Any, text: str) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever its program does wrong
         raise PromptError(
-            f"The model's chat template fails on a user's message ({type(error).__name__}: {error}): mend or remove it, "
-            "or let `minikv generate` continue plain text with --raw."
+            f"The model's chat template fails on a user's message ({type(error).__name__}: {error}): mend or remove "
+            "it, or have `minikv generate --raw` continue plain text."
         ) from error

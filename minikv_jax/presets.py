@@ -372,7 +372,9 @@ def parse(methods: str) -> dict[str, CacheConfig]:
     Raises:
         ConfigError: as `with_settings`; nothing, or a setting without a method.
     """
-    named = [(name + (":" + ",".join(settings) if settings else ""), name, settings) for name, settings in _split(methods)]
+    named = [
+        (name + (":" + ",".join(settings) if settings else ""), name, settings) for name, settings in _split(methods)
+    ]
     return {label: with_settings(name, settings) for label, name, settings in named}
 
 

@@ -127,6 +127,8 @@ def _code_of(error: BaseException) -> int | None:
         _silence(1)
         if isinstance(error.__cause__, BrokenPipeError):
             return 128 + signal.SIGPIPE
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else None
     message = _message(error)

@@ -1,13 +1,22 @@
 """The knobs that go beyond the papers: each does what it says, and none changes what it should not."""
 
+import inspect
+import json
+import math
+
+import draws
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from layer import draw, run
 
-from minikv_jax import Codec, ConfigError, presets, quantize, rank
+from minikv_jax import CacheConfig, Codec, ConfigError, presets, quantize, rank
 from minikv_jax.config import Allocation, Rank
+from minikv_jax.models.shapes import shape_of
+from minikv_jax.report import planned_report
 from pallas_kernels.hadamard import hadamard, rotate
 
 PLAIN = presets.minikv(bits=8, group_size=8, residual=16)
@@ -25,7 +34,7 @@ def test_a_codec_knob_changes_rounding_only(method, knob):
     # At 8 bits the codes hardly round, so what is stored and what is asked must fit together whatever the knob.
     base = {"group_size": 8, "residual": 16}
     base |= {"bits": 8} if method == "minikv" else {"key_bits": 8, "value_bits": 8}
-    prompt, stream = draw(np.random.default_rng(), 2, 64, 40, 2, 2, 16)
+    prompt, stream = draw(draws.rng(), 2, 64, 40, 2, 2, 16)
     plain, turned = (outputs(presets.by_name(method, **base, **more), prompt, stream, (64, 33)) for more in ({}, knob))
     assert np.abs(plain - turned).mean() < 0.05 < np.abs(plain).mean()
     # A range is clipped only where that helps, which it hardly does at 8 bits.
@@ -34,7 +43,7 @@ def test_a_codec_knob_changes_rounding_only(method, knob):
 
 def test_quantised_first_keeps_the_ranges_of_neighbours_that_left():
     # Heads with few enough tokens that groups of 8 break, and an end that fills no group.
-    prompt, stream = draw(np.random.default_rng(), 2, 64, 3, 2, 2, 16)
+    prompt, stream = draw(draws.rng(), 2, 64, 3, 2, 2, 16)
     dense, lengths = presets.minikv(0.3, 0.2, bits=16), np.array([64, 43])
     codec = presets.minikv(group_size=8).codec
     with pytest.raises(ConfigError, match="keeps every token"):
@@ -57,7 +66,7 @@ def test_quantised_first_keeps_the_ranges_of_neighbours_that_left():
 
 def test_rotation_helps_where_one_channel_is_loud():
     # Groups over channels share the loud channel's range; rotated, every channel has a quarter of it.
-    x = np.random.default_rng().standard_normal((1, 2, 128, 16)) * np.where(np.arange(16) == 5, 30, 1)
+    x = draws.rng().standard_normal((1, 2, 128, 16)) * np.where(np.arange(16) == 5, 30, 1)
     x = jnp.asarray(x, jnp.float32)
     errors = []
     for y in (x, rotate(x)):
@@ -69,7 +78,7 @@ def test_rotation_helps_where_one_channel_is_loud():
 
 
 def test_clipping_never_loses_precision():
-    x = jnp.asarray(np.random.default_rng().standard_t(2, (1, 2, 64, 32)), jnp.float32)
+    x = jnp.asarray(draws.rng().standard_t(2, (1, 2, 64, 32)), jnp.float32)
     errors = []
     for clip in ((), (0.9,), (0.9, 0.8, 0.7)):
         codes = quantize.encode(x, 2, 16, "tokens", "float16", clip)
@@ -78,7 +87,7 @@ def test_clipping_never_loses_precision():
 
 
 def test_the_balancer_is_the_papers():
-    prompt, stream = draw(np.random.default_rng(), 1, 48, 1, 2, 3, 16)
+    prompt, stream = draw(draws.rng(), 1, 48, 1, 2, 3, 16)
     cache = run(presets.mikv(), *prompt, np.array([48]), stream).prompt
     np.testing.assert_allclose(
         cache.retained.balance[0], reference.channel_balancer(prompt[0][0], prompt[1][0]), rtol=1e-5
@@ -86,7 +95,7 @@ def test_the_balancer_is_the_papers():
 
 
 def test_whole_numbered_minima_are_q_hitters():
-    x = np.random.default_rng().standard_normal((1, 1, 128, 32)).astype(np.float32)
+    x = draws.rng().standard_normal((1, 1, 128, 32)).astype(np.float32)
     codes = quantize.encode(jnp.asarray(x), 4, 32, "channels", "float16", (), True)
     expected = reference.integer_zero_roundtrip(x[0, 0], 4)
     # The minimum is stored in float16: its rounding, and now and then a number half-way between two codes.
@@ -96,7 +105,7 @@ def test_whole_numbered_minima_are_q_hitters():
 
 @pytest.mark.parametrize("length", [64, 30])
 def test_sinks_stay(length):
-    prompt, stream = draw(np.random.default_rng(), 1, 64, 1, 2, 1, 16)
+    prompt, stream = draw(draws.rng(), 1, 64, 1, 2, 1, 16)
     # Keys that nobody attends to: only the knob can keep them.
     prompt[1][:, :4] = -10 * np.sign(prompt[0].mean(axis=(0, 1, 2))) * np.ones(16)
     config = presets.h2o(0.2, 0.1, sinks=4)
@@ -106,7 +115,7 @@ def test_sinks_stay(length):
 
 
 def test_scores_are_normalised_pooled_and_weighted():
-    rng = np.random.default_rng()
+    rng = draws.rng()
     scores, value = rng.random((1, 1, 20)).astype(np.float32), rng.standard_normal((1, 1, 20, 8)).astype(np.float32)
     lengths, recent = jnp.array([20]), jnp.array([5])
 
@@ -147,7 +156,7 @@ def test_budgets_per_head_are_refused():
         (lambda: presets.h2o().replace(exact_sinks=True), "exact_sinks"),
         (lambda: presets.full().replace(rotate_keys=True), "Rotation needs a tier"),
         (lambda: Codec(2, 2, 16, 16, "channels", key_feedback="all"), "key_feedback"),
-        (lambda: Codec(2, 2, 16, 16, key_feedback="yes"), "none, prompt or all"),
+        (lambda: Codec(2, 2, 16, 16, key_feedback="yes"), "'none' or 'prompt' or 'all'"),
         (lambda: presets.h2o(heavy=-3), "heavy=-3"),
         (lambda: PLAIN.replace(dtype="int8"), "int8"),
         (lambda: PLAIN.replace(generated_capacity=0), "generated_capacity=0"),
@@ -156,3 +165,81 @@ def test_budgets_per_head_are_refused():
 def test_a_value_out_of_range_is_named(make, named):
     with pytest.raises(ConfigError, match=named):
         make()
+
+
+# ---- whatever a knob is given --------------------------------------------------------------------------------------
+
+KNOBS = [(name, knob) for name, preset in presets.METHODS.items() for knob in inspect.signature(preset).parameters]
+_NUMBERS = st.one_of(
+    st.integers(-3, 300),
+    st.sampled_from([0, 1, 16, 128, 1024, 2**30 - 1, 2**30, 2**31, 2**63, 10**30, -(10**30), 10**400]),
+    st.floats(),
+    st.sampled_from([0.0, 0.5, 1.0, -0.5, 1e30, math.nan, math.inf, -math.inf]),
+)
+_WORDS = st.one_of(
+    st.text(),
+    st.sampled_from(["head", "half_head", "float8_e4m3fn", "bfloat16", "all", "prompt", "none", "avg", "max", "a\nb"]),
+    st.just("x" * 100_000),
+)
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), _NUMBERS, _WORDS),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(), inner, max_size=2)),
+    max_leaves=8,
+)
+
+
+def made(make, *arguments, **knobs) -> CacheConfig | None:
+    """The method, or None where one readable line refuses it."""
+    try:
+        config = make(*arguments, **knobs)
+    except ConfigError as error:
+        assert len(str(error)) < 600 and str(error).isprintable() and "\n" not in str(error)
+        return None
+    assert isinstance(config, CacheConfig) and hash(config) == hash(config.replace())
+    return config
+
+
+@settings(max_examples=1500)
+@given(st.lists(st.tuples(st.sampled_from(KNOBS), VALUES), min_size=1, max_size=3))
+def _every_value_is_taken_or_refused(chosen):
+    ((name, _), _), *_ = chosen
+    knobs = {knob: value for (method, knob), value in chosen if method == name}
+    config = made(presets.by_name, name, **knobs)
+    # What JSON says is what Python says.
+    assert made(presets.with_settings, name, [f"{k}={json.dumps(v)}" for k, v in knobs.items()]) == config
+    if config is not None:
+        made(lambda: planned_report(shape_of("smollm2-135m"), config, 100, 10) and config)
+
+
+@pytest.mark.promise("Whatever a knob is given, the answer is a method that runs, or one line")
+def test_whatever_a_knob_is_given_it_is_a_method_or_one_line(figure):
+    _every_value_is_taken_or_refused()
+    figure(f"1,500 draws of values for {len(KNOBS)} knobs of {len(presets.METHODS)} methods")
+
+
+@pytest.mark.parametrize(
+    "text", ["True", "true", "[]", "()", "None", "null", "0.5", "1", "", "=", "{", "a=b", "\udcff"]
+)
+@pytest.mark.parametrize("name, knob", [("minikv", "balance"), ("minikv", "clip"), ("minikv", "pyramid_depth")])
+def test_settings_are_read_as_json_or_as_the_table_of_methods_shows_them(name, knob, text):
+    config = made(presets.with_settings, name, [f"{knob}={text}"])
+    expected = {"balance": ("True", "true"), "clip": ("[]", "()"), "pyramid_depth": ("None", "null", "1")}[knob]
+    assert (config is not None) == (text in expected)
+
+
+def test_a_knob_is_not_replaced_by_its_default():
+    for knobs in ({"key_bits": 0}, {"bits": 16, "key_bits": 0}):
+        with pytest.raises(ConfigError, match="key_bits=0"):
+            presets.minikv(**knobs)
+    for knobs, named in (({"value_group": 0}, "value_group=0"), ({"brief_share": 7.0}, "brief_share=7.0")):
+        with pytest.raises(ConfigError, match=named):
+            presets.minikv_plus(**knobs)
+    with pytest.raises(ConfigError, match="no knob 'age'"):
+        presets.by_name("minikv", age=3)
+    with pytest.raises(ConfigError, match="important"):
+        presets.minikv_plus(heavy=0.2, important=0.1)
+    assert (
+        presets.minikv_plus(precise=[1, 2])
+        == presets.minikv_plus(precise=(1, 2))
+        == presets.minikv_plus(precise=range(1, 3))
+    )

@@ -152,7 +152,11 @@ def run(
         ConfigError: numbers out of range, an unknown method, or a package without the repository's texts.
     """
     # The second new token waits for compilation, and is not counted.
-    for name, number, least in (("prompt_tokens", prompt_tokens, 1), ("new_tokens", new_tokens, 3), ("rounds", rounds, 1)):
+    for name, number, least in (
+        ("prompt_tokens", prompt_tokens, 1),
+        ("new_tokens", new_tokens, 3),
+        ("rounds", rounds, 1),
+    ):
         if number < least:
             raise ConfigError(f"{name}={number}: give at least {least}.")
     configs = [presets.by_name(name) for name in methods]

@@ -7,7 +7,6 @@ profiler. `chained_us`, where present, is a call's share of a chain of 32 inside
 where a call is shorter than its launch takes the host, that figure is the host's and not the kernel's.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -161,7 +161,7 @@ class _Walk:
         tokens, lengths = fitted(lab.model, reading.prompts, room, lab.prompt_step)
         tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
         changes = {"generated_capacity": room, "dtype": "bfloat16"}
-        kinds = {name: checked(lab.model, tokens, lengths, kind.replace(**changes)) for name, kind in kinds.items()}
+        kinds = {name: checked(lab.model, tokens.shape[1], kind.replace(**changes)) for name, kind in kinds.items()}
         layers, caches = lab.model.config.num_layers, []
         for i, read in enumerate(read_layers(lab.model, tokens, lengths, ["all"])):
             _, *attended = read["all"]

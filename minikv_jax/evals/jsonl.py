@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from types import UnionType
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_origin
 
 from minikv_jax.errors import ConfigError, shortened

@@ -79,7 +79,8 @@ def run_orders(
         ConfigError: as `run.run`.
         MiniKVError: some orders failed; what was measured is written all the same.
     """
-    items = run.begin(out, name, todo[0].settings)
+    items = run.held(out, name, todo[0].settings)
+    store.begin(out, run.identity(name, todo[0].settings))
     waiting, failures, finished, about = list(todo), [], 0, None
     with _workers(min(jobs, len(todo)), load) as workers:
         seen: dict[Connection, set[CacheConfig]] = {worker: set() for worker in workers}

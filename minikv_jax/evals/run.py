@@ -44,13 +44,14 @@ def run(
         The rows of results.json, from all items in `out`, those of earlier runs included.
 
     Raises:
-        ConfigError: as `begin` and `cases_of`, and methods that the model cannot run; before anything is measured.
+        ConfigError: as `held` and `cases_of`, and methods that the model cannot run; before anything is measured.
         MiniKVError: predictions that are no numbers.
     """
-    items = begin(out, name, lab.settings)
+    items = held(out, name, lab.settings)
     done, methods = keys(items), with_full(methods)
     asked = {title: dict(methods) if task.compares else {FULL: methods[FULL]} for title, task in tasks.items()}
     cases = {title: cases_of(lab, title, asked[title]) for title in tasks}
+    store.begin(out, identity(name, lab.settings))
     total = sum(len(cases[title]) * len(asked[title]) for title in tasks)
     finished = sum((t, c.name, m) in done for t in tasks for c in cases[t] for m in asked[t])
     try:
@@ -69,13 +70,13 @@ def run(
     return write(out, items, name, command)
 
 
-def begin(out: Path, name: str, settings: Settings) -> list[dict]:
-    """The items of the run in `out`, which it begins if there is none.
+def held(out: Path, name: str, settings: Settings) -> list[dict]:
+    """The items of the run in `out`.
 
     Raises:
-        ConfigError: as `store.begin`; items of a task that this version does not have.
+        ConfigError: as `store.held`; items of a task that this version does not have.
     """
-    items = store.begin(out, identity(name, settings))
+    items = store.held(out, identity(name, settings))
     unknown = sorted({metric for item in items for metric in item["values"]} - METRICS.keys())
     if unknown:
         raise ConfigError(f"--out {out} holds figures called {', '.join(unknown)}, unknown here: name another folder.")

@@ -15,18 +15,17 @@ _TEXTS = ("task", "case", "group", "method")
 _NUMBERS = ("bytes", "bits_per_element", "bits_of_tiers", "bits_of_codes")
 
 
-def begin(out: Path, identity: Mapping[str, Any]) -> list[dict]:
-    """Opens or continues a run in the folder `out`, and returns the items it has.
+def held(out: Path, identity: Mapping[str, Any]) -> list[dict]:
+    """The items of the run in the folder `out`, which need not exist yet.
 
     Args:
-        out: made if it does not exist.
+        out: the folder.
         identity: what must be the same for items to belong together, such as model and seed.
 
     Raises:
         ConfigError: a folder that cannot be written, that holds another run, or whose items are damaged.
     """
     outputs.require_folder(out, "--out")
-    out.mkdir(parents=True, exist_ok=True)
     run = out / RUN
     if run.exists():
         given = _parsed(run.read_bytes())
@@ -36,9 +35,13 @@ def begin(out: Path, identity: Mapping[str, Any]) -> list[dict]:
         if other:
             theirs, ours = (", ".join(f"{k}={x[k]!r}" for k in other) for x in (given, identity))
             raise ConfigError(f"--out {out} holds a run with {theirs}, not {ours}: name another folder.")
-    else:
-        outputs.write_text(run, json.dumps(dict(identity), indent=1) + "\n")
     return _load(out / ITEMS)
+
+
+def begin(out: Path, identity: Mapping[str, Any]) -> None:
+    """Makes the folder `out`, if need be, and says in it what its items share."""
+    if not (out / RUN).exists():
+        outputs.write_text(out / RUN, json.dumps(dict(identity), indent=1) + "\n")
 
 
 def add(out: Path, items: Iterable[Mapping[str, Any]]) -> None:
