@@ -1,8 +1,7 @@
 """What a LLaMA-family model is made of, read from Hugging Face or GGUF metadata."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -290,20 +289,21 @@ def _hf_rope(entries: Entries) -> tuple[float, RopeScaling | None, int]:
         for key in ("rope_scaling", "rope_parameters")
         if (group := entries.optional_object(key))
     }
-    places = {**groups, "the top level": entries}
-    theta = _agreed(
-        entries.source, "rope_theta", {place: given.optional_number("rope_theta") for place, given in places.items()}
-    )
-    name = "original_max_position_embeddings"
-    original = _agreed(entries.source, name, {place: given.optional_integer(name) for place, given in places.items()})
+    places = {**groups, "its top level": entries}
+
+    def agreed[T](key: str, read: Callable[[Entries, str], T | None]) -> T | None:
+        return _agreed(entries.source, key, {place: read(group, key) for place, group in places.items()})
+
+    original = agreed("original_max_position_embeddings", Entries.optional_integer)
     longest = entries.integer("max_position_embeddings")
     scaling = _hf_rope_scaling(entries, groups, original or longest)
-    if theta is not None and theta != 10000 and "rope_scaling" in groups:
-        if groups["rope_scaling"].get("rope_theta") is None and entries.get("rope_theta") is None:
-            raise CheckpointError(
-                f"config.json: rope_scaling replaces all of rope_parameters, and with it rope_theta {theta:g}; write "
-                "rope_theta into rope_scaling too."
-            )
+    theta = agreed("rope_theta", Entries.optional_number)
+    counted = [group for key, group in places.items() if key != "rope_parameters" or "rope_scaling" not in groups]
+    if theta not in (None, 10000.0) and all(group.get("rope_theta") is None for group in counted):
+        raise CheckpointError(
+            f"config.json: rope_scaling replaces all of rope_parameters, and with it rope_theta {theta:g}; write "
+            "rope_theta into rope_scaling too."
+        )
     if scaling is not None and scaling.kind == "linear":
         # The stated length is that of the pretraining. FastChat's models state the stretched one too.
         stretched = int(scaling.factor * (original or longest))
@@ -348,7 +348,7 @@ def _hf_scaling_of(rope: Entries, original: int) -> RopeScaling | None:
     if kind in (None, "default"):
         if rope.number("factor", 1.0) != 1:
             raise CheckpointError(
-                f"{rope.source} has factor {shown(rope.get('factor'))} but no kind that uses it; rope_type must say one."
+                f"{rope.source} has factor {shown(rope.get('factor'))} but no rope_type that uses it."
             )
         return None
     if kind == "linear":
@@ -388,8 +388,8 @@ def _hf_listed_sliding(entries: Entries, types: Any, num_layers: int, expected: 
     sliding = types.count("sliding_attention")
     if expected not in (None, sliding):
         raise UnsupportedModelError(
-            f"config.json: layer_types gives {sliding} of {num_layers} layers a sliding window, where the model's class "
-            f"gives it to {expected}."
+            f"config.json: layer_types gives {sliding} of {num_layers} layers a sliding window, where the model's "
+            f"class gives it to {expected}."
         )
     return sliding
 

@@ -84,18 +84,28 @@ class Entries:
 
     def optional_count(self, key: str) -> int | None:
         """How many entries a list of texts has."""
-        value = self._checked(key, lambda value: isinstance(value, list) or _is_unread(value, "texts"), "a list of text")
+        value = self._checked(key, _is_list_of_text, "a list of text")
         return None if value is None else len(value)
 
     def texts(self, key: str) -> list[str]:
         value = self._checked(key, lambda value: _is_unread(value, "texts") and len(value) > 0, "a list of text")
         return self._needed(key, value, None).texts()
 
-    def numbers(self, key: str, kinds: str, length: int) -> np.ndarray | None:
+    def optional_numbers(self, key: str, kinds: str, length: int) -> np.ndarray | None:
         """A list of `length` numbers whose kind, as numpy's dtypes name it, is one of `kinds`."""
-        fits = lambda value: _is_unread(value, "numbers") and value.dtype.kind in kinds and len(value) == length  # noqa: E731
+
+        def fits(value: Any) -> bool:
+            return _is_unread(value, "numbers") and value.dtype.kind in kinds and len(value) == length
+
         value = self._checked(key, fits, f"a list of {length} {'numbers' if 'f' in kinds else 'integers'}")
         return None if value is None else value.numbers()
+
+    def numbers(self, key: str, kinds: str, length: int) -> np.ndarray:
+        return self._needed(key, self.optional_numbers(key, kinds, length), None)
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, list) or _is_unread(value, "texts")
 
 
 def _is_unread(value: Any, what: str) -> bool:

@@ -36,7 +36,7 @@ class Unread:
     size: int
     what: str
     count: int
-    dtype: np.dtype = np.dtype(np.uint8)
+    dtype: np.dtype | None = None  # of numbers
 
     def __len__(self) -> int:
         return self.count
@@ -123,7 +123,9 @@ def _value(cursor: "Cursor", key: str) -> Any:
         dtype = np.dtype(_TYPES[item]).newbyteorder("<")
         size = count * dtype.itemsize
         return Unread(cursor.path, cursor.skip(size), size, "numbers", count, dtype)
-    raise CheckpointError(f"{cursor.path}: the value of {shown(key)} has the unknown type {kind if item is None else item}.")
+    raise CheckpointError(
+        f"{cursor.path}: the value of {shown(key)} has the unknown type {kind if item is None else item}."
+    )
 
 
 def _tensor_info(cursor: "Cursor") -> TensorInfo:

@@ -26,6 +26,7 @@ from minikv_jax.errors import CheckpointError, UnsupportedModelError
 from minikv_jax.models.config import ModelConfig, RopeScaling
 from minikv_jax.models.entries import Entries
 from minikv_jax.models.gguf_header import read_header
+from minikv_jax.models.hub import given_path
 from minikv_jax.models.wording import listed, one_line, shown
 
 if TYPE_CHECKING:
@@ -186,16 +187,18 @@ class _Source:
         """A model with such a weight answers every prompt with nonsense, and seldom says so."""
         where = f"{self.stored.path}: tensor {shown(self.name)}"
         if not np.isfinite(block).all():
-            return CheckpointError(f"{where} holds NaN or infinity: the file or the model is damaged. Download it again.")
+            return CheckpointError(
+                f"{where} holds NaN or infinity: the file or the model is damaged. Download it again."
+            )
         largest = float(ml_dtypes.finfo(dtype).max)
         return CheckpointError(f"{where} has values beyond {dtype}'s {largest:.5g}; use dtype bfloat16 or float32.")
 
 
 def _all_finite(values: np.ndarray) -> bool:
-    """Looks at the bits: numpy's own test takes several times as long on 16-bit floats."""
-    bits = values.view(np.dtype(f"u{values.itemsize}"))
-    infinity = np.array(np.inf, values.dtype).view(bits.dtype)
-    return bool(np.bitwise_and(bits, infinity).max() < infinity)
+    """Looks at the bits, in which infinity and NaN of either sign are the largest: isfinite takes ten times as long on 16 bits."""
+    signed, unsigned = (values.view(np.dtype(f"{kind}{values.itemsize}")) for kind in "iu")
+    limits = np.array([np.inf, -np.inf], values.dtype)
+    return bool(signed.max() < limits.view(signed.dtype)[0] and unsigned.max() < limits.view(unsigned.dtype)[1])
 
 
 def _half_split(array: np.ndarray, heads: int) -> np.ndarray:
@@ -255,11 +258,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: if files are missing, truncated or damaged, are pickles, or do not fit the configuration.
         UnsupportedModelError: if the model is sound but of a kind this library cannot run.
     """
-    path = Path(path).expanduser()
+    path = given_path(path)
     try:
         if path.is_dir():
             return _open_folder(path)
-        if not path.exists():
+        if not os.path.exists(path):
             raise CheckpointError(f"{path} does not exist; expected a Hugging Face folder or a GGUF file.")
         _refuse_other_contents(path)
         if path.suffix == ".safetensors":
@@ -363,14 +366,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a Hugging Face folder needs it. Download the model again.")
     with open(path, "rb") as file:
-        return _parse_json(file.read(_MAX_JSON_BYTES + 1), str(path))
+        return _parse_json(file, os.fstat(file.fileno()).st_size, str(path))
 
 
-def _parse_json(raw: bytes, source: str) -> dict[str, Any]:
-    """The object in `raw`. What is too large is refused by its length and punctuation, before it is parsed."""
-    if len(raw) > _MAX_JSON_BYTES or sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
+def _parse_json(file: BinaryIO, length: int, source: str) -> dict[str, Any]:
+    """The object in the next bytes. What is too large is refused by length and punctuation, before it is parsed."""
+    raw = file.read(length) if length <= _MAX_JSON_BYTES else b""
+    if length > _MAX_JSON_BYTES or sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
         raise CheckpointError(
-            f"{source} is too large for the description of a model: at most {_MAX_JSON_BYTES} bytes and "
+            f"{source} has {length} bytes, too much for the description of a model: at most {_MAX_JSON_BYTES} bytes and "
             f"{_MAX_JSON_VALUES} values are read."
         )
     try:
@@ -423,9 +427,10 @@ def _refuse_other_folders(folder: Path) -> None:
     found = sorted(entry.name for entry in folder.iterdir())
     if any(name.startswith(("adapter_config.", "adapter_model.")) for name in found):
         raise CheckpointError(
-            f"{folder} holds a PEFT adapter ({listed(name for name in found if name.startswith('adapter_'))}), which is "
-            "not applied here. Merge it into its base model (peft: model.merge_and_unload().save_pretrained(folder)) and "
-            "pass that folder; if it is merged already, remove adapter_config.json."
+            f"{folder} holds a PEFT adapter ({listed(name for name in found if name.startswith('adapter_'))}), which "
+            "is not applied here. Merge it into its base model (peft: "
+            "model.merge_and_unload().save_pretrained(folder)) and pass that folder; if it is merged already, remove "
+            "the adapter's files."
         )
     if "model.safetensors" in found or "model.safetensors.index.json" in found:
         return
@@ -435,8 +440,8 @@ def _refuse_other_folders(folder: Path) -> None:
     pickles = [name for name in found if name.endswith(_PICKLE_SUFFIXES)]
     if shards:
         raise CheckpointError(
-            f"{expected}, only the shards {listed(shards, 2)}. Download model.safetensors.index.json too: it says which "
-            "shards belong together."
+            f"{expected}, only the shards {listed(shards, 2)}. Download model.safetensors.index.json too: it says "
+            "which shards belong together."
         )
     if any(name.startswith("consolidated") for name in others):
         raise CheckpointError(
@@ -461,9 +466,8 @@ def _refuse_other_names(folder: Path, stored: Mapping[str, _Stored]) -> None:
     prefixes = [name.removesuffix(common) for name in stored if name.endswith(common)]
     if not prefixes or ours in prefixes:
         return
-    found = f"begin with {shown(prefixes[0])}" if prefixes[0] else f"lack {ours!r}"
     raise CheckpointError(
-        f"{folder}: the tensors' names {found} ({shown(prefixes[0] + common)}, expected {ours + common!r}): this is a base "
+        f"{folder} holds tensors named like {shown(prefixes[0] + common)}, expected {ours + common!r}: this is a base "
         "model without its head, a wrapped model or a part of a larger one. Save the language model by itself "
         "(transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder))."
     )
@@ -496,7 +500,7 @@ def _safetensors_header(path: Path) -> dict[str, _Stored]:
                 f"{path} ({size} bytes) is cut off or not a safetensors file: its first 8 bytes ask for a header of "
                 f"{length} bytes. Download it again."
             )
-        header = _parse_json(file.read(min(length, _MAX_JSON_BYTES + 1)), f"The header of {path}")
+        header = _parse_json(file, length, f"The header of {path}")
     header.pop("__metadata__", None)
     spans: list[tuple[int, int]] = []
     tensors: dict[str, _Stored] = {}
@@ -531,8 +535,8 @@ def _safetensors_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ..
     expected = math.prod(shape) * _DTYPES[dtype].itemsize
     if span[1] - span[0] != expected:
         raise CheckpointError(
-            f"{path}: tensor {shown(name)} of shape {tuple(shape)} and dtype {dtype} needs {expected} bytes, the header "
-            f"gives it {span[1] - span[0]}. The file is damaged."
+            f"{path}: tensor {shown(name)} of shape {tuple(shape)} and dtype {dtype} needs {expected} bytes, the "
+            f"header gives it {span[1] - span[0]}. The file is damaged."
         )
     return tuple(shape), (span[0], span[1])
 
