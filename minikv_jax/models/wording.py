@@ -18,8 +18,9 @@ def listed(values: Iterable[Any], most: int = 4) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What another library said."""
-    return _cut(" ".join(str(error).split()) or type(error).__name__, 200)
+    """What another library said; it may quote a file."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    return _cut(text or type(error).__name__, 200)
 
 
 def _cut(text: str, most: int) -> str:
