@@ -1,5 +1,7 @@
 """The most memory that a process holds while something runs."""
 
+import ctypes
+import gc
 import os
 import resource
 import sys
@@ -28,6 +30,9 @@ def peak_growth() -> Iterator[Growth]:
 
 
 def _reset_peak() -> int:
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # or what was freed before hides what is taken now
     forget, status = Path("/proc/self/clear_refs"), Path("/proc/self/statm")
     if not os.access(forget, os.W_OK):
         return _peak()

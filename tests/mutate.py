@@ -9,7 +9,7 @@ import numpy as np
 
 _WORDS = [struct.pack("<Q", n) for n in (0, 1, 255, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)]
 _HALF_WORDS = [struct.pack("<I", n) for n in (*range(13), 255, 2**31, 2**32 - 1)]
-_TELLING: list[Any] = [None, True, False, 0, 1, -1, 2, 0.5, 1e308, float("nan"), float("inf"), 2**31, 2**63, 2**64, 10**30]
+_TELLING: list[Any] = [None, True, False, 0, 1, -1, 2, 0.5, 1e308, float("nan"), float("inf"), 2**31, 2**64, 10**30]
 _TELLING += ["", "x" * 3000, "a\nb\x1b[31m", "\ud800", "é😀", "linear", "yarn", "F64", [], {}, [0], [-1, 2], {"a": {}}]
 _TELLING += [json.loads("[" * 50 + "]" * 50)]
 

@@ -115,9 +115,15 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
         ({"rope_parameters": LINEAR, "rope_scaling": LINEAR | {"factor": 4.0}}, "in two ways"),
         ({"rope_scaling": LINEAR, "rope_condense_ratio": 8}, "in two ways.*rope_condense_ratio 8"),
         ({"rope_scaling": {"factor": 4.0}}, "rope_scaling has factor 4.0 but no rope_type"),
-        ({"rope_scaling": LINEAR | {"type": "default"}}, "gives the kind as 'linear' in rope_type and 'default' in type"),
+        (
+            {"rope_scaling": LINEAR | {"type": "default"}},
+            "kind as 'linear' in rope_type and 'default' in type",
+        ),
         ({"rope_parameters": DEFAULT}, "rope_theta as 1000000.0 in rope_parameters and 500000.0 in its top level"),
-        ({"rope_parameters": DEFAULT, "rope_scaling": LINEAR, "rope_theta": None}, "write rope_theta into rope_scaling"),
+        (
+            {"rope_parameters": DEFAULT, "rope_scaling": LINEAR, "rope_theta": None},
+            "write rope_theta into rope_scaling",
+        ),
         (
             {"rope_scaling": LLAMA3_ROPE, "original_max_position_embeddings": 4096},
             "original_max_position_embeddings as 8192 in rope_scaling and 4096 in its top level",
@@ -145,11 +151,14 @@ def test_settings_given_twice_alike_are_accepted():
         assert ModelConfig.from_hf(LLAMA | entries) == plain
 
 
+VICUNA = {"max_position_embeddings": 4096, "max_sequence_length": 16384, "rope_scaling": LINEAR | {"factor": 4.0}}
+
+
 @pytest.mark.parametrize(
     ("entries", "longest"),
     [
         # Vicuna-7B-v1.5-16k, LongChat-7B-v1.5-32k and LongChat-7B-16k.
-        ({"max_position_embeddings": 4096, "max_sequence_length": 16384, "rope_scaling": LINEAR | {"factor": 4.0}}, 16384),
+        (VICUNA, 16384),
         ({"max_position_embeddings": 4096, "rope_scaling": LINEAR | {"factor": 8.0}}, 32768),
         ({"max_position_embeddings": 2048, "rope_condense_ratio": 8}, 16384),
         # A file that says which of the two lengths it states, and one whose two statements differ.

@@ -195,7 +195,7 @@ class _Source:
 
 
 def _all_finite(values: np.ndarray) -> bool:
-    """Looks at the bits, in which infinity and NaN of either sign are the largest: isfinite takes ten times as long on 16 bits."""
+    """Looks at the bits, in which infinity and NaN are the largest: takes a tenth of the time of isfinite on 16 bits."""
     signed, unsigned = (values.view(np.dtype(f"{kind}{values.itemsize}")) for kind in "iu")
     limits = np.array([np.inf, -np.inf], values.dtype)
     return bool(signed.max() < limits.view(signed.dtype)[0] and unsigned.max() < limits.view(unsigned.dtype)[1])
@@ -233,7 +233,7 @@ class Checkpoint:
             `[K*H]`.
 
         Raises:
-            CheckpointError: if a file changed since it was opened, or a value does not fit float16.
+            CheckpointError: if a file changed since it was opened, or holds NaN, infinity or what `dtype` cannot.
             TypeError: for another dtype.
         """
         target = _float_dtype(dtype)
@@ -246,7 +246,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Checks a checkpoint's headers without reading its weights.
+    """Checks a checkpoint's headers without reading its weights, but for head and embedding where both could be tied.
 
     Args:
         path: a Hugging Face folder (config.json with model.safetensors, or shards and their index), or a GGUF file.
@@ -374,8 +374,8 @@ def _parse_json(file: BinaryIO, length: int, source: str) -> dict[str, Any]:
     raw = file.read(length) if length <= _MAX_JSON_BYTES else b""
     if length > _MAX_JSON_BYTES or sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
         raise CheckpointError(
-            f"{source} has {length} bytes, too much for the description of a model: at most {_MAX_JSON_BYTES} bytes and "
-            f"{_MAX_JSON_VALUES} values are read."
+            f"{source} has {length} bytes, too much for the description of a model: at most {_MAX_JSON_BYTES} bytes "
+            f"and {_MAX_JSON_VALUES} values are read."
         )
     try:
         value = json.loads(raw, object_pairs_hook=_unique_keys)
