@@ -625,6 +625,17 @@ def test_tensor_in_two_shards(tmp_path):
         open_checkpoint(folder)
 
 
+PICKLES = "Pickles are refused unopened, by name and by content"
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+@pytest.mark.promise(PICKLES)
 @pytest.mark.parametrize("suffix", ["bin", "pt", "pth", "pkl", "ckpt"])
 def test_pickles_are_refused_by_name(tmp_path, suffix):
     file = tmp_path / f"pytorch_model.{suffix}"
@@ -634,17 +645,31 @@ def test_pickles_are_refused_by_name(tmp_path, suffix):
             open_checkpoint(path)
 
 
+@pytest.mark.promise(PICKLES)
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5, "zip"])
-@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
-def test_pickles_are_refused_by_content(folder, protocol, name):
+@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf", "model-00001-of-00001.safetensors"])
+def test_pickles_are_refused_by_content(folder, protocol, name, figure):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     file = folder / name
     if protocol == "zip":
         with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("archive/data.pkl", pickle.dumps({}))
+            archive.writestr("archive/data.pkl", pickle.dumps(Bomb()))
     else:
-        file.write_bytes(pickle.dumps({"weight": [1.0] * 10}, protocol))
-    with pytest.raises(CheckpointError, match=r"pickle or zip.*safetensors"):
-        open_checkpoint(folder if name.endswith("safetensors") else file)
+        file.write_bytes(pickle.dumps({"weight": Bomb()}, protocol))
+    for read in (open_checkpoint, load_model):
+        with pytest.raises(CheckpointError, match=r"pickle or zip.*safetensors"):
+            read(folder if name.endswith("safetensors") else file)
+    figure("protocols 2 to 5 and zip, in single files, shards and GGUF")
+
+
+def test_an_index_of_pickles_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    index = {"weight_map": {"model.norm.weight": "pytorch_model.bin"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is a pickle or zip checkpoint"):
+        open_checkpoint(folder)
 
 
 def test_safetensors_header_that_begins_like_a_pickle(folder):

@@ -48,11 +48,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
         UnsupportedModelError: if a GGUF file names a kind of tokenizer whose rules are not known here.
     """
     path = given_path(path)
-    if os.path.isdir(path):
-        return _from_folder(path)
     if not os.path.exists(path):
         raise CheckpointError(f"{path} does not exist; expected a Hugging Face folder or a GGUF file.")
-    return _from_gguf(read_gguf_metadata(path), path)
+    try:
+        return _from_folder(path) if path.is_dir() else _from_gguf(read_gguf_metadata(path), path)
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error}") from error
 
 
 def _tokenizer_class() -> "type[PreTrainedTokenizerFast]":
