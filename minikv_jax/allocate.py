@@ -19,7 +19,7 @@ class Budget(NamedTuple):
     recent: Int[Array, "B"]
 
 
-def count(tokens: np.ndarray, amount: Amount) -> np.ndarray:
+def count(tokens: np.ndarray | np.int32, amount: Amount) -> np.ndarray | np.int32:
     """int(tokens * share), or the number itself."""
     if isinstance(amount, float):
         return (tokens * amount).astype(np.int32)

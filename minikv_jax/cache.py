@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import allocate, kivi, rank, segments
@@ -38,6 +39,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.hadamard import rotate, rotate_back, times_unit
 from pallas_kernels.packed_decode.layout import BLOCK
+from pallas_kernels.rows import below, row_numbers
 
 
 @jax.tree_util.register_dataclass
@@ -56,8 +58,9 @@ class Ledger:
 class Units(NamedTuple):
     """What one in a layer's keys and values stands for: a power of two for each head, float32.
 
-    Metadata of 8 bits has little range. In these units the prompt's largest number lies from 64 to 128, so scales of
-    the loudest groups and of some thousand times quieter ones are held, and later tokens may be three times as loud.
+    Metadata of 8 bits has little range. In these units the prompt's largest number lies from 16 to 32, so scales of the
+    loudest groups and of some hundred times quieter ones are held to their last digit, and later tokens may be fourteen
+    times as loud: after a prompt of few tokens they were seen to be eight times as loud.
     """
 
     key: Float[Array, "B K"]
@@ -67,7 +70,7 @@ class Units(NamedTuple):
     def of(cls, key: Float[Array, "B K T H"], value: Float[Array, "B K T H"]) -> "Units":
         def power(x):
             largest = jnp.abs(x).max(axis=(2, 3), initial=0).astype(jnp.float32)
-            exponent = jnp.clip(jnp.frexp(largest)[1] - 7, -60, 60)
+            exponent = jnp.clip(jnp.frexp(largest)[1] - 5, -60, 60)
             return jnp.where(largest > 0, jnp.ldexp(jnp.float32(1), exponent), 1)
 
         return cls(power(key), power(value))
@@ -76,7 +79,10 @@ class Units(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
+    """One layer's share of a cache, and the method as this layer has it (static)."""
+
     segment: Segment
+    config: CacheConfig = dataclasses.field(metadata={"static": True})
     window: DenseSegment | KiviWindow | None = None
     retained: PackedSegment | None = None
     ledger: Ledger | None = None
@@ -87,6 +93,16 @@ class LayerCache:
     def growing(self) -> Literal["segment", "retained"]:
         """The tier that new tokens end up in. Nothing says of those which a window encodes that they matter."""
         return "segment" if self.window is None or self.retained is None else "retained"
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Key/value heads, and their size."""
+        return self.segment.heads
+
+    @property
+    def own(self) -> "LayerCache":
+        """The layer without the prefix that it shares with other sequences."""
+        return dataclasses.replace(self, prefix=())
 
 
 @jax.tree_util.register_dataclass
@@ -187,14 +203,14 @@ def compress(
         shape: static capacities (`Shape.of`).
     """
     tokens = key.shape[1]
-    present = jnp.arange(tokens) < lengths[:, None]
+    present = below(lengths, tokens)
     dtype = config.dtype or key.dtype
     # Padding may hold anything; zeros keep NaN out of everything stored.
     key, value = (jnp.where(present[..., None, None], x, 0) for x in (key, value))
     if config.keeps_all_as_it_is:
         # Filled up before it is turned: one pass makes the segment, and nothing as large lies beside it.
         rows = (jnp.swapaxes(segments.fit(x.astype(dtype), shape.segment, axis=1), 1, 2) for x in (key, value))
-        return LayerCache(DenseSegment(*rows, jnp.array(lengths)))
+        return LayerCache(DenseSegment(*rows, jnp.array(lengths)), config)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     present = present[:, None]
     scores = rank.refine(scores, value, lengths, budget.recent, config.rank)
@@ -209,14 +225,14 @@ def compress(
     balance = channel_balance(queries.loudest, key) if _balances(config) else None
     if config.window_style == "kivi":
         tiers = kivi.compress(key, value, lengths, config, shape.segment, dtype, balance, moment)
-        return LayerCache(*tiers, units=units)
+        return LayerCache(tiers[0], config, tiers[1], units=units)
 
     if config.quantized_first is not None:
         key, value = _quantized(config.quantized_first, key, value, lengths)
     build = functools.partial(segments.build, dtype=dtype, balance=balance, moment=moment)
     if config.window is not None and config.retained is not None:
-        tiers = _in_two_tiers(key, value, scores, lengths, budget, config, shape, dtype, build)
-        return LayerCache(*tiers, units=units)
+        first, window, rest = _in_two_tiers(key, value, scores, lengths, budget, config, shape, dtype, build)
+        return LayerCache(first, config, window, rest, units=units)
     friendliness = _friendliness(key, value, present, config) if config.rank.attention_weight < 1 else None
     kept = jnp.minimum(budget.total, lengths)
     if config.selects or config.evict != "never" or config.retained is not None:
@@ -239,7 +255,7 @@ def compress(
         retained = build(config.retained, _gather(key, rest), _gather(value, rest), lengths - kept, shape.retained)
     if config.evict != "never":
         ledger = _ledger(rows, scores, friendliness, budget, lengths, config, segment.capacity)
-    return LayerCache(segment, window, retained, ledger, units)
+    return LayerCache(segment, config, window, retained, ledger, units)
 
 
 def _in_two_tiers(
@@ -250,7 +266,7 @@ def _in_two_tiers(
     budget: Budget,
     config: CacheConfig,
     shape: Shape,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     build: Callable[..., Segment],
 ) -> tuple[Segment, DenseSegment, Segment]:
     """A prompt's most attended tokens, its window, and all other tokens, of which none is dropped.
@@ -260,8 +276,8 @@ def _in_two_tiers(
     sinks, group = config.first_encoded, config.codec.token_group
     encoded = jnp.maximum(lengths - sinks - config.window_keeps, 0) // group * group
     important = jnp.clip(budget.total - sinks, 0, encoded) // group * group
-    between = jnp.arange(key.shape[2] - sinks) < encoded[:, None, None]
     key_between, value_between, scores = key[:, :, sinks:], value[:, :, sinks:], scores[:, :, sinks:]
+    between = below(encoded[:, None], key_between.shape[2])
     chosen = rank.best(scores, encoded, jnp.zeros_like(lengths), 0, important)
 
     def tier(codec: Codec, mine: Bool[Array, "B K T"], count: Int[Array, "B"], capacity: int) -> Segment:
@@ -280,7 +296,7 @@ def _in_two_tiers(
 def _window(key, value, held: Int[Array, "B"], encoded: Int[Array, "B"], config: CacheConfig, dtype) -> DenseSegment:
     """Of `held` tokens [B, K, T, H] in text order: exact sinks, and those behind the `encoded` ones."""
     sinks = config.first_encoded
-    row = jnp.arange(sinks + config.window)
+    row = row_numbers(sinks + config.window, axes=3)
     row = jnp.where(row < sinks, row, row + encoded[:, None, None])
     return DenseSegment(*(_gather(x, row).astype(dtype) for x in (key, value)), held - encoded)
 
@@ -289,8 +305,9 @@ def _rotated(x: Float[Array, "... H"], wanted: bool) -> Float[Array, "... H"]:
     return rotate(x).astype(x.dtype) if wanted else x
 
 
-def _inwards(layer: LayerCache, query, key, value, config: CacheConfig):
+def _inwards(layer: LayerCache, query, key, value):
     """Queries, keys and values of new tokens [B, T, heads, H] as the layer holds them."""
+    config = layer.config
     if config.rotate_keys and config.rotate_values:  # one product for all three: a launch costs more than its work
         heads = query.shape[2], query.shape[2] + key.shape[2]
         query, key, value = jnp.split(_rotated(jnp.concatenate((query, key, value), axis=2), True), heads, axis=2)
@@ -303,9 +320,9 @@ def _inwards(layer: LayerCache, query, key, value, config: CacheConfig):
     return query, key, value
 
 
-def _outwards(layer: LayerCache, output: Float[Array, "B T N H"], config: CacheConfig) -> Float[Array, "B T N H"]:
+def _outwards(layer: LayerCache, output: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     """The output for the values as they came."""
-    if config.rotate_values:
+    if layer.config.rotate_values:
         return rotate_back(output, _units(layer).value)
     return output if layer.units is None else times_unit(output, layer.units.value)
 
@@ -314,8 +331,7 @@ def _units(layer: LayerCache) -> Units:
     """The layer's, or ones."""
     if layer.units is not None:
         return layer.units
-    held = layer.segment.key if isinstance(layer.segment, DenseSegment) else layer.segment.keys.codes
-    ones = jnp.ones(held.shape[:2], jnp.float32)
+    ones = jnp.ones((layer.segment.length.shape[0], layer.heads[0]), jnp.float32)
     return Units(ones, ones)
 
 
@@ -329,14 +345,14 @@ def channel_balance(loudest: Float[Array, "B K H"], key: Float[Array, "B K T H"]
     return jnp.sqrt(jnp.maximum(loudest, 1e-5) / jnp.maximum(loudest_key, 1e-5))
 
 
-def _gather(x: Float[Array, "B K T H"], rows: Int[Array, "B K R"]) -> Float[Array, "B K R H"]:
+def _gather(x: Float[Array, "B K T H"], rows: Int[Array, "B #K R"]) -> Float[Array, "B K R H"]:
     """Rows of x; zeros for rows that are none."""
     return jnp.take_along_axis(x, rows[..., None], axis=2, mode="fill", fill_value=0)
 
 
 def _best(scores, friendliness, present, lengths, budget: Budget, kept, config: CacheConfig) -> Bool[Array, "B K T"]:
     if friendliness is not None:
-        candidates = present & (jnp.arange(scores.shape[-1]) < (lengths - budget.recent)[:, None])[:, None]
+        candidates = present & below(lengths - budget.recent, scores.shape[-1])[:, None]
         protected = _protected(lengths, budget, config)
         weight = config.rank.attention_weight
         scores = rank.mix(scores, friendliness, candidates, jnp.broadcast_to(present, scores.shape), protected, weight)
@@ -361,7 +377,7 @@ def _quantized(codec: Codec, key, value, lengths: Int[Array, "B"]):
     tokens, group = key.shape[2], codec.token_group
     padded = -(-tokens // group) * group
     back = _through(codec, segments.fit(key, padded), segments.fit(value, padded))
-    whole = (jnp.arange(tokens) < (lengths // group * group)[:, None])[:, None, :, None]
+    whole = below(lengths // group * group, tokens)[:, None, :, None]
     return tuple(jnp.where(whole, new[:, :, :tokens].astype(x.dtype), x) for x, new in zip((key, value), back))
 
 
@@ -395,29 +411,53 @@ def read_token(
     key: Float[Array, "B 1 K H"],
     value: Float[Array, "B 1 K H"],
     position: Int[Array, "B"],
-    accept: Bool[Array, "B"],
-    config: CacheConfig,
+    accept: Bool[Array, "B"] | None = None,
 ) -> tuple[LayerCache, Float[Array, "B 1 N H"]]:
     """Stores one more token of every accepting sequence, and attends to all that is held, the token included.
 
     In the order of the methods' code: make room, append, encode a full window, attend, update scores, give up.
+
+    Args:
+        layer: the layer.
+        query, key, value: of the token, query and key after rotary embedding.
+        position: tokens read before this one.
+        accept: sequences that store the token, all of which have a row left, as `KVCache.room` says. None: those that
+            have one, and NaN is the output of the others.
     """
-    layer, query = _take_in(layer, query, key, value, position, accept, config)
-    output, lse, logits = attend(layer, query, position, config)
+    if accept is None:
+        fits = has_row(layer, position)
+        layer, output = read_token(layer, query, key, value, position, fits)
+        return layer, jnp.where(fits[:, None, None, None], output, jnp.nan)
+    layer, query = _take_in(layer, query, key, value, position, accept)
+    output, lse, logits = attend(layer, query, position)
     if logits is not None:
         layer = add_scores(layer, logits, lse, accept[:, None])
-    return settle(layer, position, accept, config), output
+    return settle(layer, position, accept), output
 
 
-def _take_in(layer: LayerCache, query, key, value, position, accept, config: CacheConfig):
+def has_row(layer: LayerCache, position: Int[Array, "B"]) -> Bool[Array, "B"]:
+    """Whether each sequence, which has read `position` tokens, can store one more in the rows there are."""
+    config, segment, window = layer.config, layer.segment, layer.window
+    if isinstance(window, KiviWindow):
+        return kivi.has_row(segment, window, position)
+    if window is not None:
+        tier, encoded = getattr(layer, layer.growing), window.capacity - config.first_encoded - config.window_keeps
+        return (window.length + 1 < window.capacity) | (tier.length + encoded <= tier.capacity)
+    left = segment.length < segment.capacity
+    if layer.ledger is None or layer.retained is None:
+        return left
+    return left & ((segment.length < layer.ledger.size) | (layer.retained.length < layer.retained.capacity))
+
+
+def _take_in(layer: LayerCache, query, key, value, position, accept):
     """The layer with one more token [B, 1, heads, H], and the token's query as the layer's keys are held."""
-    if isinstance(layer.window, DenseSegment) and config.rotate_keys and config.rotate_values:
+    if isinstance(layer.window, DenseSegment) and layer.config.rotate_keys and layer.config.rotate_values:
         with contextlib.suppress(NotImplementedError):  # no kernel, as below
             heads_first = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-            return _append_by_kernel(layer, *heads_first, accept, config, Rotation(query, *_units(layer)))
-    query, key, value = _inwards(layer, query, key, value, config)
+            return _append_by_kernel(layer, *heads_first, accept, Rotation(query, *_units(layer)))
+    query, key, value = _inwards(layer, query, key, value)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-    return arrive(layer, key, value, position, accept, config), query
+    return arrive(layer, key, value, position, accept), query
 
 
 def read_tokens(
@@ -428,70 +468,70 @@ def read_tokens(
     position: Int[Array, "B"],
     counts: Int[Array, "B"],
     counted: Bool[Array, "B T"],
-    config: CacheConfig,
 ) -> tuple[LayerCache, Float[Array, "B T N H"]]:
     """Reads the first `counts` of T more tokens of each sequence at once; `position` is that of the first.
 
     They attend to all that was held and, exactly, to each other; then they are stored one after the other. The
     queries in `counted` add their attention to the scores.
     """
-    query, key, value = _inwards(layer, query, key, value, config)
-    tokens = jnp.arange(query.shape[1])
+    query, key, value = _inwards(layer, query, key, value)
+    tokens = row_numbers(query.shape[1])
     own, _, lse = two_pass_attention(query, key, value, query_lengths=counts, key_value_lengths=counts, score_rows=0)
     own = Partial(own.astype(jnp.float32), lse, jnp.where(jnp.isneginf(lse), 0.0, 1.0))
-    output, lse, logits = attend(layer, query, position - 1, config, also=(own,))
+    output, lse, logits = attend(layer, query, position - 1, also=(own,))
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     scores = jnp.zeros(key.shape[:3])
     if logits is not None:
         layer = add_scores(layer, logits, lse, counted)
-        seen = (tokens <= tokens[:, None]) & counted[:, :, None] & (tokens < counts[:, None])[:, None]
+        seen = (tokens[None] <= tokens[:, None])[None] & counted[:, :, None] & below(counts, len(tokens))[:, None]
         _, fresh = dense_decode_attention(query, key, value, counts, return_logits=True)
         scores = segments.received(fresh, lse, seen, key.shape[1])
 
     def store(layer, token):
         k, v, score, i = token
         accept = i < counts
-        layer = arrive(layer, k[:, :, None], v[:, :, None], position + i, accept, config, score)
-        return settle(layer, position + i, accept, config), None
+        layer = arrive(layer, k[:, :, None], v[:, :, None], position + i, accept, score)
+        return settle(layer, position + i, accept), None
 
     stream = (*(jnp.moveaxis(x, 2, 0) for x in (key, value, scores)), tokens)
     return jax.lax.scan(store, layer, stream)[0], output
 
 
-def arrive(layer: LayerCache, key, value, position, accept, config: CacheConfig, score=0.0) -> LayerCache:
+def arrive(layer: LayerCache, key, value, position, accept, score=0.0) -> LayerCache:
     """The layer with one more token [B, K, 1, H], whose score so far is `score` [B, K]."""
     if isinstance(layer.window, KiviWindow):
         window = kivi.arrive(layer.window, key, value, position, accept)
         return dataclasses.replace(layer, window=window)
     if layer.window is not None:
-        return _arrive_in_window(layer, key, value, accept, config)
-    if config.evict == "before":
-        layer = _give_up(layer, position, accept & (layer.segment.length >= layer.ledger.size), config)
+        return _arrive_in_window(layer, key, value, accept)
+    if layer.config.evict == "before":
+        layer = _give_up(layer, position, accept & (layer.segment.length >= layer.ledger.size))
     ledger = layer.ledger
     if ledger is not None:
-        ledger = _enter(ledger, layer.segment, key, value, position, accept, config, score)
+        ledger = _enter(ledger, layer.segment, key, value, position, accept, layer.config, score)
     return dataclasses.replace(layer, segment=segments.append(layer.segment, key, value, accept), ledger=ledger)
 
 
-def _arrive_in_window(layer: LayerCache, key, value, accept, config: CacheConfig) -> LayerCache:
+def _arrive_in_window(layer: LayerCache, key, value, accept) -> LayerCache:
     """A window that is full with the new token is encoded at once (MiniKV Algorithm 1), from the first row that is on
     and but for the newest that stay."""
     # Not on every device, and not for every codec. A CPU takes the condition for next to nothing.
     with contextlib.suppress(NotImplementedError):
-        return _append_by_kernel(layer, key, value, accept, config)[0]
+        return _append_by_kernel(layer, key, value, accept)[0]
     tier, window = getattr(layer, layer.growing), segments.append(layer.window, key, value, accept)
-    full, first, keeps = window.length == window.capacity, config.first_encoded, config.window_keeps
+    config, full = layer.config, window.length == window.capacity
+    first, keeps = config.first_encoded, config.window_keeps
     tier, window = jax.lax.cond(
         full.any(), lambda s, w: _flush(s, w, full, first, keeps), lambda s, w: (s, w), tier, window
     )
     return dataclasses.replace(layer, window=window, **{layer.growing: tier})
 
 
-def _append_by_kernel(layer: LayerCache, key, value, accept, config: CacheConfig, rotation: Rotation | None = None):
+def _append_by_kernel(layer: LayerCache, key, value, accept, rotation: Rotation | None = None):
     """`_arrive_in_window` in one launch, and the query of `rotation`. Raises NotImplementedError without a kernel."""
     tier, window, query = segments.append_to_window(
-        getattr(layer, layer.growing), layer.window, key, value, accept, config.first_encoded, config.window_keeps,
-        rotation,
+        getattr(layer, layer.growing), layer.window, key, value, accept, layer.config.first_encoded,
+        layer.config.window_keeps, rotation,
     )  # fmt: skip
     return dataclasses.replace(layer, window=window, **{layer.growing: tier}), query
 
@@ -522,7 +562,7 @@ def _flush(
 
 def _enter(ledger: Ledger, segment: Segment, key, value, position, accept, config: CacheConfig, score) -> Ledger:
     """The ledger with a row for the new token."""
-    new = (jnp.arange(segment.capacity) == segment.length[:, None]) & accept[:, None]
+    new = (row_numbers(segment.capacity, axes=2) == segment.length[:, None]) & accept[:, None]
     new = new[:, None]
     score = position.astype(jnp.float32)[:, None] if config.rank.by == "position" else jnp.asarray(score)
     score = jnp.broadcast_to(score, key.shape[:2])
@@ -542,7 +582,6 @@ def attend(
     layer: LayerCache,
     query: Float[Array, "B T N H"],
     position: Int[Array, "B"],
-    config: CacheConfig,
     also: tuple[Partial, ...] = (),
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"], Float[Array, "B T N S"] | None]:
     """Attention over everything the layer holds, and `also`, of queries as its keys are held.
@@ -553,25 +592,25 @@ def attend(
         The output in the query's dtype, for values as they came; the log-sum-exp; and if tokens are given up after
         attention the logits of the first tier's rows.
     """
-    scored = config.evict == "after"
+    scored = layer.config.evict == "after"
     parts = [part for part in (layer.segment, layer.retained) if part is not None]
     if isinstance(layer.window, KiviWindow):
         parts.append(kivi.tail(layer.segment, layer.window, position))
     elif layer.window is not None:
         parts.append(layer.window)
     if not (also or layer.prefix):
-        rotated = _units(layer).value if config.rotate_values else None
+        rotated = _units(layer).value if layer.config.rotate_values else None
         parts = [segments.part(query, part) for part in parts]
         output, lse, *logits = decode_attention(parts, return_logits=scored, rotated=rotated)
         if rotated is None:
-            output = _outwards(layer, output, config)
+            output = _outwards(layer, output)
         return output, lse, logits[0] if scored else None
     first = segments.attention(query, layer.segment, return_logits=scored)
     first, logits = first if scored else (first, None)
     others = [segments.attention(query, part) for part in parts[1:]]
     others += [_shared_attention(query, part) for part in layer.prefix]
     output, lse = merge_partials([first, *others, *also])
-    return _outwards(layer, output.astype(query.dtype), config), lse, logits
+    return _outwards(layer, output.astype(query.dtype)), lse, logits
 
 
 def _shared_attention(query: Float[Array, "B T N H"], prefix: Segment) -> Partial:
@@ -583,35 +622,35 @@ def _shared_attention(query: Float[Array, "B T N H"], prefix: Segment) -> Partia
 
 def add_scores(layer: LayerCache, logits: Float[Array, "B T N S"], lse, counted: Bool[Array, "B T"]) -> LayerCache:
     """The layer whose tokens are credited with the attention they just received from the counted queries."""
-    held = jnp.arange(logits.shape[-1]) < layer.segment.length[:, None]
+    held = below(layer.segment.length, logits.shape[-1])
     gained = segments.received(logits, lse, counted[:, :, None] & held[:, None], layer.ledger.scores.shape[1])
     return dataclasses.replace(layer, ledger=dataclasses.replace(layer.ledger, scores=layer.ledger.scores + gained))
 
 
-def settle(layer: LayerCache, position, accept, config: CacheConfig) -> LayerCache:
+def settle(layer: LayerCache, position, accept) -> LayerCache:
     """What a method does after attention: give up a token, or encode what has grown too old."""
     if isinstance(layer.window, KiviWindow):
         segment, window = kivi.settle(layer.segment, layer.window, position, accept)
         return dataclasses.replace(layer, segment=segment, window=window)
-    if config.evict == "after":
-        return _give_up(layer, position, accept & (layer.segment.length > layer.ledger.size), config)
+    if layer.config.evict == "after":
+        return _give_up(layer, position, accept & (layer.segment.length > layer.ledger.size))
     return layer
 
 
-def _give_up(layer: LayerCache, position, must: Bool[Array, "B"], config: CacheConfig) -> LayerCache:
+def _give_up(layer: LayerCache, position, must: Bool[Array, "B"]) -> LayerCache:
     """Takes the lowest token of each head out of the first tier: into the retained tier, or away.
 
     The last row moves into its place, so that rows stay without gaps. Of equal scores the later token goes.
     """
     segment, ledger = layer.segment, layer.ledger
-    victim = _victim(segment, ledger, position, config)
+    victim = _victim(segment, ledger, position, layer.config)
     retained = layer.retained
     if retained is not None:
         retained = segments.append(retained, *segments.take(segment, victim), must)
     last = jnp.broadcast_to(segment.length[:, None] - 1, victim.shape)
     last = jnp.maximum(last, 0)
     segment = segments.move(segment, last, victim, must)
-    into = (jnp.arange(segment.capacity) == victim[..., None]) & must[:, None, None]
+    into = (row_numbers(segment.capacity, axes=3) == victim[..., None]) & must[:, None, None]
 
     def moved(x):
         return jnp.where(into, jnp.take_along_axis(x, last[..., None], axis=2), x)
@@ -622,12 +661,12 @@ def _give_up(layer: LayerCache, position, must: Bool[Array, "B"], config: CacheC
         scores=moved(ledger.scores),
         friendliness=None if ledger.friendliness is None else moved(ledger.friendliness),
     )
-    segment = dataclasses.replace(segment, length=segment.length - must)
+    segment = dataclasses.replace(segment, length=segment.length - must.astype(jnp.int32))
     return dataclasses.replace(layer, segment=segment, retained=retained, ledger=ledger)
 
 
 def _victim(segment: Segment, ledger: Ledger, position, config: CacheConfig) -> Int[Array, "B K"]:
-    held = (jnp.arange(segment.capacity) < segment.length[:, None])[:, None]
+    held = below(segment.length, segment.capacity)[:, None]
     # The oldest of the newest `recent` tokens stands at position + 1 - recent; make room before the next one arrives.
     newest = position - 1 if config.evict == "before" else position
     old = ledger.positions <= (newest - ledger.recent)[:, None, None]
@@ -640,4 +679,4 @@ def _victim(segment: Segment, ledger: Ledger, position, config: CacheConfig) -> 
         weight = config.rank.attention_weight
         priority = rank.mix(priority, ledger.friendliness, candidates, valid, ledger.protected, weight)
     lowest = jnp.min(jnp.where(candidates, priority, jnp.inf), axis=-1, keepdims=True)
-    return jnp.argmax(jnp.where(candidates & (priority == lowest), ledger.positions, -1), axis=-1)
+    return jnp.argmax(jnp.where(candidates & (priority == lowest), ledger.positions, -1), axis=-1).astype(jnp.int32)

@@ -6,11 +6,13 @@ ranking into **tiers**, give each tier a **codec** (or drop it), and keep a dens
 """
 
 import dataclasses
-from typing import Literal
+import types
+import typing
+from typing import Any, Literal
 
 import jax
 
-from minikv_jax.errors import ConfigError
+from minikv_jax.errors import ConfigError, shortened
 from pallas_kernels.packed_decode.layout import BLOCK, SUPPORTED_BITS, GroupAxis
 
 # A share of the prompt (float, int(N * share) tokens) or a number of tokens (int).
@@ -24,11 +26,58 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def check_types(part: Any) -> None:
+    """Refuses fields of a dataclass that are not what their annotations say: 1.5 tokens, True bits, an unknown choice.
+
+    Raises:
+        ConfigError: naming the field, its value and what it takes.
+    """
+    for name, wanted in typing.get_type_hints(type(part)).items():
+        value = getattr(part, name)
+        _require(_is_a(value, wanted), f"{name}={shortened(value)}: give {_described(wanted)}.")
+
+
+def _is_a(value: Any, wanted: Any) -> bool:
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if isinstance(wanted, typing.TypeAliasType):
+        return _is_a(value, wanted.__value__)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is_a(value, one) for one in arguments)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(x, arguments[0]) for x in value)
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
+
+
+_PLAIN_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    types.NoneType: "None",
+}
+
+
+def _described(wanted: Any) -> str:
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if isinstance(wanted, typing.TypeAliasType):
+        return _described(wanted.__value__)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_described, arguments))
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin is tuple:
+        return f"a tuple, each {_described(arguments[0])}"
+    return _PLAIN_WORDS.get(wanted, f"a {wanted.__name__}")
+
+
 def _require_amount(name: str, amount: Amount) -> None:
     if isinstance(amount, float):
         _require(0.0 <= amount <= 1.0, f"{name}={amount} is a share of the prompt: give a number from 0.0 to 1.0.")
-    else:
-        _require(isinstance(amount, int) and amount >= 0, f"{name}={amount!r}: give a share or a number of tokens.")
+    _require(amount >= 0, f"{name}={amount}: give a share or a number of tokens.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +108,9 @@ class Rank:
     protected: Amount = 0
 
     def __post_init__(self):
-        _require(self.by in ("position", "attention", "window"), f"by={self.by!r}: choose position, attention, window.")
+        check_types(self)
         _require((self.by == "window") == (self.window > 0), f"window={self.window} goes with by='window', above 0.")
         _require(self.pooling >= 1 and self.pooling % 2 == 1, f"pooling={self.pooling}: give an odd number of tokens.")
-        _require(self.pool in ("avg", "max"), f"pool={self.pool!r}: choose avg or max.")
         _require(0 <= self.attention_weight <= 1, f"attention_weight={self.attention_weight}: give 0 to 1.")
         _require_amount("protected", self.protected)
 
@@ -92,6 +140,7 @@ class Allocation:
     per_head: bool = False
 
     def __post_init__(self):
+        check_types(self)
         _require(
             not self.per_head,
             "per_head budgets are not supported: the heads of a layer share one array, so tokens taken from one head "
@@ -99,7 +148,7 @@ class Allocation:
         )
         _require_amount("heavy", self.heavy)
         _require_amount("recent", self.recent)
-        _require(isinstance(self.sinks, int) and self.sinks >= 0, f"sinks={self.sinks}: give a number of tokens.")
+        _require(self.sinks >= 0, f"sinks={self.sinks}: give a number of tokens.")
         if self.budget is not None:
             _require_amount("budget", self.budget)
             _require(self.budget > 0, f"budget={self.budget}: nothing would be kept.")
@@ -158,7 +207,7 @@ class Codec:
     key_group: GroupSize = 16
     value_group: GroupSize = 16
     key_axis: GroupAxis = "tokens"
-    metadata_dtype: str = "float16"
+    metadata_dtype: Literal["float16", "bfloat16", "float8_e4m3fn"] = "float16"
     balance: bool = False
     key_clip: tuple[float, ...] = ()
     value_clip: tuple[float, ...] = ()
@@ -166,6 +215,7 @@ class Codec:
     integer_zero: bool = False
 
     def __post_init__(self):
+        check_types(self)
         for name in ("key_bits", "value_bits"):
             bits = getattr(self, name)
             _require(bits in (*SUPPORTED_BITS, 16), f"{name}={bits}: choose one of {(*SUPPORTED_BITS, 16)}.")
@@ -173,27 +223,17 @@ class Codec:
             (self.key_bits == 16) == (self.value_bits == 16),
             f"key_bits={self.key_bits} and value_bits={self.value_bits}: 16 bits go for both or for neither.",
         )
-        _require(self.key_axis in ("tokens", "channels"), f"key_axis={self.key_axis!r}: choose tokens or channels.")
         for name in ("key_group", "value_group"):
             size = getattr(self, name)
-            named = size in ("half_head", "head")
-            _require(named or (isinstance(size, int) and size >= 1), f"{name}={size!r}: give at least 1.")
+            _require(isinstance(size, str) or size >= 1, f"{name}={size}: give at least 1.")
         over_tokens = not self.dense and self.key_axis == "tokens"
         _require(
             not over_tokens or (isinstance(self.key_group, int) and BLOCK % self.key_group == 0),
             f"key_group={self.key_group} over tokens must divide {BLOCK}.",
         )
-        _require(
-            self.metadata_dtype in ("float16", "bfloat16", "float8_e4m3fn"),
-            f"metadata_dtype={self.metadata_dtype!r}: choose float16, bfloat16 or float8_e4m3fn.",
-        )
         for name in ("key_clip", "value_clip"):
             factors = getattr(self, name)
             _require(all(0 < f <= 1 for f in factors), f"{name}={factors}: factors lie above 0 and at most at 1.")
-        _require(
-            self.key_feedback in ("none", "prompt", "all"),
-            f"key_feedback={self.key_feedback!r}: choose none, prompt or all.",
-        )
         _require(
             self.key_feedback == "none" or (over_tokens and not self.integer_zero),
             "key_feedback goes from channel to channel: give key_axis='tokens', and no integer_zero.",
@@ -264,18 +304,15 @@ class CacheConfig:
     brief_allocation: Allocation | None = None
     quantized_first: Codec | None = None
     evict: Literal["never", "before", "after"] = "never"
-    dtype: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     prompt_capacity: int | None = None
     generated_capacity: int = 512
 
     def __post_init__(self):
+        check_types(self)
         for name in ("prompt_capacity", "generated_capacity"):
             tokens = getattr(self, name)
             _require(tokens is None or tokens >= 1, f"{name}={tokens}: give at least 1 token.")
-        _require(
-            self.dtype in (None, "float32", "bfloat16", "float16"),
-            f"dtype={self.dtype!r}: choose float32, bfloat16 or float16, or None for the model's own.",
-        )
         _require(
             self.evict != "before" or self.rank.by == "position", "evict='before' goes with a rank by position only."
         )
@@ -285,7 +322,8 @@ class CacheConfig:
             not self.rotate_keys or not any(codec.balance for codec in codecs),
             "balance and rotate_keys both even out channels, and the rotation would undo the balance: choose one.",
         )
-        _require(codecs or not (self.rotate_keys or self.rotate_values), "Rotation needs a tier of fewer than 16 bits.")
+        rotates = self.rotate_keys or self.rotate_values
+        _require(bool(codecs) or not rotates, "Rotation needs a tier of fewer than 16 bits.")
         self._check_window()
         self._check_layers()
 
@@ -310,8 +348,7 @@ class CacheConfig:
     def _check_layers(self) -> None:
         for name, other in (("precise", self.precise_codec), ("brief", self.brief_allocation)):
             layers = getattr(self, name)
-            good = isinstance(layers, tuple) and all(isinstance(i, int) and i >= 0 for i in layers)
-            _require(good, f"{name}={layers!r}: give a tuple of layers, counted from 0.")
+            _require(all(i >= 0 for i in layers), f"{name}={layers!r}: layers are counted from 0.")
             _require(
                 bool(layers) == (other is not None), f"{name}={layers} needs what these layers have, and only then."
             )

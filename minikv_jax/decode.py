@@ -5,19 +5,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
+from minikv_jax import inputs
 from minikv_jax.cache import KVCache, LayerCache, read_token
-from minikv_jax.config import CacheConfig
 from minikv_jax.models.llama import LlamaLayer, Params, as_model
 from minikv_jax.sampling import Sampling, sample
+from pallas_kernels.rows import row_numbers
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _decode_layer(layer: LlamaLayer, cache: LayerCache, x, lengths, accept, config: CacheConfig):
+@jax.jit
+def _decode_layer(layer: LlamaLayer, cache: LayerCache, x, lengths, accept):
     """One layer over one new token. Jitted on its own, it is traced and lowered once for all layers of one shape."""
     query, key, value = layer.before_attention(x, lengths[:, None])
-    cache, attention = read_token(cache, query, key, value, lengths, accept, config)
+    cache, attention = read_token(cache, query, key, value, lengths, accept)
     if cache.ledger is not None:
         # Nothing but the step's end waits for the scores, so XLA would keep every layer's logits until then.
         ledger, attention = jax.lax.optimization_barrier((cache.ledger, attention))
@@ -36,19 +38,29 @@ def decode_step(params: Params, cache: KVCache, tokens: Int[Array, "B"]) -> tupl
         tokens: [B] token ids.
 
     Returns:
-        float32 logits [B, V] of the next token, and the cache. A sequence without room left stores nothing and its
-        logits are NaN.
+        float32 logits [B, V] of the next token, and the cache. A sequence without room left, or whose traced token is
+        none of the model's (-1, for one that has ended), stores nothing and its logits are NaN.
+
+    Raises:
+        PromptError: tokens of another shape or dtype, or a concrete one outside the vocabulary.
+        ConfigError: a cache of another model.
     """
     model = as_model(params)
-    accept = cache.room > 0
+    inputs.check_cache(model, cache)
+    tokens, accept = inputs.next_tokens(tokens, cache, model.config.vocab_size)
     x = model.embed(tokens[:, None])
     layers = []
-    for layer, layer_cache in zip(model.layers, cache.layers):
-        layer_cache, x = _decode_layer(layer, layer_cache, x, cache.lengths, accept, cache.config)
+    for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
+        layer_cache, x = _decode_layer(layer, layer_cache, x, cache.lengths, accept)
         layers.append(layer_cache)
     logits = jnp.where(accept[:, None], model.logits(x)[:, 0], jnp.nan)
     step = accept.astype(jnp.int32)
     return logits, KVCache(tuple(layers), cache.lengths + step, cache.room - step, cache.config)
+
+
+def is_end(token: Int[Array, "B"], eos_token_ids: tuple[int, ...]) -> Bool[Array, "B"]:
+    """Whether each token is one of those that end a sequence."""
+    return (token[:, None] == np.asarray(eos_token_ids, np.int32)[None]).any(axis=1)
 
 
 # Steps between two looks at whether every sequence has ended. A loop whose condition depends on data makes the host
@@ -75,30 +87,30 @@ def decode_loop(
         key: of the random draws.
         sampling: how tokens are drawn.
         max_new_tokens: `token` among them.
-        eos_token_ids: a sequence ends with one of these; the rest of its row repeats it. Empty: none ends.
+        eos_token_ids: a sequence ends with one of these; the rest of its row repeats it, and its cache stays as it was
+            when that came. Empty: none ends.
 
     Returns:
         The new tokens [B, max_new_tokens], and the cache after them.
     """
-    ends = jnp.asarray(eos_token_ids or (-1,))
 
     def step(state, i):
         cache, ended, token = state
         cache = _counted_in_every_layer(cache)
-        # Where all have ended, or past the last token, no sequence has room and the step changes nothing.
-        room = jnp.where(ended.all() | (i >= max_new_tokens), 0, cache.room)
+        # A sequence that has ended, and past the last token all of them, has no room: the step leaves it as it is.
+        room = jnp.where(ended | (i >= max_new_tokens), 0, cache.room)
         logits, stepped = decode_step(params, dataclasses.replace(cache, room=room), token)
         cache = dataclasses.replace(stepped, room=cache.room - (stepped.lengths - cache.lengths))
         token = jnp.where(ended, token, sample(logits, jax.random.fold_in(key, i), sampling))
-        return (_counted_once(cache), ended | jnp.isin(token, ends), token), token
+        return (_counted_once(cache), ended | is_end(token, eos_token_ids), token), token
 
-    state = _counted_once(cache), jnp.isin(token, ends), token
+    state = _counted_once(cache), is_end(token, eos_token_ids), token
     if not eos_token_ids:
-        (cache, _, _), tokens = jax.lax.scan(step, state, jnp.arange(1, max_new_tokens))
+        (cache, _, _), tokens = jax.lax.scan(step, state, row_numbers(max_new_tokens - 1, first=1))
         return jnp.concatenate([token[None], tokens]).T, _counted_in_every_layer(cache)
 
     chunks = -(-(max_new_tokens - 1) // _STEPS)
-    tokens = jnp.zeros((1 + chunks * _STEPS, token.shape[0]), jnp.int32).at[0].set(token)
+    tokens = jnp.zeros_like(token, shape=(1 + chunks * _STEPS, token.shape[0])).at[0].set(token)
 
     def more(carry):
         done, _, (_, ended, _) = carry
@@ -106,11 +118,11 @@ def decode_loop(
 
     def chunk(carry):
         done, tokens, state = carry
-        state, new = jax.lax.scan(step, state, done + jnp.arange(_STEPS))
+        state, new = jax.lax.scan(step, state, done + row_numbers(_STEPS))
         return done + _STEPS, jax.lax.dynamic_update_slice_in_dim(tokens, new, done, 0), state
 
     done, tokens, (cache, _, token) = jax.lax.while_loop(more, chunk, (jnp.int32(1), tokens, state))
-    written = jnp.arange(max_new_tokens)[:, None] < done
+    written = (row_numbers(max_new_tokens) < done)[:, None]
     return jnp.where(written, tokens[:max_new_tokens], token).T, _counted_in_every_layer(cache)
 
 

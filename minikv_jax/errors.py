@@ -1,5 +1,7 @@
 """Exceptions for mistakes a user can correct: each message says what was given, what was expected and what to do."""
 
+from typing import Any
+
 
 class MiniKVError(ValueError):
     """Base of every error this library raises for its user's input."""
@@ -19,3 +21,9 @@ class ConfigError(MiniKVError):
 
 class PromptError(MiniKVError):
     """A prompt that is empty or does not fit the model or the cache."""
+
+
+def shortened(x: Any, most: int = 80) -> str:
+    """`repr`, cut to a readable length."""
+    text = repr(x)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

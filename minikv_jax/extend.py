@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minikv_jax import allocate
+from minikv_jax import allocate, inputs
 from minikv_jax.cache import KVCache, QueryStatistics, Shape, read_tokens
 from minikv_jax.config import Allocation, CacheConfig, Rank
-from minikv_jax.errors import ConfigError, PromptError
+from minikv_jax.errors import PromptError
 from minikv_jax.models.llama import Params, as_model
-from minikv_jax.prefill import checked, compress_layer, empty_cache, logits_at
+from minikv_jax.prefill import checked, compress_layer, empty_cache, logits_at, opened
+from pallas_kernels.rows import below, row_numbers
 
 # Tokens read at once by `extend`: bounds the attention of new tokens among themselves.
 _CHUNK = 128
@@ -32,30 +33,28 @@ def extend(
         lengths: [B] true numbers of new tokens, 0 <= length <= T.
 
     Returns:
-        float32 logits [B, V] of the token after each sequence's last new one (NaN where it had none, or more than it
-        had room for), and the cache.
+        float32 logits [B, V] of the token after each sequence's last new one, and the cache. A sequence without new
+        tokens has NaN and stays as it is, as does one whose traced ids, or count, are out of range or above its room.
 
     Raises:
-        PromptError: shapes that do not fit, no tokens, or more than any sequence could have room for.
+        PromptError: no tokens, ids or lengths out of range, more tokens than a sequence has room for; shapes or dtypes
+            that do not fit.
+        ConfigError: a cache of another model.
     """
-    lengths = jnp.asarray(lengths, jnp.int32)
-    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1] or lengths.shape != cache.lengths.shape:
-        raise PromptError(
-            f"tokens {tokens.shape}, lengths {lengths.shape} and a cache of {cache.lengths.shape[0]} sequences must "
-            "be [B, T], [B] and B."
-        )
-    if tokens.shape[1] == 0:
-        raise PromptError("There is nothing to read: give at least one token.")
-    fits = lengths <= cache.room
-    lengths = jnp.where(fits, lengths, 0)
-    logits = jnp.full((tokens.shape[0], as_model(params).config.vocab_size), jnp.nan, jnp.float32)
+    model = as_model(params)
+    inputs.check_cache(model, cache)
+    tokens, lengths = inputs.token_rows(tokens, lengths, model.config.vocab_size, least=0)
+    if lengths.shape != cache.lengths.shape:
+        raise PromptError(f"tokens hold {tokens.shape[0]} sequences, the cache {cache.lengths.shape[0]}: give as many.")
+    lengths = inputs.with_room(lengths, cache)
+    logits = None
     for start in range(0, tokens.shape[1], _CHUNK):
         chunk = tokens[:, start : start + _CHUNK]
         counts = jnp.clip(lengths - start, 0, chunk.shape[1])
-        counted = jnp.arange(chunk.shape[1]) < counts[:, None]
+        counted = below(counts, chunk.shape[1])
         new, cache, _ = _extend_chunk(params, cache, chunk, counts, counted)
-        logits = jnp.where((counts > 0)[:, None], new, logits)
-    return logits, cache
+        logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
+    return jnp.where((lengths > 0)[:, None], logits, jnp.nan), cache
 
 
 @jax.jit
@@ -63,16 +62,14 @@ def _extend_chunk(params, cache: KVCache, tokens, counts, counted):
     """Logits after a chunk, the cache with it, and statistics of each layer's queries."""
     model = as_model(params)
     x = model.embed(tokens)
-    positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+    positions = cache.lengths[:, None] + row_numbers(tokens.shape[1], axes=2)
     layers, queries = [], []
-    for layer, layer_cache in zip(model.layers, cache.layers):
+    for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
         query, key, value = layer.before_attention(x, positions)
-        layer_cache, attention = read_tokens(
-            layer_cache, query, key, value, cache.lengths, counts, counted, cache.config
-        )
+        layer_cache, attention = read_tokens(layer_cache, query, key, value, cache.lengths, counts, counted)
         x = layer.after_attention(x, attention)
         layers.append(layer_cache)
-        read = jnp.arange(tokens.shape[1]) < counts[:, None]
+        read = below(counts, tokens.shape[1])
         queries.append(QueryStatistics.of(query, key.shape[2], read))
     logits = logits_at(model, x, counts - 1)
     return logits, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config), queries
@@ -90,10 +87,8 @@ def prefill_in_chunks(
         chunk: tokens read at once.
     """
     model = as_model(params)
-    lengths = jnp.asarray(lengths, jnp.int32)
-    cache_config = checked(model, tokens, lengths, cache_config)
-    if chunk < 1:
-        raise ConfigError(f"chunk={chunk}: read at least 1 token at once.")
+    tokens, lengths = inputs.token_rows(tokens, lengths, model.config.vocab_size, least=1)
+    cache_config, chunk = checked(model, tokens.shape[1], cache_config), inputs.count(chunk, "chunk")
     layers, longest = model.config.num_layers, tokens.shape[1]
     # A cache that scores all tokens and is never so full that it gives one up.
     staging = CacheConfig(
@@ -111,7 +106,7 @@ def prefill_in_chunks(
     logits, queries = None, []
     for start in range(0, longest, chunk):
         part = tokens[:, start : start + chunk]
-        place = start + jnp.arange(part.shape[1])
+        place = row_numbers(part.shape[1], axes=2, first=start)
         counts = jnp.clip(lengths - start, 0, part.shape[1])
         counted = (place < lengths[:, None]) & (place >= (lengths - scored)[:, None])
         new, cache, more = _extend_chunk(params, cache, part, counts, counted)
@@ -123,5 +118,4 @@ def prefill_in_chunks(
         config, budget = cache_config.of_layer(i), allocate.budgets(cache_config, i, layers, lengths, longest)
         scores, shape = layer.ledger.scores[:, :, :longest], Shape.of(cache_config, i, layers)
         compressed.append(compress_layer(key, value, scores, queries[i], lengths, budget, config=config, shape=shape))
-    room = jnp.full(lengths.shape, cache_config.generated_capacity, jnp.int32)
-    return logits, KVCache(tuple(compressed), jnp.array(lengths), room, cache_config)
+    return opened(logits, compressed, lengths, cache_config)

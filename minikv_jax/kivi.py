@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import quantize, segments
@@ -16,6 +17,7 @@ from minikv_jax.config import CacheConfig
 from minikv_jax.segments import DenseSegment, PackedSegment
 from pallas_kernels import Run
 from pallas_kernels.packed_decode.layout import BLOCK
+from pallas_kernels.rows import row_numbers
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +39,7 @@ def compress(
     lengths: Int[Array, "B"],
     config: CacheConfig,
     capacity: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     balance: Float[Array, "B K H"] | None,
     moment: Float[Array, "B K H H"],
 ) -> tuple[PackedSegment, KiviWindow]:
@@ -47,8 +49,8 @@ def compress(
     segment = segments.build(config.codec, key, value, jnp.maximum(lengths - size, 0), capacity, dtype, balance, moment)
     # Ring row r holds the newest token t with t % (R + 1) == r.
     last = lengths[:, None] - 1
-    newest = last - (last - jnp.arange(size + 1)) % (size + 1)
-    rows = _rows(key, packed_keys[:, None] + jnp.arange(size)), _rows(value, newest)
+    newest = last - (last - row_numbers(size + 1, axes=2)) % (size + 1)
+    rows = _rows(key, packed_keys[:, None] + row_numbers(size, axes=2)), _rows(value, newest)
     return segment, KiviWindow(*(x.astype(dtype) for x in rows), packed_keys)
 
 
@@ -59,6 +61,13 @@ def _rows(x: Float[Array, "B K S H"], at: Int[Array, "B R"]) -> Float[Array, "B 
 
 def _per_head(x: Int[Array, "B"], heads: int) -> Int[Array, "B K"]:
     return jnp.broadcast_to(x[:, None], (x.shape[0], heads))
+
+
+def has_row(segment: PackedSegment, window: KiviWindow, position: Int[Array, "B"]) -> Bool[Array, "B"]:
+    """Whether what the next token pushes out of the window, a value or a whole window of keys, has rows to go to."""
+    size, capacity = window.key.shape[2], segment.capacity
+    keys_fit = (position + 1 - window.packed_keys < size) | (window.packed_keys + size <= capacity)
+    return keys_fit & ((position + 1 - segment.length <= size) | (segment.length < capacity))
 
 
 def arrive(window: KiviWindow, key, value, position: Int[Array, "B"], accept: Bool[Array, "B"]) -> KiviWindow:
@@ -77,12 +86,12 @@ def tail(segment: PackedSegment, window: KiviWindow, position: Int[Array, "B"]) 
     Some of those keys are packed already: the few blocks that hold them are decoded.
     """
     ring = window.value.shape[2]
-    tokens = segment.length[:, None] + jnp.arange(ring)
+    tokens = segment.length[:, None] + row_numbers(ring, axes=2)
     blocks = segment.keys.codes.shape[2]
     count = min(segments.touched_blocks(ring), blocks)
     first = jnp.minimum(segment.length // BLOCK, blocks - count)[:, None]
-    near = first + jnp.arange(count)
-    packed = (jax.tree.map(lambda x: x[jnp.arange(x.shape[0])[:, None], :, near].swapaxes(1, 2), x)
+    near = first + row_numbers(count, axes=2)
+    packed = (jax.tree.map(lambda x: x[row_numbers(x.shape[0])[:, None], :, near].swapaxes(1, 2), x)
               for x in (segment.keys, segment.values))  # fmt: skip
     packed_key, _ = segments.decode(segment.codec, *map(quantize.from_packed, packed), segment.balance)
     packed_key = _rows(packed_key, tokens - first * BLOCK)
@@ -106,7 +115,7 @@ def settle(
     except NotImplementedError:  # not on this device, or not this codec
         segment = _write(segment, key, value)
     return (
-        dataclasses.replace(segment, length=segment.length + old),
+        dataclasses.replace(segment, length=segment.length + old.astype(jnp.int32)),
         dataclasses.replace(window, packed_keys=window.packed_keys + jnp.where(full, size, 0)),
     )
 

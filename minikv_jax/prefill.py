@@ -4,7 +4,7 @@
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from minikv_jax import allocate
+from minikv_jax import allocate, inputs
 from minikv_jax.cache import KVCache, LayerCache, QueryStatistics, Shape, compress
 from minikv_jax.config import CacheConfig
 from minikv_jax.errors import ConfigError, PromptError
 from minikv_jax.models.llama import Llama, LlamaLayer, Params, as_model
 from minikv_jax.segments import group_size
 from pallas_kernels import two_pass_attention
+from pallas_kernels.rows import row_numbers
 
 # Rows of all sequences together that a layer works on at once, outside of attention: what bounds MLP activations.
 # Enough for the products to run at full rate.
@@ -51,7 +52,6 @@ def chunk_rows(batch: int, tokens: int) -> Chunks:
     return Chunks(pieces * products, products)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "score_rows", "sliding_window"), donate_argnames="x")
 def read_layer(
     layer: LlamaLayer,
     x: Float[Array, "B T D"],
@@ -62,12 +62,14 @@ def read_layer(
 ) -> tuple[Array, Array, Array, Array, QueryStatistics]:
     """One layer over the whole prompt. Jitted on its own: called outside `jit`, it compiles once for all layers.
 
+    x is donated, except while a gradient is traced, which needs it again.
+
     One chunk is one piece of work; of more, each chunk's result takes its rows' place in x. Nothing but keys, values, x
     and scores is ever as long as the prompt.
 
     Args:
         layer: the layer.
-        x: [B, T, D] what the layer before gave, a whole number of chunks as from `embed`; donated.
+        x: [B, T, D] what the layer before gave, a whole number of chunks as from `embed`.
         lengths: [B] true lengths; rows behind them are padding.
         rows: of `chunk_rows`.
         score_rows: "all", or the last so many queries of each sequence, whose attention is summed.
@@ -77,9 +79,14 @@ def read_layer(
         x after the layer, and what `compress_layer` takes: keys and values [B, T, K, H], scores [B, K, T] in float32
         and the queries' statistics.
     """
+    read = _read_layer if isinstance(x, jax.core.Tracer) else _read_layer_in_place
+    return read(layer, x, lengths, rows, score_rows, sliding_window)
+
+
+def _read_whole_layer(layer: LlamaLayer, x, lengths, rows: Chunks, score_rows, sliding_window):
     if rows.products < x.shape[1]:
         return _read_layer_in_chunks(layer, x, lengths, rows, score_rows, sliding_window)
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    positions = jnp.broadcast_to(row_numbers(x.shape[1], axes=2), x.shape[:2])
     query, key, value = layer.before_attention(x, positions)
     attention, scores, _ = two_pass_attention(
         query,
@@ -95,11 +102,16 @@ def read_layer(
     return layer.after_attention(x, attention), key, value, scores, queries
 
 
+_STATIC = ("rows", "score_rows", "sliding_window")
+_read_layer = jax.jit(_read_whole_layer, static_argnames=_STATIC)
+_read_layer_in_place = jax.jit(_read_whole_layer, static_argnames=_STATIC, donate_argnames="x")
+
+
 def _read_layer_in_chunks(layer: LlamaLayer, x, lengths, rows: Chunks, score_rows, sliding_window):
     b, tokens, _ = x.shape
     config = layer.config
     heads, head_size = config.num_kv_heads, config.head_dim
-    pieces = jnp.arange(0, rows.attention, rows.products)
+    pieces = _starts(rows.attention, rows.products)
 
     def rows_of(whole, start):
         return jax.lax.dynamic_slice_in_dim(whole, start, rows.products, axis=1)
@@ -124,7 +136,7 @@ def _read_layer_in_chunks(layer: LlamaLayer, x, lengths, rows: Chunks, score_row
 
         def before(state, start):
             query, key, value, queries = state
-            positions = jnp.broadcast_to(first + start + jnp.arange(rows.products), (b, rows.products))
+            positions = jnp.broadcast_to(first + start + row_numbers(rows.products, axes=2), (b, rows.products))
             present = positions < lengths[:, None]
             new = layer.before_attention(rows_of(x, first + start), positions)
             queries = queries.join(QueryStatistics.of(new[0], heads, present))
@@ -133,7 +145,7 @@ def _read_layer_in_chunks(layer: LlamaLayer, x, lengths, rows: Chunks, score_row
             key, value = (put(whole, y, first + start) for whole, y in zip((key, value), new[1:]))
             return (put(query, new[0], start), key, value, queries), None
 
-        query = jnp.zeros((b, rows.attention, config.num_heads, head_size), x.dtype)
+        query = jnp.zeros_like(x, shape=(b, rows.attention, config.num_heads, head_size))
         (query, key, value, queries), _ = jax.lax.scan(before, (query, key, value, queries), pieces)
         counts = jnp.clip(lengths - first, 0, rows.attention)
         attention, received, _ = attend(query, key, value, first, counts, "all" if score_rows == "all" else 0)
@@ -148,14 +160,15 @@ def _read_layer_in_chunks(layer: LlamaLayer, x, lengths, rows: Chunks, score_row
     last = score_rows not in ("all", 0)
     if last:  # each sequence's last rows may lie in different chunks: they are asked on their own, when all keys exist
         first = jnp.maximum(lengths - score_rows, 0)
-        positions = first[:, None] + jnp.arange(score_rows)
+        positions = first[:, None] + row_numbers(score_rows, axes=2)
         their_x = jnp.take_along_axis(x, positions[..., None], axis=1, mode="clip")
         their_query, _, _ = layer.before_attention(their_x, positions)
 
-    empty = jnp.zeros((b, tokens, heads, head_size), x.dtype)
-    queries = QueryStatistics(jnp.zeros((b, heads, head_size)), jnp.zeros((b, heads, head_size, head_size)))
-    state = x, empty, empty, jnp.zeros((b, heads, tokens), jnp.float32), queries
-    (x, key, value, scores, queries), _ = jax.lax.scan(chunk, state, jnp.arange(0, tokens, rows.attention))
+    empty = jnp.zeros_like(x, shape=(b, tokens, heads, head_size))
+    none = functools.partial(jnp.zeros_like, x, jnp.float32)
+    queries = QueryStatistics(none((b, heads, head_size)), none((b, heads, head_size, head_size)))
+    state = x, empty, empty, none((b, heads, tokens)), queries
+    (x, key, value, scores, queries), _ = jax.lax.scan(chunk, state, _starts(tokens, rows.attention))
     if last:
         _, scores, _ = attend(their_query, key, value, first, jnp.minimum(lengths, score_rows), "all")
     return x, key, value, scores, queries
@@ -188,7 +201,7 @@ def compress_layer(key, value, scores, queries, lengths, budget, config, shape, 
             return compress(key, value, scores, queries, lengths, budget, config=config, shape=shape)
 
         # What has heads has them second; the rest is the same for all of them.
-        parts = jax.lax.map(one, jnp.arange(0, heads, together))
+        parts = jax.lax.map(one, _starts(heads, together))
         return jax.tree.map(lambda x: _joined_heads(x) if x.ndim > 2 else x[0], parts)
 
     if b == 1 or key.size <= at_once:
@@ -199,6 +212,10 @@ def compress_layer(key, value, scores, queries, lengths, budget, config, shape, 
 
     caches = jax.lax.map(one_sequence, (arrays, lengths, budget))
     return jax.tree.map(lambda x: x[:, 0], caches)
+
+
+def _starts(size: int, step: int) -> Int[Array, "pieces"]:
+    return jnp.arange(0, size, step, dtype=jnp.int32)
 
 
 def _joined_heads(x):
@@ -237,13 +254,19 @@ def bucket(tokens: Int[Array, "B T"], limit: int | None = None) -> Int[Array, "B
     Args:
         tokens: [B, T] token ids.
         limit: pad to no more than this, as what the model's positions leave beside `generated_capacity`.
+
+    Raises:
+        PromptError: no whole numbers of shape [B, T].
     """
+    tokens = inputs.integers(tokens, "tokens", "B T")
     longest = tokens.shape[1]
     step = max((1 << max(longest - 1, 1).bit_length() - 1) // 8, 16)
     padded = -(-longest // step) * step
     if limit is not None:
         padded = max(min(padded, limit), longest)
-    return jnp.pad(tokens, ((0, 0), (0, padded - longest)))
+    # NumPy's padding is compiled for no length.
+    pad = np.pad if isinstance(tokens, np.ndarray) else jnp.pad
+    return inputs.on_device(pad(tokens, ((0, 0), (0, padded - longest))))
 
 
 def forward(params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
@@ -255,15 +278,26 @@ def forward(params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] 
         lengths: [B] true lengths; default T.
 
     Returns:
-        float32 logits [B, T, V]; rows of padding are meaningless.
+        float32 logits [B, T, V]; rows of padding are meaningless, and those of a traced sequence whose ids or length
+        are out of range are NaN.
+
+    Raises:
+        PromptError: ids or lengths out of range, shapes or dtypes that do not fit.
     """
     model = as_model(params)
-    lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else jnp.asarray(lengths)
+    tokens = inputs.integers(tokens, "tokens", "B T")
+    lengths = np.full(tokens.shape[:1], tokens.shape[1], np.int32) if lengths is None else lengths
+    tokens, lengths = inputs.token_rows(tokens, lengths, model.config.vocab_size, least=1)
     rows = chunk_rows(*tokens.shape)
     x = embed(model, tokens, rows)
     for layer in model.layers:
         x, *_ = read_layer(layer, x, lengths, rows, score_rows=0, sliding_window=model.config.sliding_window)
-    return jax.jit(type(model).logits)(model, x[:, : tokens.shape[1]])
+    return _logits(model, x[:, : tokens.shape[1]], lengths)
+
+
+@jax.jit
+def _logits(model: Llama, x: Float[Array, "B T D"], lengths: Int[Array, "B"]) -> Float[Array, "B T V"]:
+    return jnp.where((lengths > 0)[:, None, None], model.logits(x), jnp.nan)
 
 
 def prefill(
@@ -288,15 +322,17 @@ def prefill(
         progress: called with (layers done, all), of every group of sequences, as they finish; only outside `jit`.
 
     Returns:
-        float32 logits [B, V] of the token after each prompt, and the cache.
+        float32 logits [B, V] of the token after each prompt, and the cache. A traced sequence whose ids or length are
+        out of range gets NaN and an empty cache without room.
 
     Raises:
-        PromptError: an empty prompt, or one longer than the cache or the model allows.
+        PromptError: an empty prompt, or one longer than the cache or the model allows; ids or lengths out of range;
+            shapes or dtypes that do not fit.
         ConfigError: a method that this model cannot run.
     """
     model = as_model(params)
-    lengths = jnp.asarray(lengths, jnp.int32)
-    cache_config = checked(model, tokens, lengths, cache_config)
+    tokens, lengths = inputs.token_rows(tokens, lengths, model.config.vocab_size, least=1)
+    cache_config = checked(model, tokens.shape[1], cache_config)
     batch, together = tokens.shape[0], sequences_at_once(*tokens.shape)
     if together == batch:
         return _prefill(model, tokens, lengths, cache_config, progress)
@@ -352,9 +388,17 @@ def _prefill(model: Llama, tokens, lengths, cache_config: CacheConfig, progress)
         if progress is not None:
             jax.block_until_ready(cache)
             progress(i + 1, layers)
-    room = jnp.full(lengths.shape, cache_config.generated_capacity, jnp.int32)
-    # A copy: the cache is made to be donated, the caller's lengths are not.
-    return logits_at(model, x, lengths - 1), KVCache(tuple(caches), jnp.array(lengths), room, cache_config)
+    return opened(logits_at(model, x, lengths - 1), caches, lengths, cache_config)
+
+
+def opened(
+    logits: Float[Array, "B V"], layers: Sequence[LayerCache], lengths: Int[Array, "B"], config: CacheConfig
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Logits and cache of prompts; a sequence of which nothing was read has NaN and no room."""
+    # The lengths are copied: the cache is made to be donated, a caller's array is not.
+    read = lengths > 0
+    room = jnp.where(read, jnp.int32(config.generated_capacity), 0)
+    return jnp.where(read[:, None], logits, jnp.nan), KVCache(tuple(layers), jnp.array(lengths), room, config)
 
 
 def _joined(parts: list[tuple[Array, KVCache]]) -> tuple[Array, KVCache]:
@@ -366,7 +410,7 @@ def _joined(parts: list[tuple[Array, KVCache]]) -> tuple[Array, KVCache]:
     config, waiting = caches[0].config, [list(cache.layers) for cache in caches]
     del caches, parts[:]
     layers = [_concatenated([some.pop(0) for some in waiting]) for _ in range(len(waiting[0]))]
-    return logits, KVCache(tuple(layers), lengths, room, config)
+    return logits, KVCache(tuple(layers), jnp.array(lengths), room, config)
 
 
 @jax.jit
@@ -374,22 +418,15 @@ def _concatenated(parts: list):
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
-def checked(model: Llama, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], config: CacheConfig) -> CacheConfig:
-    """The config with its prompt capacity filled in, after every check that needs model and prompt together.
+def checked(model: Llama, longest: int, config: CacheConfig) -> CacheConfig:
+    """The config with its prompt capacity filled in, after every check that needs the model and the `longest` prompt.
 
     Raises:
-        PromptError: an empty prompt, or one longer than the cache or the model allows.
+        PromptError: a prompt longer than the cache or the model allows.
         ConfigError: a method that this model cannot run.
     """
-    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
-        raise PromptError(f"tokens {tokens.shape} and lengths {lengths.shape} must be [B, T] and [B].")
-    longest = tokens.shape[1]
-    if longest == 0:
-        raise PromptError("The prompt is empty: give at least one token.")
-    if not isinstance(lengths, jax.core.Tracer):
-        given = np.asarray(lengths)
-        if given.min() < 1 or given.max() > longest:
-            raise PromptError(f"lengths {given.tolist()} must be from 1 to the {longest} tokens given.")
+    if not isinstance(config, CacheConfig):
+        raise ConfigError(f"The method is a {type(config).__name__}: give a CacheConfig, as presets.minikv().")
     prompt_capacity = config.prompt_capacity or longest
     if longest > prompt_capacity:
         raise PromptError(
@@ -429,7 +466,12 @@ def _check_codecs(config: CacheConfig, head_size: int) -> None:
 
 
 def empty_cache(params: Params, cache_config: CacheConfig, batch: int) -> KVCache:
-    """A cache of `batch` empty slots without room, for `insert`. The config needs its prompt_capacity."""
+    """A cache of `batch` empty slots without room, for `insert`. The config needs its prompt_capacity.
+
+    Raises:
+        ConfigError: no prompt_capacity, no slots, a method that this model cannot run.
+    """
+    batch = inputs.count(batch, "batch")
     if cache_config.prompt_capacity is None:
         raise ConfigError("An empty cache must know its prompt_capacity: set it in the config.")
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)

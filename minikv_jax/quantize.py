@@ -37,7 +37,7 @@ def encode(
     scale = (max - min) / (2**bits - 1) and code = round(clip((x - min) / scale, 0, 2**bits - 1)), ties to even. Codes
     are computed in float32 against scale and minimum as they are stored, so their rounding costs nothing twice. A
     group without range (or one whose scale rounds to zero) has scale 0, codes 0 and gives back its minimum. One that
-    holds NaN gives back NaN.
+    holds NaN, or whose minimum or scale is beyond the metadata's largest number, gives back NaN.
 
     Of metadata shorter than float16 the nearest numbers may miss the group: a float8 minimum of 370 is 384. They are
     also tried rounded outwards, the minimum down and then the scale up, which reaches every number of the group, and
@@ -49,13 +49,38 @@ def encode(
         clip: factors by which the range is shrunk around its middle; every group takes the one that fits it best.
         integer_zero: the minimum is rounded to a whole number of scales and must not be positive (Q-Hitter).
     """
+    x = _held(x.astype(jnp.float32), bits, group_size, group_axis, metadata_dtype)
+    return _encode(x, bits, group_size, group_axis, metadata_dtype, clip, integer_zero)
+
+
+def _grouped(x: Float[Array, "B K S H"], group_size: int, group_axis: GroupAxis) -> tuple[Float[Array, "..."], int]:
+    """x with an axis for the numbers of a group, and that axis."""
     b, k, s, h = x.shape
-    axis, shape = (
-        (3, (b, k, s // group_size, group_size, h))
-        if group_axis == "tokens"
-        else (4, (b, k, s, h // group_size, group_size))
-    )
-    grouped = x.astype(jnp.float32).reshape(shape)
+    if group_axis == "tokens":
+        return x.reshape(b, k, s // group_size, group_size, h), 3
+    return x.reshape(b, k, s, h // group_size, group_size), 4
+
+
+def _held(x: Float[Array, "B K S H"], bits: int, group_size: int, group_axis: GroupAxis, dtype: str):
+    """x with NaN in the groups whose minimum or scale the metadata's dtype cannot hold: a clamp would be silent."""
+    grouped, axis = _grouped(x, group_size, group_axis)
+    low, high = grouped.min(axis=axis, keepdims=True), grouped.max(axis=axis, keepdims=True)
+    limit, levels = float(jnp.finfo(dtype).max), (1 << bits) - 1
+    too_large = (jnp.abs(low) > limit) | ((high - low) / levels > limit)
+    return jnp.where(too_large, jnp.nan, grouped).reshape(x.shape)
+
+
+def _encode(
+    x: Float[Array, "B K S H"],
+    bits: int,
+    group_size: int,
+    group_axis: GroupAxis,
+    metadata_dtype: str,
+    clip: tuple[float, ...],
+    integer_zero: bool = False,
+) -> Codes:
+    """`encode` of float32 numbers that need not be held: those beyond the metadata's range are clamped."""
+    grouped, axis = _grouped(x, group_size, group_axis)
     low, high = grouped.min(axis=axis, keepdims=True), grouped.max(axis=axis, keepdims=True)
     levels = (1 << bits) - 1
 
@@ -147,7 +172,7 @@ def encode_with_feedback(
         added = jnp.einsum("bkhs,bkhw->bkws", error, coupling)
         # Where the run's numbers would end up if rounding them cost nothing more: what their scales must span.
         ahead = jnp.einsum("bkws,bkwv->bkvs", added, undone)
-        grids = encode(x + ahead, bits, group_size, "channels", metadata_dtype, clip)
+        grids = _encode(x + ahead, bits, group_size, "channels", metadata_dtype, clip)
         scale, zero = (jnp.repeat(y.astype(jnp.float32), group_size, axis=3) for y in grids[1:])
         rounded, errors = [], []
         for i in range(width):
@@ -160,12 +185,14 @@ def encode_with_feedback(
         return error, grids._replace(codes=jnp.stack(rounded, axis=2).astype(jnp.uint8))
 
     # A channel's tokens lie together here, for the groups over them and for what every step reads and writes.
-    x = jnp.swapaxes(x.astype(jnp.float32), -1, -2)
+    x = jnp.swapaxes(_held(x.astype(jnp.float32), bits, group_size, "tokens", metadata_dtype), -1, -2)
     b, k, _, s = x.shape
     own = jnp.diagonal(coupling.reshape(b, k, h // width, width, h // width, width), axis1=2, axis2=4)
     runs = x.reshape(b, k, -1, width, s), coupling.reshape(b, k, h, -1, width), own
     runs = [jnp.moveaxis(y, axis, 0) for y, axis in zip(runs, (2, 3, 4))]
-    _, codes = jax.lax.scan(step, jnp.zeros_like(x), (*runs, _inverse(runs[-1]), jnp.arange(0, h, width)))
+    _, codes = jax.lax.scan(
+        step, jnp.zeros_like(x), (*runs, _inverse(runs[-1]), jnp.arange(0, h, width, dtype=jnp.int32))
+    )
     return Codes(*(jnp.moveaxis(y, 0, 2).reshape(b, k, h, -1).swapaxes(-1, -2) for y in codes))
 
 
@@ -177,7 +204,8 @@ def coupling_of(moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:
     h = moment.shape[-1]
     mean = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None] / h
     # One part in a hundred of the mean keeps the factors finite where queries leave a direction empty.
-    moment = jnp.where(mean > 0, moment / jnp.where(mean > 0, mean, 1), 0) + 0.01 * jnp.eye(h)
+    damping = 0.01 * jnp.eye(h, dtype=jnp.float32)
+    moment = jnp.where(mean > 0, moment / jnp.where(mean > 0, mean, 1), 0) + jnp.expand_dims(damping, (0, 1))
     # With channels counted from the last, Cholesky's lower factor is the upper one.
     factor = jnp.linalg.cholesky(moment[..., ::-1, ::-1])[..., ::-1, ::-1]
     return jnp.triu(factor / jnp.diagonal(factor, axis1=-2, axis2=-1)[..., None, :], 1)
@@ -199,9 +227,10 @@ def _inverse(above: Float[Array, "... W W"]) -> Float[Array, "... W W"]:
     """(1 + N)^-1 of strictly upper triangular N: (1 - N)(1 + N^2)(1 + N^4)..., which ends, for N^W = 0."""
     width = above.shape[-1]
     product = functools.partial(jnp.matmul, precision="highest")
-    inverse, power, reached = jnp.eye(width) - above, product(above, above), 2
+    one = jnp.expand_dims(jnp.eye(width, dtype=jnp.float32), range(above.ndim - 2))
+    inverse, power, reached = one - above, product(above, above), 2
     while reached < width:
-        inverse, power, reached = product(inverse, jnp.eye(width) + power), product(power, power), 2 * reached
+        inverse, power, reached = product(inverse, one + power), product(power, power), 2 * reached
     return inverse
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minikv_jax.config import Rank
+from pallas_kernels.rows import row_numbers
 
 
 def refine(
@@ -15,9 +16,9 @@ def refine(
     rank: Rank,
 ) -> Float[Array, "B K T"]:
     """Attention received, after the rank's corrections. A rank by position scores a token with its position."""
-    position = jnp.arange(scores.shape[-1])
+    position = row_numbers(scores.shape[-1], axes=2)
     if rank.by == "position":
-        return jnp.broadcast_to(position.astype(jnp.float32), scores.shape)
+        return jnp.broadcast_to(position[None].astype(jnp.float32), scores.shape)
     if rank.normalize:
         rows = lengths[:, None] - position
         rows = jnp.minimum(rows, rank.window) if rank.by == "window" else rows
@@ -49,7 +50,7 @@ def to_unit(x: Float[Array, "B K T"], valid: Bool[Array, "B K T"]) -> Float[Arra
 def mix(
     scores: Float[Array, "B K T"],
     friendliness: Float[Array, "B K T"],
-    candidates: Bool[Array, "B K T"],
+    candidates: Bool[Array, "B #K T"],
     valid: Bool[Array, "B K T"],
     protected: Int[Array, "B"],
     weight: float,
@@ -69,7 +70,7 @@ def best(
     count: Int[Array, "B"],
 ) -> Bool[Array, "B K T"]:
     """The `count` <= lengths tokens to keep: sinks and recent ones, then by score (equal scores: the earlier token)."""
-    position = jnp.arange(scores.shape[-1])
+    position = row_numbers(scores.shape[-1], axes=2)
     always = (position < sinks) | (position >= (lengths - recent)[:, None])
     priority = jnp.where(always[:, None], jnp.inf, scores)
     priority = jnp.where((position < lengths[:, None])[:, None], priority, -jnp.inf)
@@ -90,11 +91,12 @@ def _sortable(x: Float[Array, "B K T"]) -> UInt32[Array, "B K T"]:
 
 def _largest(keys: UInt32[Array, "B K T"], count: Int[Array, "B 1 1"]) -> UInt32[Array, "B K"]:
     """The key that `count` keys reach or exceed. Found digit by digit: eight times counting where a sort moves all."""
+    digits = jnp.arange(1, 16, dtype=jnp.uint32)[None, None]
     found = jnp.zeros(keys.shape[:-1], jnp.uint32)
     for shift in range(28, -4, -4):
-        steps = found[..., None] | (jnp.arange(1, 16, dtype=jnp.uint32) << shift)
+        steps = found[..., None] | (digits << jnp.uint32(shift))
         reached = (keys[:, :, None] >= steps[..., None]).sum(axis=-1) >= count
-        found |= reached.sum(axis=-1).astype(jnp.uint32) << shift
+        found |= reached.sum(axis=-1).astype(jnp.uint32) << jnp.uint32(shift)
     return found
 
 
@@ -102,5 +104,5 @@ def in_text_order(chosen: Bool[Array, "B K T"], capacity: int) -> Int[Array, "B 
     """Positions of the chosen tokens, in order. Entries past them hold T, which is none."""
     tokens = chosen.shape[-1]
     place = jnp.where(chosen, jnp.cumsum(chosen, axis=-1) - 1, capacity)
-    write = jax.vmap(jax.vmap(lambda rows, place: rows.at[place].set(jnp.arange(tokens), mode="drop")))
-    return write(jnp.full((*chosen.shape[:-1], capacity), tokens), place)
+    write = jax.vmap(jax.vmap(lambda rows, place: rows.at[place].set(row_numbers(tokens), mode="drop")))
+    return write(jnp.full((*chosen.shape[:-1], capacity), tokens, jnp.int32), place)

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import quantize
@@ -25,6 +26,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.packed_append.api import Options as AppendOptions
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
+from pallas_kernels.rows import row_numbers
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +41,11 @@ class DenseSegment:
     @property
     def capacity(self) -> int:
         return self.key.shape[2]
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Key/value heads, and their size."""
+        return self.key.shape[1], self.key.shape[3]
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +68,11 @@ class PackedSegment:
     def capacity(self) -> int:
         return self.keys.capacity
 
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Key/value heads, and their size."""
+        return self.keys.codes.shape[1], self.keys.head_size
+
 
 Segment = DenseSegment | PackedSegment
 
@@ -71,7 +83,7 @@ def build(
     value: Float[Array, "B K S H"],
     length: Int[Array, "B"],
     capacity: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     balance: Float[Array, "B K H"] | None,
     moment: Float[Array, "B K H H"],
 ) -> Segment:
@@ -226,7 +238,7 @@ def append(segment: Segment, key: Float[Array, "B K 1 H"], value: Float[Array, "
     """The segment with one more token for the sequences that accept it."""
     b, heads = key.shape[:2]
     slot = jnp.broadcast_to(segment.length[:, None], (b, heads))
-    return dataclasses.replace(put(segment, slot, key, value, accept), length=segment.length + accept)
+    return dataclasses.replace(put(segment, slot, key, value, accept), length=segment.length + accept.astype(jnp.int32))
 
 
 def put(segment: Segment, slot: Int[Array, "B K"], key, value, accept: Bool[Array, "B"]) -> Segment:
@@ -247,7 +259,7 @@ def put_row(
     # scatter that may drop rows copies the whole segment.
     slot = jnp.minimum(slot, rows.shape[2] - 1)
     b, heads = slot.shape
-    at = rows.at[jnp.arange(b)[:, None], jnp.arange(heads), slot]
+    at = rows.at[row_numbers(b)[:, None], row_numbers(heads, axes=2), slot]
     kept = jnp.where(accept[:, None, None], new[:, :, 0].astype(rows.dtype), at.get(mode="promise_in_bounds"))
     # Without the barrier XLA writes the row once for the result and once more, into a copy, for the attention.
     return jax.lax.optimization_barrier(at.set(kept, mode="promise_in_bounds", unique_indices=True))
@@ -349,12 +361,12 @@ def write_codes(packed: PackedTensor, new: Codes, start: Int[Array, "B K"], acce
     blocks = packed.codes.shape[2]
     count = min(touched_blocks(tokens), blocks)
     first = jnp.minimum(start // BLOCK, blocks - count)
-    index = first[..., None] + jnp.arange(count)
+    index = first[..., None] + row_numbers(count, axes=3)
     old = quantize.from_packed(jax.tree.map(lambda x: _blocks(x, index), packed))
 
     def replace(old_rows, new_rows):
         per_row = tokens // new_rows.shape[2]
-        row = jnp.arange(old_rows.shape[2]) - ((start - first * BLOCK) // per_row)[..., None]
+        row = row_numbers(old_rows.shape[2], axes=3) - ((start - first * BLOCK) // per_row)[..., None]
         inside = (row >= 0) & (row < new_rows.shape[2]) & accept[:, None, None]
         taken = jnp.take_along_axis(new_rows, row[..., None], axis=2, mode="clip")
         return jnp.where(inside[..., None], taken, old_rows)
@@ -363,7 +375,7 @@ def write_codes(packed: PackedTensor, new: Codes, start: Int[Array, "B K"], acce
         Codes(*map(replace, old, new)), packed.bits, packed.group_size, packed.group_axis, packed.tokens_last
     )
     b, heads = start.shape
-    sequence, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
+    sequence, head = row_numbers(b)[:, None, None], row_numbers(heads)[None, :, None]
     return jax.tree.map(
         lambda x, y: x.at[sequence, head, index].set(y, mode="promise_in_bounds", unique_indices=True), packed, changed
     )

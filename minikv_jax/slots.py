@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from minikv_jax import segments
+from minikv_jax import inputs, segments
 from minikv_jax.cache import KVCache, LayerCache
 from minikv_jax.errors import ConfigError
 
@@ -16,34 +16,49 @@ def insert(cache: KVCache, slot: int | Int[Array, ""], prefix: KVCache) -> KVCac
 
     Args:
         cache: of B sequences.
-        slot: 0 <= slot < B, may be traced.
-        prefix: of one sequence, from `prefill` with the same method and capacities.
+        slot: 0 <= slot < B; a traced one outside of that changes nothing.
+        prefix: of one sequence, from `prefill` of the same model with the same method and capacities.
 
     Raises:
-        ConfigError: a prefix of several sequences, or of another method or capacity.
+        ConfigError: a slot that the cache does not have; a prefix of several sequences, or of another model, method or
+            capacity.
     """
+    slot = inputs.slot_of(slot, cache)
     if prefix.lengths.shape != (1,):
         raise ConfigError(f"insert takes a prefix of one sequence, not of {prefix.lengths.shape[0]}.")
-    if prefix.config != cache.config:
-        raise ConfigError(
-            f"The prefix was made with {prefix.config}, the cache with {cache.config}: give both the same method, "
-            "prompt_capacity and generated_capacity."
-        )
     if any(layer.prefix for layer in (*cache.layers, *prefix.layers)):
         raise ConfigError("A forked cache shares its prefix between all slots: insert into a cache of its own.")
-    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), slot, 0), cache, prefix)
+    inputs.same_kind(cache, prefix)
+    return jax.tree.map(lambda x, y: _put(x, y, slot), cache, prefix)
+
+
+def _put(x: Array, new: Array, slot: int | Int[Array, ""]) -> Array:
+    """Writes new [1, ...] over x[slot]; nothing where there is no such slot."""
+    if not isinstance(slot, int):  # an update that starts outside an array is moved inside by XLA
+        inside = (slot >= 0) & (slot < x.shape[0])
+        slot = jnp.where(inside, slot, 0)
+        new = jnp.where(inside, new, jax.lax.dynamic_slice_in_dim(x, slot, 1, 0))
+    return jax.lax.dynamic_update_slice_in_dim(x, new, slot, 0)
 
 
 def reset(cache: KVCache, slot: int | Int[Array, ""]) -> KVCache:
-    """The cache with its `slot` empty: no tokens and no room, so `decode_step` leaves it alone (its logits are NaN)."""
+    """The cache with its `slot` empty: no tokens and no room, so `decode_step` leaves it alone (its logits are NaN).
+
+    Args:
+        cache: of B sequences; donate it.
+        slot: 0 <= slot < B; a traced one outside of that changes nothing.
+
+    Raises:
+        ConfigError: a slot that the cache does not have.
+    """
+    slot = inputs.slot_of(slot, cache)
 
     def emptied(x):
-        return x.at[slot].set(jnp.zeros_like(x[0]))
+        return _put(x, jnp.zeros_like(x[:1]), slot)
 
     # Counters alone decide what is read; rows of an empty sequence need no clearing.
     def without_tokens(layer: LayerCache) -> LayerCache:
-        own = dataclasses.replace(layer, prefix=())
-        own = jax.tree.map(lambda x: emptied(x) if x.ndim == 1 else x, own)
+        own = jax.tree.map(lambda x: emptied(x) if x.ndim == 1 else x, layer.own)
         return dataclasses.replace(own, prefix=layer.prefix)
 
     layers = tuple(map(without_tokens, cache.layers))
@@ -60,10 +75,11 @@ def fork(cache: KVCache, count: int) -> KVCache:
     Raises:
         ConfigError: a cache of several sequences, one that has been forked, or a count below 1.
     """
-    if cache.lengths.shape != (1,) or count < 1 or any(layer.prefix for layer in cache.layers):
+    count = inputs.count(count, "count")
+    if cache.lengths.shape != (1,) or any(layer.prefix for layer in cache.layers):
         raise ConfigError(
-            f"fork takes a cache of one sequence that is no fork itself, and a count of at least 1; "
-            f"given {cache.lengths.shape[0]} sequences and count={count}."
+            "fork takes a cache of one sequence that is no fork itself; given is "
+            f"{'a fork' if any(layer.prefix for layer in cache.layers) else 'a cache'} of {cache.lengths.shape[0]}."
         )
 
     def repeated(tree):
@@ -80,4 +96,4 @@ def _forked(layer: LayerCache, repeated, count: int, room: int) -> LayerCache:
     # New tokens still come through the window, which starts with what the prompt left in it.
     rows = room if layer.window is None else room + layer.window.capacity
     own = segments.empty_like(getattr(layer, layer.growing), count, rows)
-    return LayerCache(own, repeated(layer.window), units=repeated(layer.units), prefix=shared)
+    return LayerCache(own, layer.config, repeated(layer.window), units=repeated(layer.units), prefix=shared)

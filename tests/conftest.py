@@ -6,6 +6,7 @@ import secrets
 import draws
 import hypothesis
 import pytest
+from typed import check_annotations
 
 # Compiling is most of a test's time and its programs run once: leave out LLVM's optimisations. Set before JAX starts.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -13,6 +14,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # The first example of a shape compiles, so time says nothing; each run draws afresh.
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=25, print_blob=True)
 hypothesis.settings.load_profile("suite")
+
+check_annotations()
 
 
 def pytest_addoption(parser):

@@ -37,7 +37,7 @@ def run(config: CacheConfig, query, key, value, lengths, stream, layer: int = 0,
 
     def step(state, token):
         cache, position = state
-        cache, output = read_token(cache, *(x[:, None] for x in token), position, accept, config)
+        cache, output = read_token(cache, *(x[:, None] for x in token), position, accept)
         return (cache, position + 1), output[:, 0]
 
     (after, _), outputs = jax.lax.scan(step, (prompt, lengths), stream)

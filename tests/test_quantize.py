@@ -2,6 +2,7 @@
 
 import functools
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,11 +84,23 @@ def test_no_number_is_off_by_more_than_half_a_step(x, bits, axis):
     assert np.all(np.abs(restored - x) <= bound * 1.001 + 1e-7)
 
 
-@pytest.mark.parametrize("metadata", ["float16", "bfloat16", "float8_e4m3fn"])
-def test_numbers_beyond_the_metadata_do_not_become_infinite(metadata):
-    x = jnp.asarray(np.random.default_rng().choice([-1e30, 0.0, 1e30], (1, 1, 128, 16)), jnp.float32)
-    codes = quantize.encode(x, 2, 16, "tokens", metadata)
-    assert np.all(np.isfinite(dequantize(quantize.to_packed(codes, 2, 16, "tokens", False))))
+@pytest.mark.promise("A number that a code's scale or minimum cannot hold comes back as NaN, never as another number")
+@pytest.mark.parametrize(
+    ("metadata", "held", "beyond"),
+    [("float16", 65504, 70000), ("bfloat16", 3e38, np.inf), ("float8_e4m3fn", 448, 500)],
+)
+@pytest.mark.parametrize("axis", ["tokens", "channels"])
+def test_an_offset_beyond_the_metadata_is_nan_and_one_within_is_held(axis, metadata, held, beyond):
+    x = draws.rng().standard_normal((1, 1, 128, 16)).astype(np.float32)
+    x[..., :16, :8] += held * np.float32(0.999)
+    x[..., 16:32, :8] = -beyond
+    codes = quantize.encode(jnp.asarray(x), 2, 8, axis, metadata)
+    restored = np.asarray(dequantize(quantize.to_packed(codes, 2, 8, axis, False)))
+    broken = np.zeros_like(x, bool)
+    broken[..., 16:32, :8] = True
+    np.testing.assert_array_equal(np.isnan(restored), broken)
+    # A last digit of float8_e4m3fn is a sixteenth of the number, and may lie either way.
+    np.testing.assert_allclose(restored[..., :16, :8], held, rtol=0.04)
 
 
 @pytest.mark.parametrize("where", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])

@@ -11,7 +11,6 @@ exchange costs reading the follow-ups through the layers from there on.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -185,7 +184,7 @@ class _Walk:
             if keep:
                 self.before.append(x)
             kind = chosen.get(i, "plain")
-            x = _through(model.layers[i], x, self.caches[i][kind], self.lengths, counts, config=self.kinds[kind])
+            x = _through(model.layers[i], x, self.caches[i][kind], self.lengths, counts)
         return x
 
     def loss(self, model: Llama, chosen: dict[int, str], keep: bool = False) -> float:
@@ -195,11 +194,11 @@ class _Walk:
         return float(figures(model, hidden, self.full, targets).kl[self.reading.counted].mean()) / self.base
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _through(layer: LlamaLayer, x, cache: LayerCache, position, counts, config: CacheConfig) -> Float[Array, "B F D"]:
+@jax.jit
+def _through(layer: LlamaLayer, x, cache: LayerCache, position, counts) -> Float[Array, "B F D"]:
     """The layer over tokens that go on from its cache, read at once."""
     tokens = jnp.arange(x.shape[1])
     query, key, value = layer.before_attention(x, position[:, None] + tokens)
     counted = tokens < counts[:, None]
-    _, attention = read_tokens(cache, query, key, value, position, counts, counted, config)
+    _, attention = read_tokens(cache, query, key, value, position, counts, counted)
     return layer.after_attention(x, attention)

@@ -62,7 +62,7 @@ def read_prompt(
     counts what `prefill` would hold.
     """
     lengths = jnp.asarray(lengths, jnp.int32)
-    methods = {name: checked(model, tokens, lengths, config) for name, config in methods.items()}
+    methods = {name: checked(model, tokens.shape[1], config) for name, config in methods.items()}
     layers = model.config.num_layers
     largest = {name: Shape.largest(config, layers) for name, config in methods.items()}
     held: dict[str, list[LayerCache]] = {name: [] for name in methods}
@@ -129,7 +129,7 @@ def read_follows(
     """
     lengths = jnp.asarray(lengths, jnp.int32)
     layers = model.config.num_layers
-    methods = {name: checked(model, tokens, lengths, config) for name, config in methods.items()}
+    methods = {name: checked(model, tokens.shape[1], config) for name, config in methods.items()}
     starts = [range(0, tokens.shape[1], _RUN) for tokens, _ in follows]
     padded = [np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % _RUN))) for tokens, _ in follows]
     embedded = [[_embedded(model, x[:, i : i + _RUN]) for i in s] for x, s in zip(padded, starts)]
@@ -145,14 +145,14 @@ def read_follows(
             shape = Shape(*(tokens.shape[1] + config.generated_capacity + 1,) * 2)
             program = config.of_layer(i).program
             cache = compress_layer(*attended, lengths, budget, config=program, shape=shape)
-            x[name] = [_read_runs(model.layers[i], *run, cache, program) for run in zip(x[name], places, counted)]
+            x[name] = [_read_runs(model.layers[i], *run, cache) for run in zip(x[name], places, counted)]
     return {name: [jnp.concatenate(runs, axis=1) for runs in found] for name, found in x.items()}
 
 
-def _read_runs(layer, runs, places, counted, cache: LayerCache, config: CacheConfig) -> list:
+def _read_runs(layer, runs, places, counted, cache: LayerCache) -> list:
     found = []
     for x, place, accept in zip(runs, places, counted):
-        x, cache, _ = _read_on_layer(layer, x, cache, place, accept, config=config)
+        x, cache, _ = _read_on_layer(layer, x, cache, place, accept)
         found.append(x)
     return found
 
@@ -162,14 +162,14 @@ def _embedded(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     return model.embed(tokens)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _read_on_layer(layer, x, cache: LayerCache, position, counted: Bool[Array, "B T"], config: CacheConfig):
+@jax.jit
+def _read_on_layer(layer, x, cache: LayerCache, position, counted: Bool[Array, "B T"]):
     places = position[:, None] + jnp.arange(x.shape[1])
     query, key, value = layer.before_attention(x, places)
 
     def step(cache, token):
         q, k, v, place, accept = token
-        cache, output = read_token(cache, q[:, None], k[:, None], v[:, None], place, accept, config)
+        cache, output = read_token(cache, q[:, None], k[:, None], v[:, None], place, accept)
         return cache, output[:, 0]
 
     stream = tuple(jnp.moveaxis(y, 1, 0) for y in (query, key, value, places, counted))
@@ -192,7 +192,7 @@ def read_on(
     counted = jnp.arange(tokens.shape[1]) < counts[:, None]
     x, layers = _embedded(model, tokens), []
     for layer, held in zip(model.layers, cache.layers):
-        x, held, _ = _read_on_layer(layer, x, held, cache.lengths, counted, config=cache.config)
+        x, held, _ = _read_on_layer(layer, x, held, cache.lengths, counted)
         layers.append(held)
     return x, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config)
 
@@ -204,10 +204,10 @@ def attention_errors(
     counted = jnp.ones(tokens.shape, bool)
     x, errors = _embedded(model, tokens), {name: [] for name in caches}
     for i, layer in enumerate(model.layers):
-        following, _, exact = _read_on_layer(layer, x, full.layers[i], full.lengths, counted, config=full.config)
+        following, _, exact = _read_on_layer(layer, x, full.layers[i], full.lengths, counted)
         exact = exact.astype(jnp.float32)
         for name, cache in caches.items():
-            _, _, found = _read_on_layer(layer, x, cache.layers[i], cache.lengths, counted, config=cache.config)
+            _, _, found = _read_on_layer(layer, x, cache.layers[i], cache.lengths, counted)
             errors[name].append(_size(found.astype(jnp.float32) - exact) / _size(exact))
         x = following
     return {name: np.stack(jax.device_get(found), axis=1) for name, found in errors.items()}

@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from minikv_jax.errors import ConfigError
 from minikv_jax.models.config import ModelConfig, RopeScaling
 
 
 def rms_norm(x: Float[Array, "B T D"], weight: Float[Array, "D"], epsilon: float) -> Float[Array, "B T D"]:
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    return (wide.astype(x.dtype)) * weight
+    return wide.astype(x.dtype) * weight[None, None]
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
@@ -44,7 +46,7 @@ def rotate(
     x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], frequencies: np.ndarray
 ) -> Float[Array, "B T heads H"]:
     """Rotary embedding; channel i pairs with channel i + H / 2 (Hugging Face's order)."""
-    angle = positions[..., None].astype(jnp.float32) * frequencies
+    angle = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     cos, sin = (f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
     # (a, b) -> (a cos - b sin, b cos + a sin). As a reversal of halves, not their concatenation, XLA makes one piece of
     # work of it with what else is done to the same product's rows.
@@ -58,7 +60,7 @@ def rotate(
 class LlamaLayer(nnx.Module):
     """One decoder layer's parameters, and its arithmetic on either side of attention."""
 
-    def __init__(self, config: ModelConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
         d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
         n, k = config.num_heads, config.num_kv_heads
@@ -84,7 +86,7 @@ class LlamaLayer(nnx.Module):
         h = rms_norm(x, self.attention_norm[...], config.rms_norm_eps)
         y = h @ self.query_key_value[...]
         if config.query_key_value_bias:
-            y = y + self.query_key_value_bias[...]
+            y = y + self.query_key_value_bias[...][None, None]
         n, k = config.num_heads, config.num_kv_heads
         query, key, value = jnp.split(y.reshape(*y.shape[:2], -1, config.head_dim), (n, n + k), axis=2)
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -107,7 +109,7 @@ class Llama(nnx.Module):
         rngs: `nnx.Rngs(params=seed)` for random weights.
     """
 
-    def __init__(self, config: ModelConfig, *, param_dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         v, d = config.vocab_size, config.hidden_size
         if not config.tie_word_embeddings:
@@ -132,6 +134,14 @@ class Llama(nnx.Module):
 type Params = Llama | tuple[Any, Any]
 
 
-def as_model(params: Params) -> Llama:
-    """The model: as it is, or merged from the graph definition and state that `nnx.split` made of it."""
-    return params if isinstance(params, Llama) else nnx.merge(*params)
+def as_model(params: Any) -> Llama:
+    """The model: as it is, or merged from the graph definition and state that `nnx.split` made of it.
+
+    Raises:
+        ConfigError: neither of both.
+    """
+    if isinstance(params, Llama):
+        return params
+    if isinstance(params, tuple | list) and len(params) == 2 and isinstance(params[0], nnx.GraphDef):
+        return nnx.merge(*params)
+    raise ConfigError(f"The model is a {type(params).__name__}: give a Llama, as `load` does, or nnx.split(model).")

@@ -92,6 +92,16 @@ def divide(x, by, over):
 
 
 @triton.jit
+def held(x, AXIS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr):
+    """x with NaN in the groups whose minimum or scale the metadata cannot hold: a clamp would be silent."""
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    LIMIT: tl.constexpr = 65504.0 if KIND == 0 else (3.3895313892515355e38 if KIND == 1 else 448.0)
+    low = tl.min(x, AXIS, keep_dims=True)
+    too_large = (tl.abs(low) > LIMIT) | ((tl.max(x, AXIS, keep_dims=True) - low) / LEVELS > LIMIT)
+    return tl.where(too_large, float("nan"), x)
+
+
+@triton.jit
 def grid_within(low, high, BITS: tl.constexpr, KIND: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr):
     """Scale and minimum, as stored, rounded UP and DOWN, of groups whose range is [low, high]."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
@@ -196,7 +206,7 @@ def encode_keys(
             x = load_rows(rows, token, channel, COUNT, H)
             if FACTOR:
                 x = x * tl.load(factor + channel)[None, :]
-            codes, s, z = encode(x, 0, BITS, KIND, CLIP)
+            codes, s, z = encode(held(x, 0, BITS, KIND), 0, BITS, KIND, CLIP)
             tl.store(scratch + token[:, None] * H + channel[None, :], codes)
             tl.store(scale + group * H + channel, s)
             tl.store(zero + group * H + channel, z)
@@ -242,6 +252,7 @@ def encode_keys_with_feedback(
             x = tl.load(rows + token * H + channel).to(tl.float32)
             if FACTOR:
                 x = x * tl.load(factor + channel)
+            x = held(x, 1, BITS, KIND)
             near = ()
             for j in tl.static_range(RUN - 1):
                 near = near + (tl.load(coupling + (run * RUN + j) * H + channel),)
@@ -278,7 +289,8 @@ def encode_values(
     for i in range((COUNT + TOKENS - 1) // TOKENS):
         token = i * TOKENS + tl.arange(0, TOKENS)
         x = load_rows(rows, token, channel, COUNT, H)
-        codes, s, z = encode(tl.reshape(x, [TOKENS, GROUPS, GROUP]), 2, BITS, KIND, CLIP)
+        x = tl.reshape(x, [TOKENS, GROUPS, GROUP])
+        codes, s, z = encode(held(x, 2, BITS, KIND), 2, BITS, KIND, CLIP)
         codes = tl.reshape(codes, [TOKENS, H])
         here = (token < COUNT)[:, None]
         tl.store(scratch + channel[None, :] * COUNT + token[:, None], codes, mask=here)

@@ -29,6 +29,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 BLOCK = 128
@@ -89,8 +90,9 @@ def _pack_planes(codes: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Arra
 def _unpack_planes(packed: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Array, "..."]:
     planes = 8 // bits
     axis %= packed.ndim
-    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8).reshape(planes, *(1,) * (packed.ndim - axis))
-    codes = (jnp.expand_dims(packed, axis) >> shifts) & ((1 << bits) - 1)
+    parts = jnp.expand_dims(packed, axis)
+    shifts = jax.lax.broadcasted_iota(jnp.uint8, [planes if i == axis else 1 for i in range(parts.ndim)], axis)
+    codes = (parts >> (shifts * jnp.uint8(bits))) & ((1 << bits) - 1)
     return codes.reshape(*packed.shape[:axis], planes * packed.shape[axis], *packed.shape[axis + 1 :])
 
 
@@ -134,7 +136,7 @@ def dequantize_blocks(packed: PackedTensor) -> Float[Array, "B K blocks rows col
     return (grouped * jnp.expand_dims(scale, axis) + jnp.expand_dims(zero, axis)).reshape(codes.shape)
 
 
-def dequantize(packed: PackedTensor, dtype: jnp.dtype = jnp.float32) -> Float[Array, "B K S H"]:
+def dequantize(packed: PackedTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "B K S H"]:
     """All tokens of a segment as plain numbers, in token order (rows past the segment's length are meaningless)."""
     numbers = dequantize_blocks(packed)
     if packed.tokens_last:

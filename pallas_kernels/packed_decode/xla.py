@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor, dequantize_blocks
 from pallas_kernels.partial import Partial
+from pallas_kernels.rows import row_numbers
 
 # Float32 numbers of one chunk, per tensor. A loop over chunks costs a CPU more than it saves until a chunk is this big.
 _CHUNK_ELEMENTS = 1 << 20
@@ -49,8 +50,8 @@ def _attend(
         # The last chunk is moved back to end at the capacity; what an earlier chunk has seen is masked.
         start = jnp.minimum(i * chunk, capacity - chunk)
         tokens = read(start)
-        position = start + jnp.arange(chunk)
-        seen = (position >= i * chunk) & (position < visible[..., None])
+        position = start + row_numbers(chunk, axes=3)
+        seen = (position >= i * chunk)[:, :, None] & (position[:, :, None] < visible[..., None])
         logits = tokens.logits(query)
         every = [jax.lax.dynamic_update_slice_in_dim(x, logits, start, axis=-1) for x in every]
         logits = jnp.where(seen, logits, -jnp.inf)
@@ -61,11 +62,12 @@ def _attend(
         update = tokens.output(p, position < visible.max(axis=-1, keepdims=True))
         return output * rescale[..., None] + update, new_maximum, total * rescale + p.sum(axis=-1), *every
 
+    # Like the query, so that they vary over a mesh as it does inside `shard_map`.
     start = (
-        jnp.zeros(query.shape, jnp.float32),
-        jnp.full(query.shape[:-1], -jnp.inf, jnp.float32),
-        jnp.zeros(query.shape[:-1], jnp.float32),
-        *([jnp.zeros((*query.shape[:-1], capacity), jnp.float32)] if return_logits else []),
+        jnp.zeros_like(query, jnp.float32),
+        jnp.full_like(query, -jnp.inf, jnp.float32, shape=query.shape[:-1]),
+        jnp.zeros_like(query, jnp.float32, shape=query.shape[:-1]),
+        *([jnp.zeros_like(query, jnp.float32, shape=(*query.shape[:-1], capacity))] if return_logits else []),
     )
     if chunk == capacity:
         return step(jnp.int32(0), start)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.rows import below, row_numbers
+
 # Float32 logits of one block of rows, all heads: bounds the memory, stays within a CPU's caches for short prompts.
 _LOGIT_ELEMENTS = 1 << 22
 _STAGES = 8
@@ -30,8 +32,8 @@ def _block(query, key, value, position, row_counts, row_valid, key_lengths, scal
     merged = query.reshape(b, k, g * r, h)
     logits = jnp.einsum("bkmh,bksh->bkms", merged, key, preferred_element_type=jnp.float32) * scale
     logits = logits.reshape(b, k, g, r, -1)
-    column = jnp.arange(key.shape[2])
-    seen = (column < key_lengths[:, None, None]) & row_valid[:, :, None]
+    column = row_numbers(key.shape[2], axes=3)
+    seen = below(key_lengths, key.shape[2])[:, None] & row_valid[:, :, None]
     if is_causal:
         seen &= column <= position[:, :, None]
     if sliding_window is not None:
@@ -68,8 +70,8 @@ def two_pass_attention(
     b, t, n, h = query.shape
     _, s, heads, _ = key.shape
     g = n // heads
-    row = jnp.arange(t)
-    row_valid = row < query_lengths[:, None]
+    row = row_numbers(t, axes=2)
+    row_valid = below(query_lengths, t)
     first_counted = 0 if score_rows == "all" else query_lengths[:, None] - score_rows
     row_counts = (row_valid & (row >= first_counted)).astype(jnp.float32)
     position = row if query_offset is None else row + query_offset[:, None]
@@ -77,7 +79,7 @@ def two_pass_attention(
 
     key = jnp.swapaxes(key, 1, 2)
     # Padding may hold NaN, and 0 * NaN is NaN.
-    present = jnp.arange(s) < key_value_lengths[:, None]
+    present = below(key_value_lengths, s)
     value = jnp.where(present[:, None, :, None], jnp.swapaxes(value, 1, 2), 0)
     query = jnp.where(row_valid[:, None, None, :, None], query.reshape(b, t, heads, g, h).transpose(0, 2, 3, 1, 4), 0)
 
@@ -92,7 +94,7 @@ def two_pass_attention(
     from_the_start = is_causal and query_offset is None and s >= t
     stages = min(_STAGES, max(padded // _MIN_STAGE, 1)) if from_the_start else 1
     blocks_per_stage = -(-(padded // block) // stages)
-    outputs, lses, scores = [], [], jnp.zeros((b, heads, s), jnp.float32)
+    outputs, lses, scores = [], [], jnp.zeros_like(query, jnp.float32, shape=(b, heads, s))
     for first in range(0, padded // block, blocks_per_stage):
         count = min(blocks_per_stage, padded // block - first)
         reach = min(s, (first + count) * block) if from_the_start else s
@@ -108,7 +110,9 @@ def two_pass_attention(
             )  # fmt: skip
             return sums + column_sums, (output, lse)
 
-        sums, (output, lse) = jax.lax.scan(body, jnp.zeros((b, heads, reach), jnp.float32), first + jnp.arange(count))
+        # Like the query: inside `shard_map` a plain constant does not vary over the mesh, as what is added to it does.
+        none = jnp.zeros_like(query, jnp.float32, shape=(b, heads, reach))
+        sums, (output, lse) = jax.lax.scan(body, none, row_numbers(count, first=first))
         scores = scores.at[:, :, :reach].add(sums)
         outputs.append(output)
         lses.append(lse)

@@ -554,7 +554,7 @@ class MiniKVPlus(MiniKV):
         turn = hadamard(key.shape[-1])
         loudest = (np.abs(x[self.sinks :] @ turn).max(axis=(0, 2), initial=0) for x in (key, value))
         # Eight bits hold little range: in these units the loudest number of the prompt lies from 64 to 128.
-        self.units = list(zip(*(np.where(x > 0, 2.0 ** (np.frexp(x)[1] - 7), 1.0) for x in loudest), strict=True))
+        self.units = list(zip(*(np.where(x > 0, 2.0 ** (np.frexp(x)[1] - 5), 1.0) for x in loudest), strict=True))
         n = len(key)
         heavy, recent = count_of(n, self.heavy), count_of(n, self.recent)
         total = min(n, heavy + recent + self.sinks) if self.heavy + self.recent < 1 else n

@@ -1,0 +1,228 @@
+"""What callers give, checked once at the edge.
+
+Concrete values are read and refused with one error. Traced values cannot be read: the sequence that a wrong one
+concerns is given a length of 0 (or a slot nothing is written to), which reads nothing, stores nothing and answers NaN.
+"""
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from minikv_jax.errors import ConfigError, MiniKVError, PromptError, shortened
+
+if TYPE_CHECKING:
+    from minikv_jax.cache import KVCache
+    from minikv_jax.models.llama import Llama
+
+
+_INT32 = np.iinfo(np.int32)
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether values can be read now: not while a function is traced, nor where another host holds some of them."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+
+
+def integers(x: Any, name: str, letters: str, error: type[MiniKVError] = PromptError) -> np.ndarray | Array:
+    """`x` as an array of integers: NumPy's int32 where the values can be read, else as it is.
+
+    Args:
+        x: an array of any integer dtype, or lists of ints.
+        name: of the argument, for the message.
+        letters: its axes, as "B T"; their number is checked.
+        error: the class to raise.
+
+    Raises:
+        MiniKVError: floats, booleans, ragged lists, another number of axes, numbers beyond int32.
+    """
+    if is_concrete(x):
+        try:
+            x = np.asarray(jax.device_get(x))
+        except (TypeError, ValueError):
+            raise error(f"{name} {shortened(x)} is no array: give whole numbers of shape [{letters}].") from None
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise error(f"{name} holds {x.dtype}: give whole numbers (int32) of shape [{letters}].")
+    if x.ndim != len(letters.split()):
+        raise error(f"{name} has shape {x.shape}: give [{letters}].")
+    if not isinstance(x, np.ndarray):
+        return x
+    # A conversion alone would turn 2**32 + 3 into 3.
+    beyond = x[(x < _INT32.min) | (x > _INT32.max)]
+    if beyond.size:
+        raise error(f"{name} holds {beyond[0]}: give whole numbers that fit int32.")
+    return x.astype(np.int32)
+
+
+def on_device(x: np.ndarray | Array) -> Int[Array, "..."]:
+    """`integers` as a JAX array, int32. `jnp.asarray` of a NumPy array compiles a copy for each shape; this does not."""
+    return jax.device_put(x.astype(np.int32)) if isinstance(x, np.ndarray) else x.astype(jnp.int32)
+
+
+def token_rows(tokens: Any, lengths: Any, vocabulary: int, least: int) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """Right-padded token ids and their true lengths, int32. A traced row that is refused has length 0.
+
+    Args:
+        tokens: [B, T] ids; what lies behind a row's length may be anything.
+        lengths: [B], each from `least` to T.
+        vocabulary: ids lie below.
+        least: 1 for prompts, 0 for what follows them.
+
+    Raises:
+        PromptError: dtypes or shapes that do not fit, no sequence, no token, lengths or ids out of range.
+    """
+    tokens, lengths = integers(tokens, "tokens", "B T"), integers(lengths, "lengths", "B")
+    if lengths.shape != tokens.shape[:1]:
+        raise PromptError(f"tokens {tokens.shape} and lengths {lengths.shape} must be [B, T] and [B].")
+    batch, longest = tokens.shape
+    if batch == 0:
+        raise PromptError("The batch is empty: give at least one sequence.")
+    if longest == 0:
+        raise PromptError("There is nothing to read, the prompt is empty: give at least one token.")
+    xp = np if isinstance(tokens, np.ndarray) and isinstance(lengths, np.ndarray) else jnp
+    # Traced numbers are compared as they came, for the same reason.
+    fits = (lengths >= least) & (lengths <= longest)
+    known = (tokens >= 0) & (tokens < vocabulary) | (xp.arange(longest)[None] >= lengths[:, None])
+    if isinstance(lengths, np.ndarray) and not fits.all():
+        raise PromptError(f"lengths {shortened(lengths.tolist())} must be from {least} to the {longest} tokens given.")
+    if xp is np and not known.all():
+        row, column = np.argwhere(~known)[0]
+        _refuse_token(tokens[row, column], row, vocabulary, f" at {column}")
+    accepted = fits & known.all(axis=1)
+    return on_device(tokens), on_device(xp.where(accepted, lengths, 0))
+
+
+def next_tokens(tokens: Any, cache: "KVCache", vocabulary: int) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
+    """One token id for each sequence of the cache, int32, and which of them are read: those with room and a known id.
+
+    Raises:
+        PromptError: a dtype or shape that does not fit, an unknown id where there is room.
+    """
+    tokens, batch = integers(tokens, "tokens", "B"), cache.lengths.shape[0]
+    if tokens.shape != (batch,):
+        raise PromptError(f"tokens has shape {tokens.shape}, the cache holds {batch} sequences: give one token each.")
+    known, has_room = (tokens >= 0) & (tokens < vocabulary), cache.room > 0
+    if isinstance(known, np.ndarray) and is_concrete(has_room):
+        wrong = np.flatnonzero(~known & np.asarray(jax.device_get(has_room)))
+        if wrong.size:
+            _refuse_token(tokens[wrong[0]], wrong[0], vocabulary)
+    return on_device(tokens), has_room & known
+
+
+def with_room(counts: Int[Array, "B"], cache: "KVCache") -> Int[Array, "B"]:
+    """Numbers of new tokens; 0 for a traced one above its sequence's room.
+
+    Raises:
+        PromptError: a concrete one above its sequence's room.
+    """
+    fits = counts <= cache.room
+    if is_concrete(fits):
+        given, room, short = jax.device_get((counts, cache.room, ~fits))
+        if short.any():
+            row = int(np.argmax(short))
+            raise PromptError(
+                f"Sequence {row} has room for {room[row]} more tokens and is given {given[row]}: give fewer, or "
+                "prefill with a larger generated_capacity."
+            )
+    return jnp.where(fits, counts, 0)
+
+
+def _refuse_token(token: int, row: int, vocabulary: int, place: str = "") -> None:
+    raise PromptError(
+        f"Token {token}{place} of sequence {row} is none of the model's {vocabulary}, 0 to {vocabulary - 1}: do "
+        "tokenizer and model belong together?"
+    )
+
+
+def slot_of(slot: Any, cache: "KVCache") -> int | Int[Array, ""]:
+    """The number of a cache's slot.
+
+    Raises:
+        ConfigError: no whole number, or a concrete one outside the cache.
+    """
+    slot = integers(slot, "slot", "", ConfigError)
+    slots = cache.lengths.shape[0]
+    if isinstance(slot, np.ndarray) and not 0 <= slot < slots:
+        raise ConfigError(f"slot={slot} is none of the cache's {slots}: give 0 to {slots - 1}.")
+    return int(slot) if isinstance(slot, np.ndarray) else slot
+
+
+def count(x: Any, name: str, least: int = 1) -> int:
+    """A static number of things.
+
+    Raises:
+        ConfigError: no whole number, or one below `least`.
+    """
+    whole = None if isinstance(x, bool | np.bool_ | jax.core.Tracer) else getattr(x, "__index__", None)
+    if whole is None or getattr(x, "ndim", 0) or operator.index(x) < least:
+        raise ConfigError(f"{name}={shortened(x)}: give a whole number of at least {least}.")
+    return operator.index(x)
+
+
+def key_of(seed: Any) -> Array:
+    """The key of a seed's random draws.
+
+    Raises:
+        ConfigError: a concrete seed that is no whole number from 0 to 2**32 - 1; JAX would drop its other digits.
+    """
+    if is_concrete(seed):
+        seed = count(seed, "seed", 0)
+        if seed >= 1 << 32:
+            raise ConfigError(f"seed={shortened(seed)}: give a whole number from 0 to {(1 << 32) - 1}.")
+        seed = np.uint32(seed)
+    return jax.random.key(seed)
+
+
+def check_cache(model: "Llama", cache: "KVCache") -> None:
+    """Refuses a cache that another model filled, or whose arrays no longer belong together. Looks at shapes alone.
+
+    Raises:
+        ConfigError: another number of layers, other heads, a fork that was taken apart.
+    """
+    from minikv_jax.cache import KVCache
+
+    if not isinstance(cache, KVCache):
+        raise ConfigError(f"The cache is a {type(cache).__name__}: give what `prefill` or `empty_cache` returned.")
+    config, batch = model.config, cache.lengths.shape[0]
+    if len(cache.layers) != config.num_layers:
+        raise ConfigError(
+            f"The cache has {len(cache.layers)} layers, the model {config.num_layers}: it was made by another model."
+        )
+    for i, layer in enumerate(cache.layers):
+        if layer.heads != (config.num_kv_heads, config.head_dim):
+            raise ConfigError(
+                f"Layer {i} of the cache holds {layer.heads} key/value heads and head size, the model has "
+                f"{(config.num_kv_heads, config.head_dim)}: it was made by another model."
+            )
+        own, shared = ({x.shape[0] for x in jax.tree.leaves(part)} for part in (layer.own, layer.prefix))
+        if own != {batch} or shared - {1}:
+            raise ConfigError(
+                f"Layer {i} holds arrays of {sorted(own | shared)} sequences beside lengths of {batch}: a cache "
+                "is indexed as a whole, and a forked one not at all, for its sequences share one prefix. Reordering "
+                "forks is not supported: fork the cache again, or read each continuation into a cache of its own."
+            )
+
+
+def same_kind(cache: "KVCache", prefix: "KVCache") -> None:
+    """Refuses two caches whose sequences cannot stand in one another's place: other methods, models or dtypes.
+
+    Raises:
+        ConfigError: naming the first difference.
+    """
+    if prefix.config != cache.config:
+        raise ConfigError(
+            f"The prefix was made with {prefix.config}, the cache with {cache.config}: give both the same method, "
+            "prompt_capacity and generated_capacity."
+        )
+    ours, theirs = (jax.tree_util.tree_flatten_with_path(x) for x in (cache, prefix))
+    if ours[1] != theirs[1]:
+        raise ConfigError("The prefix has other parts than the cache: it was made by another model or is a fork.")
+    for (path, x), (_, y) in zip(ours[0], theirs[0]):
+        if (x.shape[1:], x.dtype) != (y.shape[1:], y.dtype):
+            raise ConfigError(
+                f"The prefix holds {y.dtype} {y.shape[1:]} at {jax.tree_util.keystr(path)}, the cache {x.dtype} "
+                f"{x.shape[1:]}: they were made by different models."
+            )
