@@ -607,7 +607,7 @@ def test_shards_that_are_missing_or_outside(tmp_path):
     with pytest.raises(CheckpointError, match=r"needs 'model-00002-of-00003\.safetensors', which is missing"):
         open_checkpoint(folder)
     index = folder / "model.safetensors.index.json"
-    for shard in ("../model.safetensors", "/etc/passwd", "..", "", "a\0b"):
+    for shard in ("../model.safetensors", "/etc/passwd", "..", "", "a\0b", "a\nb", "\ud800", "x" * 300):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
         with pytest.raises(CheckpointError, match=r"plain file name|missing"):
             open_checkpoint(folder)

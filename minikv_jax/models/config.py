@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from minikv_jax.errors import CheckpointError, UnsupportedModelError
+from minikv_jax.errors import CheckpointError, UnsupportedModelError, shortened
 from minikv_jax.models.entries import Entries, is_integer, is_number
-from minikv_jax.models.wording import listed, shown
+from minikv_jax.models.wording import listed
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
@@ -64,7 +64,8 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ("llama3", "linear"):
             raise UnsupportedModelError(
-                f"Rope scaling of type {shown(self.kind)} is not supported; supported: 'default', 'linear', 'llama3'."
+                f"Rope scaling of type {shortened(self.kind)} is not supported; supported: 'default', 'linear', "
+                "'llama3'."
             )
         needed = ["factor"]
         if self.kind == "llama3":
@@ -73,7 +74,7 @@ class RopeScaling:
             value = getattr(self, name)
             if not is_number(value) or value <= 0:
                 raise UnsupportedModelError(
-                    f"Rope scaling {self.kind!r}: {name} must be a positive number, got {shown(value)}."
+                    f"Rope scaling {self.kind!r}: {name} must be a positive number, got {shortened(value)}."
                 )
         if self.kind == "llama3" and (self.high_freq_factor or 0) <= (self.low_freq_factor or 0):
             raise UnsupportedModelError(
@@ -114,7 +115,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise UnsupportedModelError(
-                f"Architecture {shown(self.architecture)} is not supported; supported: {', '.join(ARCHITECTURES)}."
+                f"Architecture {shortened(self.architecture)} is not supported; supported: {', '.join(ARCHITECTURES)}."
             )
         sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"]
         sizes += ["head_dim", "max_position_embeddings"]
@@ -123,11 +124,11 @@ class ModelConfig:
         for name in sizes:
             value = getattr(self, name)
             if not is_integer(value) or value < 1:
-                raise UnsupportedModelError(f"{name} must be a positive integer, got {shown(value)}.")
+                raise UnsupportedModelError(f"{name} must be a positive integer, got {shortened(value)}.")
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)
             if not is_number(value) or value <= 0:
-                raise UnsupportedModelError(f"{name} must be a positive number, got {shown(value)}.")
+                raise UnsupportedModelError(f"{name} must be a positive number, got {shortened(value)}.")
         if self.num_heads % self.num_kv_heads:
             raise UnsupportedModelError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}): "
@@ -193,7 +194,8 @@ class ModelConfig:
         architecture = whole.optional_text("general.architecture")
         if architecture not in ("llama", "qwen2"):
             raise UnsupportedModelError(
-                f"GGUF architecture {shown(architecture)} is not supported; supported: 'llama' (also Mistral), 'qwen2'."
+                f"GGUF architecture {shortened(architecture)} is not supported; supported: 'llama' (also Mistral), "
+                "'qwen2'."
             )
         prefix = f"{architecture}."
         own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
@@ -247,12 +249,13 @@ def _hf_architecture(config: Mapping[str, Any]) -> str:
     supported = ", ".join(f"{name!r} ({cls})" for name, cls in ARCHITECTURES.items())
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"config.json describes a model of type {shown(config.get('model_type'))} (architectures: "
-            f"{shown(classes)}); supported: {supported}."
+            f"config.json describes a model of type {shortened(config.get('model_type'))} (architectures: "
+            f"{shortened(classes)}); supported: {supported}."
         )
     if given is not None and given != ARCHITECTURES[model_type]:
         raise UnsupportedModelError(
-            f"config.json names the class {shown(given)}, which is not a plain language model; supported: {supported}."
+            f"config.json names the class {shortened(given)}, which is not a plain language model; supported: "
+            f"{supported}."
         )
     return model_type
 
@@ -274,7 +277,7 @@ def _refuse_hf_features(entries: Entries, architecture: str) -> None:
         given = entries.get(key)
         if given is not None and given not in allowed:
             raise UnsupportedModelError(
-                f"config.json: {key} is {shown(given)}, but only {allowed[0]!r} is supported ({reason})."
+                f"config.json: {key} is {shortened(given)}, but only {allowed[0]!r} is supported ({reason})."
             )
 
 
@@ -315,7 +318,7 @@ def _agreed[T](source: str, key: str, given: Mapping[str, T | None]) -> T | None
     """The value that some places give, if all of them give the same."""
     values = {place: value for place, value in given.items() if value is not None}
     if len(set(values.values())) > 1:
-        said = " and ".join(f"{shown(value)} in {place}" for place, value in values.items())
+        said = " and ".join(f"{shortened(value)} in {place}" for place, value in values.items())
         raise CheckpointError(f"{source} gives {key} as {said}; keep the right one.")
     return next(iter(values.values()), None)
 
@@ -328,7 +331,7 @@ def _hf_rope_scaling(entries: Entries, groups: Mapping[str, Entries], original: 
     if condensed != 1:
         stated["rope_condense_ratio"] = RopeScaling("linear", condensed)
     if len(set(stated.values())) > 1:
-        said = " and ".join(f"{key} {shown(entries.get(key))}" for key in stated)
+        said = " and ".join(f"{key} {shortened(entries.get(key))}" for key in stated)
         raise CheckpointError(f"config.json scales rotary embeddings in two ways, {said}; keep the right one.")
     return next(iter(stated.values()), None)
 
@@ -341,21 +344,21 @@ def _hf_scaling_of(rope: Entries, original: int) -> RopeScaling | None:
         )
     if rope.optional_number("partial_rotary_factor") not in (None, 1.0):
         raise UnsupportedModelError(
-            f"{rope.source}: partial_rotary_factor is {shown(rope.get('partial_rotary_factor'))}, but only 1.0 is "
+            f"{rope.source}: partial_rotary_factor is {shortened(rope.get('partial_rotary_factor'))}, but only 1.0 is "
             "supported."
         )
     kind = _agreed(rope.source, "the kind", {key: rope.optional_text(key) for key in ("rope_type", "type")})
     if kind in (None, "default"):
         if rope.number("factor", 1.0) != 1:
             raise CheckpointError(
-                f"{rope.source} has factor {shown(rope.get('factor'))} but no rope_type that uses it."
+                f"{rope.source} has factor {shortened(rope.get('factor'))} but no rope_type that uses it."
             )
         return None
     if kind == "linear":
         return RopeScaling("linear", rope.number("factor"))
     if kind != "llama3":
         raise UnsupportedModelError(
-            f"Rope scaling of type {shown(kind)} is not supported; supported: 'default', 'linear', 'llama3'."
+            f"Rope scaling of type {shortened(kind)} is not supported; supported: 'default', 'linear', 'llama3'."
         )
     factors = [rope.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")]
     return RopeScaling("llama3", *factors, original)
@@ -421,7 +424,7 @@ def _gguf_rope(entries: Entries) -> tuple[RopeScaling | None, int]:
     kind = entries.optional_text("rope.scaling.type") or ("none" if factor == 1 else "linear")
     if kind not in ("none", "linear"):
         raise UnsupportedModelError(
-            f"GGUF rope scaling of type {shown(kind)} is not supported; supported: 'none', 'linear', and llama3 "
+            f"GGUF rope scaling of type {shortened(kind)} is not supported; supported: 'none', 'linear', and llama3 "
             "factors stored as the tensor rope_freqs.weight."
         )
     if kind == "none" and factor != 1:

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from minikv_jax.errors import CheckpointError
+from minikv_jax.errors import CheckpointError, shortened
 from minikv_jax.models.gguf_header import Unread
-from minikv_jax.models.wording import shown
 
 _LONGEST_TEXT = 1 << 20  # bytes; chat templates, the longest texts that are read, have under 1 << 16
 
@@ -45,7 +44,7 @@ class Entries:
         return default
 
     def wrong(self, key: str, expected: str) -> CheckpointError:
-        return CheckpointError(f"{self.source}: {key} must be {expected}, got {shown(self.get(key))}.")
+        return CheckpointError(f"{self.source}: {key} must be {expected}, got {shortened(self.get(key))}.")
 
     def optional_integer(self, key: str) -> int | None:
         return self._checked(key, is_integer, "an integer")

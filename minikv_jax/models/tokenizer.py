@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minikv_jax.errors import CheckpointError, UnsupportedModelError
+from minikv_jax.errors import CheckpointError, UnsupportedModelError, shortened
 from minikv_jax.models.entries import Entries
 from minikv_jax.models.hub import given_path
 from minikv_jax.models.refusing import refusing
 from minikv_jax.models.weights import read_gguf_metadata
-from minikv_jax.models.wording import shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -85,8 +84,8 @@ def _from_gguf(metadata: Mapping[str, Any], path: Path) -> "PreTrainedTokenizerF
     kind = entries.optional_text("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedModelError(
-            f"{path}: tokenizer of type {shown(kind)} is not supported; supported: 'gpt2' (byte-level BPE), 'llama' "
-            "(SentencePiece BPE). Use the model's Hugging Face folder."
+            f"{path}: tokenizer of type {shortened(kind)} is not supported; supported: 'gpt2' (byte-level BPE), "
+            "'llama' (SentencePiece BPE). Use the model's Hugging Face folder."
         )
     rules = _rules(entries, path) if kind == "gpt2" else None
     tokens = entries.texts("tokenizer.ggml.tokens")
@@ -131,14 +130,14 @@ def _rules(entries: Entries, path: Path) -> str:
     known = ", ".join((*_PRETOKENIZERS, *_SAME_RULES))
     if rules in (None, "default"):
         raise UnsupportedModelError(
-            f"{path}: tokenizer.ggml.pre is {shown(given)}: the file does not say how its tokenizer cuts text into "
+            f"{path}: tokenizer.ggml.pre is {shortened(given)}: the file does not say how its tokenizer cuts text into "
             "words, and a guess would give wrong ids. Convert the model again with a current llama.cpp, write the name "
             f"into a copy (gguf-new-metadata --pre-tokenizer NAME; known: {known}), or use the model's Hugging Face "
             "folder."
         )
     raise UnsupportedModelError(
-        f"{path}: the rules of the pre-tokenizer {shown(given)} are not known here; known: {known}. Use the model's "
-        "Hugging Face folder."
+        f"{path}: the rules of the pre-tokenizer {shortened(given)} are not known here; known: {known}. Use the "
+        "model's Hugging Face folder."
     )
 
 

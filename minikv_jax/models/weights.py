@@ -22,12 +22,12 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-from minikv_jax.errors import CheckpointError, UnsupportedModelError
+from minikv_jax.errors import CheckpointError, UnsupportedModelError, shortened
 from minikv_jax.models.config import ModelConfig, RopeScaling
 from minikv_jax.models.entries import Entries
 from minikv_jax.models.gguf_header import read_header
 from minikv_jax.models.hub import given_path
-from minikv_jax.models.wording import listed, one_line, shown
+from minikv_jax.models.wording import listed, one_line
 
 if TYPE_CHECKING:
     from minikv_jax.models.llama import Llama
@@ -185,7 +185,7 @@ class _Source:
 
     def not_finite(self, block: np.ndarray, dtype: np.dtype) -> CheckpointError:
         """A model with such a weight answers every prompt with nonsense, and seldom says so."""
-        where = f"{self.stored.path}: tensor {shown(self.name)}"
+        where = f"{self.stored.path}: tensor {shortened(self.name)}"
         if not np.isfinite(block).all():
             return CheckpointError(
                 f"{where} holds NaN or infinity: the file or the model is damaged. Download it again."
@@ -411,7 +411,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     for file in [single] if single.is_file() else _shards(folder / "model.safetensors.index.json"):
         for name, tensor in _safetensors_header(file).items():
             if name in stored:
-                raise CheckpointError(f"Tensor {shown(name)} is in {stored[name].path} and in {file.name}.")
+                raise CheckpointError(f"Tensor {shortened(name)} is in {stored[name].path} and in {file.name}.")
             stored[name] = tensor
     _refuse_other_names(folder, stored)
     names = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
@@ -467,8 +467,8 @@ def _refuse_other_names(folder: Path, stored: Mapping[str, _Stored]) -> None:
     if not prefixes or ours in prefixes:
         return
     raise CheckpointError(
-        f"{folder} holds tensors named like {shown(prefixes[0] + common)}, expected {ours + common!r}: this is a base "
-        "model without its head, a wrapped model or a part of a larger one. Save the language model by itself "
+        f"{folder} holds tensors named like {shortened(prefixes[0] + common)}, expected {ours + common!r}: this is a "
+        "base model without its head, a wrapped model or a part of a larger one. Save the language model by itself "
         "(transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder))."
     )
 
@@ -479,12 +479,12 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"{index}: weight_map must be an object from tensor names to file names.")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if Path(shard).name != shard or "\0" in shard or len(os.fsencode(shard)) > 255:
+        if Path(shard).name != shard or not shard.isprintable() or len(shard) > 255:
             raise CheckpointError(
-                f"{index} names the shard {shown(shard)}; expected a plain file name in the same folder."
+                f"{index} names the shard {shortened(shard)}; expected a plain file name in the same folder."
             )
         if not (index.parent / shard).is_file():
-            raise CheckpointError(f"{index} needs {shown(shard)}, which is missing. Download the model again.")
+            raise CheckpointError(f"{index} needs {shortened(shard)}, which is missing. Download the model again.")
     return [index.parent / shard for shard in shards]
 
 
@@ -525,17 +525,19 @@ def _safetensors_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ..
     entry = entry if isinstance(entry, dict) else {}
     shape, span = entry.get("shape"), entry.get("data_offsets")
     if not (_are_sizes(shape) and len(shape) <= 8 and _are_sizes(span) and len(span) == 2):
-        raise CheckpointError(f"{path}: the header's entry for tensor {shown(name)} is damaged: {shown(entry, 200)}")
+        raise CheckpointError(
+            f"{path}: the header's entry for tensor {shortened(name)} is damaged: {shortened(entry, 200)}"
+        )
     dtype = entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise UnsupportedModelError(
-            f"{path}: tensor {shown(name)} has dtype {shown(dtype)}; supported: {', '.join(_DTYPES)}. Convert the "
-            "checkpoint."
+            f"{path}: tensor {shortened(name)} has dtype {shortened(dtype)}; supported: {', '.join(_DTYPES)}. Convert "
+            "the checkpoint."
         )
     expected = math.prod(shape) * _DTYPES[dtype].itemsize
     if span[1] - span[0] != expected:
         raise CheckpointError(
-            f"{path}: tensor {shown(name)} of shape {tuple(shape)} and dtype {dtype} needs {expected} bytes, the "
+            f"{path}: tensor {shortened(name)} of shape {tuple(shape)} and dtype {dtype} needs {expected} bytes, the "
             f"header gives it {span[1] - span[0]}. The file is damaged."
         )
     return tuple(shape), (span[0], span[1])
@@ -593,7 +595,7 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
     start = -(-header.end // alignment) * alignment
     stored: dict[str, _Stored] = {}
     for info in header.tensors:
-        name = shown(info.name)
+        name = shortened(info.name)
         if info.name in stored:
             raise CheckpointError(f"{path}: tensor {name} is listed twice.")
         try:
