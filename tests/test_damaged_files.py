@@ -14,7 +14,7 @@ import pytest
 from memory import peak_growth
 from mutate import mutated, mutated_json
 from safetensors.numpy import load_file
-from test_tokenizer import write_byte_level, write_json_tokenizer, write_sentencepiece
+from test_tokenizer import TINY, write_byte_level, write_json_tokenizer, write_sentencepiece
 from test_weights import gguf_tensors, write_folder, write_gguf
 
 from minikv_jax.errors import MiniKVError
@@ -64,6 +64,11 @@ def golden_folder(folder: Path) -> Path:
 
 def rich_tokenizer(folder: Path) -> Path:
     """A tokenizer.json with something of everything, and its configuration."""
+    (folder / "panic").mkdir()
+    with pytest.raises(MiniKVError):  # the library's first panic reads its own symbols, which takes 50 MB
+        load_tokenizer(
+            write_json_tokenizer(folder / "panic", model=TINY["model"] | {"continuing_subword_prefix": "##abc"})
+        )
     template = "{% for m in messages %}<|start|>{{ m.content }}<|end|>{% endfor %}"
     tokenizer = load_tokenizer(write_byte_level(folder / "t.gguf", "llama-bpe", chat_template=template))
     tokenizer.save_pretrained(folder / "rich")
