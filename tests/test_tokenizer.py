@@ -275,6 +275,23 @@ def test_long_texts_are_read_and_endless_ones_refused(tmp_path):
         load_tokenizer(path)
 
 
+def test_a_file_that_changes_after_its_header_was_read_is_refused(tmp_path):
+    path = write_byte_level(tmp_path / "t.gguf", "gpt-2", chat_template="x" * 100)
+    metadata, raw = read_gguf_metadata(path), path.read_bytes()
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert len(tokens.texts()) == len(tokens)
+    path.write_bytes(raw[: tokens.offset] + b"\1" + raw[tokens.offset + 1 :].replace(b"\1\0\0", b"\2\0\0"))
+    with pytest.raises(CheckpointError, match="changed while"):
+        tokens.texts()
+    path.write_bytes(raw[: tokens.offset + 10])
+    for name in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
+        with pytest.raises(CheckpointError, match="cut off or damaged"):
+            metadata[name]._bytes()
+    path.unlink()
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_tokenizer(path)
+
+
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_a_token_of_a_million_letters_is_refused_at_once(tmp_path, model):
     tokens = [*BYTES, "a" * 1_000_000]

@@ -19,18 +19,20 @@ def _guarded(name: str, message: str, *others: type[Exception]) -> Any:
     return call
 
 
+_ENCODING = "The tokenizer is damaged: it cannot encode this text"
+_DECODING = "The tokenizer is damaged: it cannot decode these tokens"
+
+
 # The name is what `save_pretrained` writes down, for AutoTokenizer to look up.
 class TokenizersBackend(PreTrainedTokenizerFast):
     """Raises CheckpointError where a damaged tokenizer fails at a text or at tokens that it meets."""
 
-    __call__ = _guarded("__call__", "The tokenizer is damaged: it cannot encode this text")
-    encode = _guarded("encode", "The tokenizer is damaged: it cannot encode this text")
-    tokenize = _guarded("tokenize", "The tokenizer is damaged: it cannot encode this text")
-    decode = _guarded("decode", "The tokenizer is damaged: it cannot decode these tokens")
-    batch_decode = _guarded("batch_decode", "The tokenizer is damaged: it cannot decode these tokens")
-    convert_tokens_to_string = _guarded(
-        "convert_tokens_to_string", "The tokenizer is damaged: it cannot decode these tokens"
-    )
+    __call__ = _guarded("__call__", _ENCODING)
+    encode = _guarded("encode", _ENCODING)
+    tokenize = _guarded("tokenize", _ENCODING)
+    decode = _guarded("decode", _DECODING)
+    batch_decode = _guarded("batch_decode", _DECODING)
+    convert_tokens_to_string = _guarded("convert_tokens_to_string", _DECODING)
     apply_chat_template = _guarded(
         "apply_chat_template", "The tokenizer's chat template cannot be applied to these messages", Exception
     )

@@ -42,9 +42,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
     Args:
         path: a Hugging Face folder with tokenizer.json, or a GGUF file.
 
+    Returns:
+        The tokenizer. It raises CheckpointError too, where damage shows only at some text or some tokens.
+
     Raises:
         CheckpointError: if the tokenizer is missing or damaged.
-        UnsupportedModelError: if a GGUF file names a kind of tokenizer whose rules are not known here.
+        UnsupportedModelError: if a GGUF file names a kind of tokenizer whose rules are not known here, or none.
     """
     path = given_path(path)
     if not os.path.exists(path):
