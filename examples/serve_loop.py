@@ -4,7 +4,8 @@
 
 Prompts wait in a queue. A free slot takes the next one: its prompt is read by itself (`prefill`, in buckets of lengths
 so that few programs are compiled) and its cache put into the slot (`insert`). All slots then decode together, several
-steps a dispatch. A sequence that has ended frees its slot (`reset`); the others never notice.
+steps a dispatch. A sequence that has ended is given no more tokens (-1), so its cache stays as it is until the slot is
+freed (`reset`); the others never notice.
 """
 
 import functools
@@ -15,19 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from minikv_jax import CacheConfig, bucket, decode_step, empty_cache, insert, load, prefill, presets, reset
+from minikv_jax.sampling import GREEDY, sample
 
 STEPS = 8  # decoded between two looks at the queue
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def decode(params, cache, token):
-    """STEPS more tokens of every slot [STEPS, B], greedily. Slots without room store nothing."""
+@functools.partial(jax.jit, static_argnames="ends", donate_argnames="cache")
+def decode(params, cache, token, ends: tuple[int, ...]):
+    """STEPS more tokens of every slot [STEPS, B], greedily: -1 after one of `ends`, and where a slot has no room."""
 
     def step(state, _):
         cache, token = state
         logits, cache = decode_step(params, cache, token)
-        token = jnp.where(cache.room > 0, jnp.argmax(logits, axis=-1), token).astype(jnp.int32)
-        return (cache, token), token
+        new = sample(logits, jax.random.key(0), GREEDY)
+        return (cache, jnp.where(jnp.isin(new, jnp.asarray(ends, jnp.int32)), -1, new)), new
 
     (cache, token), tokens = jax.lax.scan(step, (cache, token), length=STEPS)
     return tokens, token, cache
@@ -37,23 +39,23 @@ def serve(params, prompts: Iterable[Sequence[int]], config: CacheConfig, slots: 
           ) -> Iterator[tuple[int, list[int]]]:  # fmt: skip
     """Yields (number of the prompt, its answer) as sequences end, each after at most `generated_capacity` tokens."""
     put, clear = jax.jit(insert, donate_argnums=0), jax.jit(reset, donate_argnums=0)
-    cache, token = empty_cache(params, config, slots), jnp.zeros((slots,), jnp.int32)
+    cache, token, ends = empty_cache(params, config, slots), jnp.full((slots,), -1), tuple(ends)
     queue, running = enumerate(prompts), {}
     while True:
         for slot in set(range(slots)) - set(running):
             number, prompt = next(queue, (None, ()))
             if number is None:
                 break
-            tokens = bucket(jnp.asarray([prompt], jnp.int32), limit=config.prompt_capacity)
-            logits, prefix = prefill(params, tokens, jnp.asarray([len(prompt)]), config)
+            tokens = bucket(np.asarray([prompt]), limit=config.prompt_capacity)
+            logits, prefix = prefill(params, tokens, np.asarray([len(prompt)]), config)
             cache, first = put(cache, slot, prefix), int(logits[0].argmax())
-            token, running[slot] = token.at[slot].set(first), (number, [first])
+            token, running[slot] = token.at[slot].set(-1 if first in ends else first), (number, [first])
         if not running:
             return
-        new, token, cache = decode(params, cache, token)
+        new, token, cache = decode(params, cache, token, ends)
         for slot, (number, answer) in list(running.items()):
             answer.extend(np.asarray(new)[:, slot].tolist())
-            last = next((i for i, t in enumerate(answer) if t in ends), config.generated_capacity - 1)
+            last = next((i for i, t in enumerate(answer) if t in ends or t < 0), config.generated_capacity - 1)
             if last < len(answer):
                 yield number, answer[: last + 1]
                 cache = clear(cache, slot)

@@ -58,7 +58,7 @@ def integers(x: Any, name: str, letters: str, error: type[MiniKVError] = PromptE
 
 
 def on_device(x: np.ndarray | Array) -> Int[Array, "..."]:
-    """`integers` as a JAX array, int32. `jnp.asarray` of a NumPy array compiles a copy for each shape; this does not."""
+    """`integers` as an int32 array of JAX. `jnp.asarray` of a NumPy array would compile a copy for each shape."""
     return jax.device_put(x.astype(np.int32)) if isinstance(x, np.ndarray) else x.astype(jnp.int32)
 
 
