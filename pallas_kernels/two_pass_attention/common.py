@@ -27,7 +27,7 @@ def decline_what_no_kernel_takes(query, key, value, scale: float) -> None:
         raise NotImplementedError(f"needs a scale above 0, not {scale}")
 
 
-def extents(query, key, query_lengths, key_value_lengths, query_offset, score_rows: int | str) -> Int[Array, "B*4"]:
+def extents(query, key, query_lengths, key_value_lengths, query_offset, score_rows: int | str) -> Int[Array, "numbers"]:
     """Query length, key length, offset and first counted row of each sequence: what a kernel reads of it."""
     batch, t = query.shape[:2]
 
