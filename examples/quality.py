@@ -6,10 +6,10 @@ Writes a table, results and a picture into FOLDER (default demo/quality); starte
 Larger studies: `minikv eval --help`.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
-from minikv_jax import load, presets
+from minikv_jax import load, outputs, presets, program
 from minikv_jax.evals.run import run
 from minikv_jax.evals.task import Lab, Settings
 from minikv_jax.evals.tasks import by_names
@@ -20,7 +20,11 @@ METHODS = (
 )
 
 
-def main(out: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("demo/quality"))
+    out = parser.parse_args().folder
+    outputs.require_folder(out, "FOLDER")
     model, tokenizer = load("smollm2")
     lab = Lab(model, tokenizer, Settings(lengths=(512,), limit=2, new_tokens=64))
     run(lab, "smollm2", presets.parse(METHODS), by_names("kl,lines"), out, "python examples/quality.py")
@@ -28,4 +32,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo/quality"))
+    program.run(main)

@@ -8,6 +8,7 @@ steps a dispatch. A sequence that has ended is given no more tokens (-1), so its
 freed (`reset`); the others never notice.
 """
 
+import argparse
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minikv_jax import CacheConfig, bucket, decode_step, empty_cache, insert, load, prefill, presets, reset
+from minikv_jax import CacheConfig, bucket, decode_step, empty_cache, insert, load, prefill, presets, program, reset
 from minikv_jax.sampling import GREEDY, sample
 
 STEPS = 8  # decoded between two looks at the queue
@@ -55,14 +56,16 @@ def serve(params, prompts: Iterable[Sequence[int]], config: CacheConfig, slots: 
         new, token, cache = decode(params, cache, token, ends)
         for slot, (number, answer) in list(running.items()):
             answer.extend(np.asarray(new)[:, slot].tolist())
-            last = next((i for i, t in enumerate(answer) if t in ends or t < 0), config.generated_capacity - 1)
+            written = answer[: config.generated_capacity]
+            last = next((i for i, t in enumerate(written) if t in ends or t < 0), config.generated_capacity - 1)
             if last < len(answer):
                 yield number, answer[: last + 1]
                 cache = clear(cache, slot)
                 del running[slot]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     model, tokenizer = load("smollm2")
     questions = ["Name three colours.", "What is the capital of France?", "Is water wet?", "Count to five."]
     chats = [tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
@@ -71,3 +74,7 @@ if __name__ == "__main__":
     ids = [tokenizer(chat, add_special_tokens=False)["input_ids"] for chat in chats]
     for number, answer in serve(model, ids, method, slots=2, ends=model.config.eos_token_ids):
         print(f"{questions[number]} {tokenizer.decode(answer, skip_special_tokens=True)}")
+
+
+if __name__ == "__main__":
+    program.run(main)

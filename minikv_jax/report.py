@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import math
+from collections.abc import Hashable
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +13,15 @@ import numpy as np
 from minikv_jax import allocate
 from minikv_jax.cache import KVCache, LayerCache, QueryStatistics, Shape, compress, nbytes
 from minikv_jax.config import CacheConfig
+from minikv_jax.errors import ConfigError, shortened
 from minikv_jax.kivi import KiviWindow
 from minikv_jax.models.config import ModelConfig
+from minikv_jax.prefill import checked
 from minikv_jax.segments import DenseSegment
 from pallas_kernels.packed_decode.layout import BLOCK
 
 _BFLOAT16_BYTES = 2
+_MOST_TOKENS = 1 << 22  # budgets are tabulated for every length up to the prompt's: seconds for this one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +47,14 @@ class Size:
 
     @property
     def bits_per_element(self) -> float:
-        """Bits held, whatever for, for each number that a full cache would hold."""
-        return 8 * _BFLOAT16_BYTES * self.bytes_held / max(self.bytes_bfloat16, 1)
+        """Bits held, whatever for, for each number that a full cache would hold: infinity before a token is read."""
+        if not self.bytes_bfloat16:
+            return math.inf
+        return 8 * _BFLOAT16_BYTES * self.bytes_held / self.bytes_bfloat16
 
     @property
     def times_smaller(self) -> float:
-        return self.bytes_bfloat16 / max(self.bytes_held, 1)
+        return self.bytes_bfloat16 / self.bytes_held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +77,39 @@ def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generat
         model: its sizes; the cache is that of a bfloat16 model.
         config: the method; its capacities are replaced.
         prompt, generated: tokens read.
+
+    Raises:
+        ConfigError: numbers of tokens that are none or too large to be planned for; a method that the model cannot run.
     """
+    for name, tokens in (("prompt", prompt), ("generated", generated)):
+        if not isinstance(tokens, int) or not 1 <= tokens <= _MOST_TOKENS:
+            raise ConfigError(f"{name}={shortened(tokens)}: give a whole number of tokens, 1 to {_MOST_TOKENS:,}.")
+    # A plan may go beyond the model's positions.
+    roomy = model.replace(max_position_embeddings=max(model.max_position_embeddings, prompt + generated))
     config = config.replace(prompt_capacity=prompt, generated_capacity=generated)
-    heads, head_size, layers = model.num_kv_heads, model.head_dim, model.num_layers
+    config = checked(SimpleNamespace(config=roomy), prompt, config)
+    kinds: dict[Hashable, Size] = {}
     sizes = []
-    for i in range(layers):
-        total = int(allocate.budget(config, i, layers, prompt).total)
-        kept = min(total, prompt + generated if config.evict != "never" else prompt)
-        if config.retained is not None:
-            kept = prompt
-        kept += generated if config.evict == "never" or config.retained is not None else 0
-        layer = planned_layer(config.of_layer(i), Shape.of(config, i, layers), heads, head_size)
-        sizes.append(_size(layer, kept, prompt + generated))
+    for i in range(model.num_layers):
+        own = config.of_layer(i)
+        # Only a pyramid tells layers of one method from each other.
+        kind = own, i if own.allocation.is_pyramid else 0
+        if kind not in kinds:
+            kinds[kind] = _planned_size(model, config, i)
+        sizes.append(kinds[kind])
     return _report(sizes, sum(size.bytes_held for size in sizes))
+
+
+def _planned_size(model: ModelConfig, config: CacheConfig, i: int) -> Size:
+    """What layer `i` weighs with all of its capacity in use."""
+    prompt, generated, layers = config.prompt_capacity, config.generated_capacity, model.num_layers
+    total = int(allocate.budget(config, i, layers, prompt).total)
+    kept = min(total, prompt + generated if config.evict != "never" else prompt)
+    if config.retained is not None:
+        kept = prompt
+    kept += generated if config.evict == "never" or config.retained is not None else 0
+    layer = planned_layer(config.of_layer(i), Shape.of(config, i, layers), model.num_kv_heads, model.head_dim)
+    return _size(layer, kept, prompt + generated)
 
 
 def planned_layer(config: CacheConfig, shape: Shape, heads: int, head_size: int) -> LayerCache:

@@ -370,17 +370,18 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
 
 def test_a_folder_holds_items_of_one_kind(tmp_path):
     first = run.identity("m", task.Settings(seed=1, dtype="bfloat16"))
+    assert store.held(tmp_path / "new", first) == [] and not (tmp_path / "new").exists()
     store.begin(tmp_path, first)
     for other in (task.Settings(seed=2, dtype="bfloat16"), task.Settings(seed=1), task.Settings(seed=1, split="test")):
         with pytest.raises(ConfigError, match="another folder"):
-            store.begin(tmp_path, run.identity("m", other))
-    assert store.begin(tmp_path, first) == []
+            store.held(tmp_path, run.identity("m", other))
+    assert store.held(tmp_path, first) == []
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
-        store.begin(tmp_path / "file" / "out", {})
+        store.held(tmp_path / "file" / "out", {})
 
 
 @pytest.mark.parametrize(

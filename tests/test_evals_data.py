@@ -208,7 +208,7 @@ def test_scbench_judges_a_repositorys_functions(tmp_path):
         ("scbench_repoqa", {"repo": None}, "expected a repo"),
         ("scbench_repoqa_and_kv", {}, "answer, input, task"),
         ("scbench_repoqa_and_kv", {"task": "scbench_mf"}, "scbench_mf"),
-        ("scbench_kv", {"multi_turns": []}, "record 0"),
+        ("scbench_kv", {"multi_turns": []}, r"line 1: multi_turns is \[\]"),
         ("scbench_kv", {"context": None}, "expected a context"),
         ("scbench_of_another", {}, "not supported"),
     ],

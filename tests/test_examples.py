@@ -2,14 +2,16 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import draws
 import jax.numpy as jnp
 import pytest
 from models import CONFIG, METHODS, MODEL
+from tiny import Characters
 
-from minikv_jax import generate
+from minikv_jax import ConfigError, generate
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -19,6 +21,11 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class Chat(Characters):
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return messages[0]["content"]
 
 
 def test_the_serving_loop_answers_as_each_prompt_would_alone():
@@ -33,6 +40,43 @@ def test_the_serving_loop_answers_as_each_prompt_would_alone():
     served = dict(load("serve_loop").serve(MODEL, prompts, config, 2, [end]))
     for number, answer in enumerate(alone):
         assert served[number] == (answer[: answer.index(end) + 1] if end in answer else answer)
+
+
+def test_the_serving_loop_prints_an_answer_for_each_question(monkeypatch, capsys):
+    example = load("serve_loop")
+    monkeypatch.setattr(sys, "argv", ["serve_loop.py"])
+    monkeypatch.setattr(example, "load", lambda _: (MODEL, Chat()))
+    monkeypatch.setattr(example, "serve", lambda params, prompts, *_, **__: ((i, p[:5]) for i, p in enumerate(prompts)))
+    example.main()
+    assert capsys.readouterr().out.splitlines()[1] == "What is the capital of France? what "
+
+
+def test_quality_goes_into_a_folder_that_can_be_written(monkeypatch, tmp_path, capsys):
+    example, measured = load("quality"), []
+
+    def run(lab, name, methods, tasks, out, command):
+        measured.append((lab.settings.lengths, list(methods), list(tasks)))
+        out.mkdir()
+        (out / "table.md").write_text("| a table |")
+
+    monkeypatch.setattr(example, "load", lambda _: (MODEL, Chat()))
+    monkeypatch.setattr(example, "run", run)
+    monkeypatch.setattr(sys, "argv", ["quality.py", str(tmp_path / "out")])
+    example.main()
+    ((lengths, methods, tasks),) = measured
+    assert lengths == (512,) and len(methods) == 7 and tasks == ["kl", "lines"]
+    assert "a table" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["quality.py", str(tmp_path / "out" / "table.md")])
+    with pytest.raises(ConfigError, match="is a file"):
+        example.main()
+
+
+@pytest.mark.parametrize("name, arguments", [("serve_loop", ["more"]), ("quality", ["a", "b"]), ("quality", ["--no"])])
+def test_arguments_that_an_example_does_not_take_are_refused(name, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        load(name).main()
+    assert ended.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -213,9 +213,9 @@ def test_generation_ends_with_the_end_token(count):
     ended, cache = generate(MODEL, text, lengths, config, count, eos_token_ids=ends)
     for b in range(2):
         assert ended[b].tolist() == free[b, : first[b]].tolist() + [int(free[b, first[b]])] * (count - first[b])
-    # Nothing is read after the step in which the last sequence ends, wherever it lies in a run of steps.
-    assert cache.lengths.tolist() == [24 + max(first), 9 + max(first)]
-    assert cache.room.tolist() == [config.generated_capacity - max(first)] * 2
+    # Nothing is read of a sequence after the step in which it ends, wherever that lies in a run of steps.
+    assert cache.lengths.tolist() == [24 + first[0], 9 + first[1]]
+    assert cache.room.tolist() == [config.generated_capacity - i for i in first]
 
 
 def test_sampling_stays_within_top_p_and_follows_the_temperature():

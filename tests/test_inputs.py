@@ -3,12 +3,14 @@
 import functools
 
 import chex
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilations import compilations
 from flax import nnx
+from layer import draw, run
 from models import CONFIG, METHODS, MODEL, tokens
 
 from minikv_jax import (
@@ -34,6 +36,7 @@ from minikv_jax import (
     reset,
     stream,
 )
+from minikv_jax.cache import read_token
 from minikv_jax.models.llama import Llama
 from minikv_jax.sampling import sample
 
@@ -365,3 +368,28 @@ def test_padding_to_a_bucket_compiles_for_no_length():
         assert bucket(np.ones((2, length), np.int32)).shape[1] % 16 == 0
         bucket(np.ones((2, length), np.int32).tolist())
     assert compilations() == before
+
+
+@pytest.mark.promise("A layer that is fed past its room answers NaN and stores nothing more")
+@pytest.mark.parametrize("method", EVERY)
+def test_a_layer_fed_past_its_room_says_so(method):
+    config = METHODS[method].replace(prompt_capacity=20, generated_capacity=50)
+    prompt, _ = draw(draws.rng(), batch=2, tokens=20, steps=1, heads=2, group=2, head_size=16)
+    layer = run(config, *prompt, jnp.array([20, 7]), tuple(x[None, :, 0] for x in prompt)).prompt
+    position = jnp.array([20, 7])
+    refused = np.zeros(2, bool)
+    step = jax.jit(read_token)
+    for i in range(400):
+        new = (jnp.asarray(x[:, i % 20, None]) for x in prompt)
+        before, (layer, output) = layer, step(layer, *new, position)
+        bad = np.isnan(output).any(axis=(1, 2, 3))
+        assert i >= 1 or not bad.any()
+        assert not (refused & ~bad).any()
+        jax.tree.map(lambda x, y, bad=bad: np.testing.assert_array_equal(x[bad], y[bad]), before, layer)
+        refused, position = bad, position + ~bad
+    # A method that gives tokens up for good has room for ever.
+    for_ever = config.evict != "never" and config.retained is None
+    assert refused.all() != for_ever
+    assert for_ever or (position >= jnp.array([20, 7]) + 1).all()
+    for tier in (layer.segment, layer.retained):
+        assert tier is None or (tier.length <= tier.capacity).all()

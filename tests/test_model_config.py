@@ -1,8 +1,10 @@
 """Configurations from config.json, in the spellings of transformers 4 and 5, and from GGUF metadata."""
 
 import json
+import logging
 from pathlib import Path
 
+import draws
 import pytest
 
 from minikv_jax.errors import CheckpointError, MiniKVError, UnsupportedModelError
@@ -97,6 +99,163 @@ def test_other_rope_scaling_is_refused(kind):
         ModelConfig.from_hf(LLAMA | {"rope_scaling": {"type": kind, "factor": 4.0}})
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+DEFAULT = {"rope_type": "default", "rope_theta": 1e6}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.promise("A setting of config.json that changes the result is used or refused, never ignored")
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        # As model cards say, in a file that transformers 5 wrote.
+        ({"rope_parameters": DEFAULT, "rope_scaling": YARN}, "'yarn' is not supported"),
+        ({"rope_parameters": YARN, "rope_scaling": {"rope_type": "default"}}, "'yarn' is not supported"),
+        ({"rope_parameters": LINEAR, "rope_scaling": {"rope_type": "default"}}, "in two ways, rope_scaling .* and"),
+        ({"rope_parameters": LINEAR, "rope_scaling": LINEAR | {"factor": 4.0}}, "in two ways"),
+        ({"rope_scaling": LINEAR, "rope_condense_ratio": 8}, "in two ways.*rope_condense_ratio 8"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling has factor 4.0 but no rope_type"),
+        (
+            {"rope_scaling": LINEAR | {"type": "default"}},
+            "kind as 'linear' in rope_type and 'default' in type",
+        ),
+        ({"rope_parameters": DEFAULT}, "rope_theta as 1000000.0 in rope_parameters and 500000.0 in its top level"),
+        (
+            {"rope_parameters": DEFAULT, "rope_scaling": LINEAR, "rope_theta": None},
+            "write rope_theta into rope_scaling",
+        ),
+        (
+            {"rope_scaling": LLAMA3_ROPE, "original_max_position_embeddings": 4096},
+            "original_max_position_embeddings as 8192 in rope_scaling and 4096 in its top level",
+        ),
+        ({"rope_scaling": LINEAR | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"per_layer_config": {"0": {"hidden_size": 5}}}, "per_layer_config"),
+        ({"text_config": {"hidden_size": 5}}, "text_config"),
+        ({"layer_types": ["sliding_attention"] * 32}, "32 of 32 layers a sliding window.*gives it to 0"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(entries, message):
+    with pytest.raises(MiniKVError, match=message):
+        ModelConfig.from_hf(LLAMA | entries)
+
+
+def test_settings_given_twice_alike_are_accepted():
+    plain = ModelConfig.from_hf(LLAMA | {"rope_scaling": LINEAR})
+    for entries in (
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": LINEAR},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "rope_scaling": LINEAR},
+        {"rope_parameters": LINEAR | {"rope_theta": 500000.0}, "rope_scaling": LINEAR | {"type": "linear"}},
+        {"rope_parameters": LINEAR, "rope_scaling": {}, "rope_condense_ratio": 2},
+        {"rope_parameters": {"rope_type": "default"}, "rope_condense_ratio": 2},
+    ):
+        assert ModelConfig.from_hf(LLAMA | entries) == plain
+
+
+VICUNA = {"max_position_embeddings": 4096, "max_sequence_length": 16384, "rope_scaling": LINEAR | {"factor": 4.0}}
+
+
+@pytest.mark.parametrize(
+    ("entries", "longest"),
+    [
+        # Vicuna-7B-v1.5-16k, LongChat-7B-v1.5-32k and LongChat-7B-16k.
+        (VICUNA, 16384),
+        ({"max_position_embeddings": 4096, "rope_scaling": LINEAR | {"factor": 8.0}}, 32768),
+        ({"max_position_embeddings": 2048, "rope_condense_ratio": 8}, 16384),
+        # A file that says which of the two lengths it states, and one whose two statements differ.
+        ({"max_position_embeddings": 8192, "rope_scaling": LINEAR | {"original_max_position_embeddings": 4096}}, 8192),
+        ({"max_position_embeddings": 4096, "max_sequence_length": 6000, "rope_scaling": LINEAR}, 6000),
+        ({"max_position_embeddings": 131072, "rope_scaling": LLAMA3_ROPE}, 131072),
+        ({"max_position_embeddings": 4096, "max_sequence_length": 16384}, 4096),
+    ],
+)
+def test_linear_rope_stretches_the_longest_context(entries, longest):
+    assert ModelConfig.from_hf(LLAMA | entries).max_position_embeddings == longest
+
+
+def one_of(rng, *choices):
+    return choices[rng.integers(len(choices))]
+
+
+def drawn_entries(rng) -> dict:
+    """Settings of rotary embeddings, windows and heads, in any spelling and in several places."""
+
+    def group():
+        theta = one_of(rng, {}, {}, {"rope_theta": 1e4}, {"rope_theta": 5e5})
+        kind = one_of(rng, {"rope_type": "default"}, {"rope_type": "linear"}, {"type": "linear"}, YARN, LLAMA3_ROPE, {})
+        original = one_of(rng, {}, {}, {"original_max_position_embeddings": 8192})
+        factor = {"factor": 2.0} if "linear" in kind.values() or rng.random() < 0.1 else {}
+        return one_of(rng, None, {}, kind | theta | factor | original, kind | theta | factor)
+
+    entries = {
+        "rope_theta": one_of(rng, 1e4, 5e5),
+        "rope_parameters": group(),
+        "rope_scaling": group(),
+        "original_max_position_embeddings": one_of(rng, 8192, 4096),
+        "num_key_value_heads": one_of(rng, None, 2, 4),
+        "head_dim": one_of(rng, None, 32, 64),
+        "sliding_window": one_of(rng, None, 7),
+        "use_sliding_window": one_of(rng, True, False),
+        "max_window_layers": one_of(rng, 0, 1, 2, 9),
+        "layer_types": one_of(rng, *([kind] * 2 for kind in ("sliding_attention", "full_attention"))),
+    }
+    often = {"rope_parameters", "rope_scaling", "rope_theta", "use_sliding_window"}
+    return {key: value for key, value in entries.items() if rng.random() < (0.6 if key in often else 0.3)}
+
+
+def as_transformers_reads(architecture: str, entries: dict) -> dict:
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+    config = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[architecture].from_dict(
+        json.loads(json.dumps(entries))
+    )
+    config.standardize_rope_params()  # as its rotary embeddings do
+    rope = config.rope_parameters
+    names = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    scaling = tuple(rope[name] for name in names.get(rope["rope_type"], ()))
+    if rope["rope_type"] == "llama3":
+        scaling += (rope["original_max_position_embeddings"],)
+    layers = getattr(config, "layer_types", None)
+    if architecture == "mistral":
+        layers = ["sliding_attention" if config.sliding_window else "full_attention"] * 2
+    windows = [config.sliding_window if kind == "sliding_attention" else None for kind in layers or ["full_attention"]]
+    return {
+        "scaling": (rope["rope_type"], *scaling),
+        "theta": rope["rope_theta"],
+        "windows": {None} if architecture == "llama" else set(windows),
+        "heads": (config.num_key_value_heads, getattr(config, "head_dim", None) or 64 // 4),
+    }
+
+
+@pytest.mark.promise("config.json is read as transformers reads it, or refused")
+def test_settings_in_every_spelling_are_read_as_transformers_reads_them_or_refused(figure, caplog):
+    caplog.set_level(logging.CRITICAL, "transformers")
+    rng, accepted = draws.rng(), 0
+    sizes = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 16384, "num_key_value_heads": 4}
+    for _ in range(600):
+        architecture = one_of(rng, "llama", "mistral", "qwen2")
+        entries = sizes | {"model_type": architecture} | drawn_entries(rng)
+        try:
+            ours = ModelConfig.from_hf(entries)
+        except MiniKVError:
+            continue
+        accepted += 1
+        scaling = ours.rope_scaling
+        values = () if scaling is None else (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor)
+        values += () if scaling is None else (scaling.original_max_position_embeddings,)
+        found = {
+            "scaling": ("default" if scaling is None else scaling.kind, *(v for v in values if v is not None)),
+            "theta": ours.rope_theta,
+            "windows": {ours.sliding_window},
+            "heads": (ours.num_kv_heads, ours.head_dim),
+        }
+        if entries.get("num_key_value_heads", 4) is None and architecture == "mistral":
+            entries["num_key_value_heads"] = 4  # transformers 5 has no meaning for null here, 4 has this
+        assert found == as_transformers_reads(architecture, entries), entries
+    assert accepted > 100
+    figure(f"600 drawn files, {accepted} accepted, each read alike")
+
+
 @pytest.mark.parametrize("name", ["llama3", "llama2", "mistral", "qwen2"])
 def test_files_written_by_transformers(name):
     config = ModelConfig.from_hf(json.loads((GOLDEN / name / "config.json").read_text()))
@@ -118,11 +277,50 @@ def test_files_written_by_transformers(name):
         (QWEN2 | {"use_sliding_window": True, "max_window_layers": 0}, 4096),
         (QWEN2 | {"use_sliding_window": True, "max_window_layers": 32}, None),
         (QWEN2 | {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 32}, 4096),
+        (QWEN2 | {"use_sliding_window": True, "layer_types": ["full_attention"] * 32}, None),
+        (MISTRAL | {"layer_types": ["sliding_attention"] * 32}, 4096),
+        (LLAMA | {"layer_types": ["full_attention"] * 32}, None),
         (LLAMA | {"sliding_window": 4096}, None),
     ],
 )
 def test_sliding_window(entries, window):
     assert ModelConfig.from_hf(entries).sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (QWEN2 | {"use_sliding_window": True, "layer_types": []}, "layer_types must be a list of 32 entries"),
+        (QWEN2 | {"use_sliding_window": True, "layer_types": ["chunked_attention"] * 32}, "layer_types must be"),
+        (QWEN2 | {"layer_types": ["sliding_attention"] * 32}, "no sliding window is in use"),
+        (MISTRAL | {"layer_types": ["sliding_attention", "full_attention"] * 16}, "16 of 32 .*class gives it to 32"),
+        (MISTRAL | {"sliding_window": None, "layer_types": ["sliding_attention"] * 32}, "class gives it to 0"),
+    ],
+)
+def test_layer_types_that_do_not_fit_are_refused(entries, message):
+    with pytest.raises(MiniKVError, match=message):
+        ModelConfig.from_hf(entries)
+
+
+def test_what_transformers_accepts_is_accepted():
+    plain = ModelConfig.from_hf(LLAMA)
+    assert ModelConfig.from_hf(LLAMA | {"hidden_act": "swish"}) == plain
+    none = ModelConfig.from_hf(LLAMA | {"eos_token_id": -1, "bos_token_id": -1})
+    assert (none.eos_token_ids, none.bos_token_id) == ((), None)
+    assert ModelConfig.from_hf(LLAMA | {"eos_token_id": [-1, 5]}).eos_token_ids == (5,)
+    silent = {key: value for key, value in LLAMA.items() if key not in ("eos_token_id", "bos_token_id")}
+    assert ModelConfig.from_hf(silent).eos_token_ids == (2,)
+    assert ModelConfig.from_hf(silent | {"eos_token_id": None}).eos_token_ids == ()
+    # These classes have no such switch.
+    assert ModelConfig.from_hf(QWEN2 | {"attention_bias": True}) == ModelConfig.from_hf(QWEN2)
+
+
+def test_long_values_are_cut_in_messages():
+    for entries in ({"model_type": "x" * 5000}, {"vocab_size": ["y" * 5000]}, {"hidden_act": {"a": [1] * 5000}}):
+        with pytest.raises(MiniKVError) as caught:
+            ModelConfig.from_hf(LLAMA | entries)
+        assert len(str(caught.value)) < 400
+        assert "\n" not in str(caught.value)
 
 
 def test_sliding_window_in_some_layers_is_refused():
@@ -164,6 +362,8 @@ def test_what_cannot_run_is_refused(change, message):
         ({"num_hidden_layers": True}, "num_hidden_layers must be an integer"),
         ({"rope_theta": float("nan")}, "rope_theta must be a finite number"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
+        ({"rope_scaling": {"type": 3}}, "rope_scaling: type must be text, got 3"),
+        ({"vocab_size": 10**30}, "vocab_size must be an integer"),
         ({"rope_scaling": {"type": "linear"}}, "has no 'factor'"),
         ({"tie_word_embeddings": 1}, "true or false"),
         ({"eos_token_id": "</s>"}, "eos_token_id must be a token id"),
@@ -200,6 +400,10 @@ def test_gguf_options():
     linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     assert ModelConfig.from_gguf(GGUF | linear).rope_scaling == RopeScaling("linear", 4.0)
     assert ModelConfig.from_gguf(GGUF | {"llama.rope.scale_linear": 2.0}).rope_scaling == RopeScaling("linear", 2.0)
+    assert ModelConfig.from_gguf(GGUF | linear).max_position_embeddings == 8192
+    stretched = GGUF | linear | {"llama.rope.scaling.original_context_length": 4096}
+    assert ModelConfig.from_gguf(stretched).max_position_embeddings == 16384
+    assert ModelConfig.from_gguf(GGUF | {"llama.logit_scale": 0.0, "llama.rope.scaling.attn_factor": 1.0})
     qwen = {key.replace("llama.", "qwen2."): value for key, value in GGUF.items()} | {"general.architecture": "qwen2"}
     assert ModelConfig.from_gguf(qwen).query_key_value_bias
 
@@ -213,6 +417,14 @@ def test_gguf_options():
         ({"llama.rope.scaling.type": "yarn"}, "yarn"),
         ({"llama.block_count": None}, "has no 'block_count'"),
         ({"llama.attention.head_count_kv": [3, 3]}, "must be an integer"),
+        ({"general.architecture": 3}, "general.architecture must be text"),
+        ({"tokenizer.ggml.tokens": 3}, "tokens must be a list of text"),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, "'none', but its factor is 4"),
+        ({"llama.rope.scaling.factor": 2.0, "llama.rope.scale_linear": 4.0}, "factor as 2.0 in .* and 4.0 in"),
+        ({"llama.attention.scale": 0.5}, "attention.scale is 0.5, which changes the computation"),
+        ({"llama.logit_scale": 16.0}, "logit_scale is 16.0"),
+        ({"llama.rope.scaling.attn_factor": 1.2}, "attn_factor is 1.2"),
+        ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping"),
     ],
 )
 def test_gguf_refusals(change, message):

@@ -23,7 +23,8 @@ from pallas_kernels.packed_append.triton import Appended
 
 # Compiled once for all tests of a shape.
 build = jax.jit(segments.build, static_argnums=(0, 4, 5))
-encode, write_codes, turn = jax.jit(segments.encode), jax.jit(segments.write_codes), jax.jit(rotate)
+encode_new_keys, encode_values = jax.jit(segments.encode_new_keys), jax.jit(segments.encode_values, static_argnums=0)
+write_codes, turn = jax.jit(segments.write_codes), jax.jit(rotate)
 CODECS = {
     "2-bit": Codec(2, 2, 16, 16),
     "KIVI's groups": Codec(2, 2, 32, 32),
@@ -64,7 +65,7 @@ def expected_write(packed, key, value):
     def per_head(x):
         return jnp.broadcast_to(x[:, None], key.rows.shape[:2])
 
-    codes = encode(packed, rows(key), rows(value))
+    codes = encode_new_keys(packed, rows(key)), encode_values(packed.codec, rows(value))
     keys = write_codes(packed.keys, codes[0], per_head(key.start), key.when)
     return keys, write_codes(packed.values, codes[1], per_head(value.start), value.when)
 

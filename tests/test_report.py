@@ -1,11 +1,13 @@
 """Honest sizes: the papers' figures, the sum of all arrays, and the compiled program's own count."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
 from models import METHODS, MODEL, tokens
 
-from minikv_jax import ConfigError, cache_report, decode_step, fork, nbytes, prefill, presets
+from minikv_jax import ConfigError, cache_report, decode_step, empty_cache, fork, nbytes, prefill, presets
 from minikv_jax.models.shapes import shape_of
 from minikv_jax.report import planned_report
 
@@ -59,6 +61,44 @@ def test_forks_count_their_prefix_once():
     forked = fork(cache, 4)
     assert cache_report(forked).total.bytes_held == nbytes(forked)
     assert cache_report(forked).total.tokens_kept == 4 * cache_report(cache).total.tokens_kept
+
+
+@pytest.mark.parametrize(
+    "prompt, generated", [(0, 1), (-1, 1), (1, 0), (1, -5), (2**22 + 1, 1), (10**30, 1), (1, 10**9)]
+)
+def test_tokens_that_cannot_be_planned_for_are_named(prompt, generated):
+    with pytest.raises(ConfigError, match=r"prompt=|generated="):
+        planned_report(MODEL.config, presets.full(), prompt, generated)
+
+
+def test_the_largest_plan_takes_a_moment():
+    shape, most = shape_of("llama3-8b"), 2**22
+    for method in (presets.full(), presets.minikv(), presets.streaming_llm()):
+        total = planned_report(shape, method, most, most).total
+        assert total.tokens_read == 2 * most and total.bytes_held > 0
+
+
+@pytest.mark.parametrize("head_size", [72, 80, 96])
+def test_methods_that_a_model_cannot_run_are_not_planned(head_size):
+    shape = shape_of("llama2-7b").replace(head_dim=head_size)
+    with pytest.raises(ConfigError, match="power of two"):
+        planned_report(shape, presets.minikv_plus(), 100, 10)
+    group = head_size & -head_size
+    for method in (presets.minikv(group_size=group), presets.kivi(group_size=group), presets.mikv(), presets.h2o()):
+        assert planned_report(shape, method, 100, 10).total.bytes_held > 0
+
+
+def test_layers_that_differ_are_planned_one_by_one():
+    shape = shape_of("smollm2-135m")
+    own = planned_report(shape, presets.minikv_plus(precise=(3,), brief=(5,)), 512, 64).layers
+    assert len({size.bytes_held for size in own}) == 3 and own[3] != own[0] != own[5] and own[0] == own[29]
+    pyramid = planned_report(shape, presets.minikv_pyramid(), 512, 64).layers
+    assert pyramid[0].tokens_kept > pyramid[15].tokens_kept > pyramid[29].tokens_kept
+
+
+def test_a_cache_without_tokens_has_no_bits_an_element():
+    total = cache_report(empty_cache(MODEL, METHODS["full"].replace(prompt_capacity=8), 2)).total
+    assert total.tokens_read == total.times_smaller == 0 and total.bits_per_element == math.inf
 
 
 def test_an_unknown_shape_is_named():

@@ -45,10 +45,12 @@ def test_clean(kernel, calls, tool):
     if program is None:
         pytest.skip("this machine has no compute-sanitizer (it comes with the CUDA toolkit)")
     driver = Path(__file__).with_name("sanitized.py")
+    # The child runs a file in here, and finds the packages where this process does.
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, (str(driver.parents[1]), *sys.path)))}
     command = [program, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9"]
     result = subprocess.run(
         [*command, sys.executable, str(driver), kernel],
-        env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | ENVIRONMENT | path, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     report = result.stdout + result.stderr
     assert result.returncode == 0, report[-4000:]

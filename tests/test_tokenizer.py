@@ -1,12 +1,15 @@
 """Tokenizers rebuilt from GGUF metadata split and join text as the originals do; folders load as they are."""
 
+import copy
 import itertools
 import json
 import logging
 import os
+import pickle
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from minikv_jax.errors import CheckpointError, UnsupportedModelError
 from minikv_jax.models import load_tokenizer, locate
+from minikv_jax.models.refusing import refusing
+from minikv_jax.models.tokenizer import _from_gguf
+from minikv_jax.models.weights import read_gguf_metadata
 
 BYTES = sorted(ByteLevel.alphabet())
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -51,7 +57,6 @@ def write_byte_level(path: Path, pre: str | None, **entries) -> Path:
 TEXT = "It'S  12345 +6789!?\n\n\n  café's"
 WORDS = {
     "gpt-2": ["It", "'", "S", " ", " 12345", " +", "6789", "!?", "\n\n\n ", " café", "'s"],
-    "default": ["It", "'", "S", " ", " 12345", " +", "6789", "!?", "\n\n\n ", " café", "'s"],
     "smollm": ["It", "'", "S", "  ", *"12345", " +", *"6789", "!?", "\n\n\n ", " café", "'s"],
     "qwen2": ["It", "'S", " ", " ", *"12345", " +", *"6789", "!?\n\n\n", " ", " café", "'s"],
     "llama-bpe": ["It", "'S", " ", " ", "123", "45", " +", "678", "9", "!?\n\n\n", " ", " café", "'s"],
@@ -181,8 +186,12 @@ def test_sentencepiece_special_tokens(sentencepiece, tmp_path):
     [
         ("bert", {}, r"t\.gguf: tokenizer of type 'bert'.*supported: 'gpt2'"),
         ("gpt2", {"tokenizer_pre": "tekken"}, r"pre-tokenizer 'tekken'.*known: smollm, qwen2, llama-bpe, gpt-2"),
+        ("gpt2", {}, r"tokenizer\.ggml\.pre is None.*wrong ids.*gguf-new-metadata --pre-tokenizer NAME; known: smollm"),
+        ("gpt2", {"tokenizer_pre": "default"}, r"tokenizer\.ggml\.pre is 'default'.*wrong ids"),
+        ("gpt2", {"tokenizer_pre": "x" * 5000}, r"the rules of the pre-tokenizer 'xxx"),
     ],
 )
+@pytest.mark.promise("A GGUF file that does not say how its tokenizer splits text is refused, not guessed at")
 def test_unknown_kinds_are_refused(tmp_path, model, entries, message):
     path = write_gguf(tmp_path / "t.gguf", model, BYTES, [NORMAL] * 256, token_merges=["t h"], **entries)
     with pytest.raises(UnsupportedModelError, match=message):
@@ -192,21 +201,224 @@ def test_unknown_kinds_are_refused(tmp_path, model, entries, message):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"token_merges": None}, "merges must be a list of str"),
+        ({"token_merges": None}, "no 'tokenizer.ggml.merges'"),
         ({"token_merges": ["t zz"]}, "damaged"),
         ({"bos_token_id": 9999}, "bos_token_id is 9999, expected a token id below 265"),
-        ({"token_types": [1, 1]}, "token_type has 2 entries for 265 tokens"),
+        ({"token_types": [1, 1]}, "token_type must be a list of 265 integers, got <list of 2 numbers>"),
+        ({"bos_token_id": None, "add_bos_token": True}, r"BOS token is to be added.*bos_token_id is missing"),
     ],
 )
 def test_damaged_vocabularies(tmp_path, entries, message):
     path = tmp_path / "t.gguf"
     if "token_types" in entries:
         tokens = [*BYTES, *(f"<{i}>" for i in range(9))]
-        write_gguf(path, "gpt2", tokens, entries["token_types"], token_merges=["t h"])
+        write_gguf(path, "gpt2", tokens, entries["token_types"], token_merges=["t h"], tokenizer_pre="gpt-2")
     else:
         write_byte_level(path, "gpt-2", **entries)
     with pytest.raises(CheckpointError, match=message):
         load_tokenizer(path)
+
+
+@pytest.mark.promise("A value of the wrong type in a GGUF file is refused by its name")
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("tokenizer.chat_template", "text"),
+        ("tokenizer.ggml.model", "text"),
+        ("tokenizer.ggml.pre", "text"),
+        ("tokenizer.ggml.tokens", "a list of text"),
+        ("tokenizer.ggml.merges", "a list of text"),
+        ("tokenizer.ggml.token_type", "a list of 265 integers"),
+        ("tokenizer.ggml.add_bos_token", "true or false"),
+        ("tokenizer.ggml.add_eos_token", "true or false"),
+        ("tokenizer.ggml.bos_token_id", "an integer"),
+        ("tokenizer.ggml.padding_token_id", "an integer"),
+        ("llama.context_length", "an integer"),
+        ("general.architecture", "text"),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused_by_name(tmp_path, key, expected, figure):
+    metadata = dict(read_gguf_metadata(write_byte_level(tmp_path / "t.gguf", "gpt-2", chat_template="{{ messages }}")))
+    others = read_gguf_metadata(write_others(tmp_path / "others.gguf"))
+    for name, other in others.items():
+        if not name.startswith("other.") or name == f"other.{expected}":
+            continue
+        with pytest.raises(CheckpointError, match=f"{key} must be {expected}, got") as caught:
+            _from_gguf(metadata | {key: other}, tmp_path / "t.gguf")
+        assert len(str(caught.value)) < 400
+    figure("12 keys, 6 wrong types each")
+
+
+def write_others(path: Path) -> Path:
+    """A value of each type."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_float64("other.a number", 1.5)
+    writer.add_int8("other.an integer", -3)
+    writer.add_bool("other.true or false", True)
+    writer.add_string("other.text", "y" * 100)
+    writer.add_array("other.a list of text", ["a", "b"])
+    writer.add_array("other.a list of integers", [1, 2])
+    writer.add_array("other.a list of numbers", [1.5, 2.5])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_long_texts_are_read_and_endless_ones_refused(tmp_path):
+    for length in (63, 64, 65, 100_000):
+        path = write_byte_level(tmp_path / "t.gguf", "gpt-2", chat_template="é" * (length // 2) + "x" * (length % 2))
+        assert len(load_tokenizer(path).chat_template.encode()) == length
+    path = write_byte_level(tmp_path / "t.gguf", "gpt-2", chat_template="x" * ((1 << 20) + 1))
+    with pytest.raises(CheckpointError, match="must be text of at most 1048576 bytes, got <text of 1048577"):
+        load_tokenizer(path)
+
+
+def test_a_file_that_changes_after_its_header_was_read_is_refused(tmp_path):
+    path = write_byte_level(tmp_path / "t.gguf", "gpt-2", chat_template="x" * 100)
+    metadata, raw = read_gguf_metadata(path), path.read_bytes()
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert len(tokens.texts()) == len(tokens)
+    path.write_bytes(raw[: tokens.offset] + b"\1" + raw[tokens.offset + 1 :].replace(b"\1\0\0", b"\2\0\0"))
+    with pytest.raises(CheckpointError, match="changed while"):
+        tokens.texts()
+    path.write_bytes(raw[: tokens.offset + 10])
+    for name in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
+        with pytest.raises(CheckpointError, match="cut off or damaged"):
+            metadata[name]._bytes()
+    path.unlink()
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_a_token_of_a_million_letters_is_refused_at_once(tmp_path, model):
+    tokens = [*BYTES, "a" * 1_000_000]
+    path = write_gguf(
+        tmp_path / "t.gguf",
+        model,
+        tokens,
+        [NORMAL] * 257,
+        token_scores=[0.0] * 257,
+        token_merges=["t h"],
+        tokenizer_pre="gpt-2",
+    )
+    load_tokenizer(write_byte_level(tmp_path / "warm.gguf", "gpt-2"))
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="a token of 1000000 letters; at most 512"):
+        load_tokenizer(path)
+    assert time.process_time() - start < 1
+
+
+def test_joining_long_pieces_takes_time_in_proportion(tmp_path):
+    pieces = ["".join("ab"[(i >> k) & 1] for k in range(9)) + "a" * n for i in range(512) for n in (0, 100, 503)]
+    path = write_gguf(
+        tmp_path / "t.gguf",
+        "llama",
+        ["<unk>", "a", "b", *pieces],
+        [UNKNOWN] + [NORMAL] * (len(pieces) + 2),
+        token_scores=[0.0] * (len(pieces) + 3),
+        add_bos_token=False,
+    )
+    load_tokenizer(write_byte_level(tmp_path / "warm.gguf", "gpt-2"))
+    start = time.process_time()
+    load_tokenizer(path)
+    assert time.process_time() - start < 5  # 310,000 letters: 0.2 s where this was written
+
+
+TINY = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "normalizer": None,
+    "pre_tokenizer": None,
+    "post_processor": None,
+    "decoder": None,
+    "model": {"type": "BPE", "vocab": {"A": 0, "B": 1, "AB": 2}, "merges": [["A", "B"]]},
+}
+
+
+def write_json_tokenizer(folder: Path, **changes) -> Path:
+    (folder / "tokenizer.json").write_text(json.dumps(TINY | changes))
+    return folder
+
+
+@pytest.mark.promise("A damaged tokenizer is refused in one line, when it is loaded or when it is used")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": TINY["model"] | {"continuing_subword_prefix": "##abc"}},  # the library panics
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # so here
+        {"model": {"type": "BPE", "vocab": {"A": 0}, "merges": [["A", "B" * 9000]]}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated", "invert": False}},
+        {"model": 3},
+    ],
+)
+def test_a_tokenizer_that_cannot_be_built_is_refused_in_one_line(tmp_path, changes):
+    with pytest.raises(CheckpointError, match="tokenizer cannot be read; download it again") as caught:
+        load_tokenizer(write_json_tokenizer(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_settings_of_a_wrong_type_are_refused_when_the_tokenizer_is_loaded(tmp_path):
+    write_json_tokenizer(tmp_path)
+    for setting in ({"model_max_length": "many"}, {"padding_side": "middle"}, {"bos_token": 3}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(setting))
+        with pytest.raises(CheckpointError, match="tokenizer cannot be read"):
+            load_tokenizer(tmp_path)
+
+
+NO_LENGTH = {"pre_tokenizer": {"type": "FixedLength", "length": 0}}
+STRIP = {"decoder": {"type": "Strip", "content": "A", "start": 5, "stop": 5}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "use", "message"),
+    [
+        (NO_LENGTH, lambda t: t("AB"), "cannot encode"),
+        (NO_LENGTH, lambda t: t.encode("AB"), "cannot encode"),
+        (NO_LENGTH, lambda t: t.tokenize("AB"), "cannot encode"),
+        ({"model": {"type": "WordLevel", "unk_token": "[U]", "vocab": {"A": 0}}}, lambda t: t("B"), "cannot encode"),
+        (STRIP, lambda t: t.decode([0]), "cannot decode"),
+        (STRIP, lambda t: t.batch_decode([[0]]), "cannot decode"),
+        (STRIP, lambda t: t.convert_tokens_to_string(["A"]), "cannot decode"),
+    ],
+)
+def test_a_tokenizer_that_fails_when_used_is_refused_in_one_line(tmp_path, changes, use, message):
+    tokenizer = load_tokenizer(write_json_tokenizer(tmp_path, **changes))
+    with pytest.raises(CheckpointError, match=f"tokenizer is damaged: it {message}") as caught:
+        use(tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ undefined.attribute }}", "{% for", "{{ 1 / 0 }}", "{{ raise_exception('no') }}"]
+)
+def test_a_chat_template_that_fails_is_refused_in_one_line(tmp_path, template):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "t.gguf", "gpt-2", chat_template=template))
+    assert tokenizer("the").input_ids
+    with pytest.raises(CheckpointError, match="chat template cannot be applied to these messages") as caught:
+        tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, TypeError])
+def test_what_is_not_the_tokenizers_fault_passes(raised):
+    with pytest.raises(raised), refusing("The tokenizer is damaged"):
+        raise raised
+
+
+def test_a_tokenizer_can_be_pickled_copied_and_saved(tmp_path):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "t.gguf", "llama-bpe"))
+    for other in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        assert other(TEXT).input_ids == tokenizer(TEXT).input_ids
+    tokenizer.save_pretrained(tmp_path / "folder")
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path / "folder")(TEXT).input_ids == tokenizer(TEXT).input_ids
 
 
 def test_folder_never_touches_the_network(tmp_path, monkeypatch):

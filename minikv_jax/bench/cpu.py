@@ -26,13 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from minikv_jax import cache_report, load, presets, stream
-from minikv_jax.bench.timing import write_results
+from minikv_jax import cache_report, load, outputs, presets, program, stream
+from minikv_jax.bench.timing import environment, write_results
+from minikv_jax.config import CacheConfig
+from minikv_jax.errors import ConfigError, MiniKVError
 from minikv_jax.models.hub import locate
 from minikv_jax.models.weights import open_checkpoint
 
 MODEL = "smollm2"
-TEXT = Path("examples/texts/pride_and_prejudice.txt")
+TEXT = Path(__file__).parents[2] / "examples" / "texts" / "pride_and_prejudice.txt"
 _HF_NAMES = {
     "attention_norm": "input_layernorm",
     "query": "self_attn.q_proj",
@@ -92,7 +94,7 @@ class _Torch:
     def _read(self) -> dict:
         line = self._process.stdout.readline() if self._process.stdout else ""
         if not line:
-            raise SystemExit("The torch process ended: its own message is above.")
+            raise MiniKVError("The torch process ended: its own message is above.")
         return json.loads(line)
 
     def turn(self, tokens: list[int], new: int) -> Turn:
@@ -107,15 +109,15 @@ class _Torch:
         self._process.wait()
 
 
-def _ours(model, name: str) -> Callable[[list[int], int], Turn]:
+def _ours(model, config: CacheConfig) -> Callable[[list[int], int], Turn]:
     """A method's turns, token by token as a program that streams sees them."""
 
     def turn(tokens: list[int], new: int) -> Turn:
-        config = presets.by_name(name).replace(generated_capacity=new)
+        roomy = config.replace(generated_capacity=new)
         prompt = jnp.asarray([tokens], jnp.int32), jnp.asarray([len(tokens)], jnp.int32)
         start = time.perf_counter()
         times, written, report = [], [], None
-        for token, cache in stream(model, *prompt, config, new):
+        for token, cache in stream(model, *prompt, roomy, new):
             written.append(int(np.asarray(token)[0]))
             times.append(time.perf_counter())
             report = report or cache_report(cache)
@@ -144,12 +146,27 @@ def run(
     rounds: int = 7,
     methods: Sequence[str] = ("full", "minikv"),
 ) -> None:
-    """Measures and writes the results file `out`."""
+    """Measures and writes the results file `out`.
+
+    Raises:
+        ConfigError: numbers out of range, an unknown method, or a package without the repository's texts.
+    """
+    # The second new token waits for compilation, and is not counted.
+    for name, number, least in (
+        ("prompt_tokens", prompt_tokens, 1),
+        ("new_tokens", new_tokens, 3),
+        ("rounds", rounds, 1),
+    ):
+        if number < least:
+            raise ConfigError(f"{name}={number}: give at least {least}.")
+    configs = [presets.by_name(name) for name in methods]
+    if not TEXT.is_file():
+        raise ConfigError(f"bench cpu reads the repository's {TEXT.name}, which a package lacks: run it in a checkout.")
     model, tokenizer = load(MODEL)
     tokens = tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"][:prompt_tokens]
     if len(tokens) < prompt_tokens:
-        raise SystemExit(f"{TEXT} has {len(tokens)} tokens: ask for at most that many.")
-    contenders = {("minikv_jax", name): _ours(model, name) for name in methods}
+        raise ConfigError(f"{TEXT.name} has {len(tokens)} tokens: ask for at most that many.")
+    contenders = {("minikv_jax", config.name): _ours(model, config) for config in configs}
     versions: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         children = []
@@ -171,7 +188,7 @@ def run(
         for child in children:
             child.close()
 
-    rows, reference = [], turns["minikv_jax", methods[0]][0]["tokens"]
+    rows, reference = [], turns["minikv_jax", configs[0].name][0]["tokens"]
     for (implementation, method), results in turns.items():
         steps, prefills = [r["step"] for r in results], [r["prefill_s"] for r in results]
         same = [a == b for a, b in zip(results[0]["tokens"], reference)]
@@ -193,10 +210,9 @@ def run(
         rows.append(row)
     command = f"python -m minikv_jax.bench.cpu --out {out}" + (" --torch-python PYTHON" if torch_python else "")
     command += f" --rounds {rounds}"
-    write_results(out, "cpu", command, datetime.date.today().isoformat(), rows, device=_processor())
-    content = json.loads(out.read_text())
-    content["versions"] |= versions
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    about = environment()
+    about = {"device": _processor(), "versions": about["versions"] | versions}
+    write_results(out, "cpu", command, datetime.date.today().isoformat(), rows, about)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -208,6 +224,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--methods", default="full,minikv")
     chosen = parser.parse_args(arguments)
+    outputs.require_file(chosen.out, "--out")
     run(
         chosen.out,
         torch_python=chosen.torch_python,
@@ -219,4 +236,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    program.run(lambda: main(sys.argv[1:]))

@@ -7,7 +7,6 @@ profiler. `chained_us`, where present, is a call's share of a chain of 32 inside
 where a call is shorter than its launch takes the host, that figure is the host's and not the kernel's.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -239,10 +238,11 @@ def run(out: Path, only: Sequence[str] = ()) -> None:
     With `only`, other rows that it holds stay and those measured again are replaced.
 
     Raises:
-        ConfigError: `only` names no row.
+        ConfigError: `only` names no row, or `out` holds other results.
     """
-    plan, bandwidth = planned(only), copy_bandwidth()
-    done = {_key(row): row for row in (json.loads(out.read_text())["rows"] if only and out.exists() else [])}
+    plan = planned(only)
+    done = {_key(row): row for row in (read_results(out, "decode")["rows"] if only and out.exists() else [])}
+    bandwidth = copy_bandwidth()
     for row in rows(plan, bandwidth):
         done[_key(row)] = row
         note = {"copy_bandwidth": bandwidth, "timing": "sum of kernel durations, inputs rotating beyond the cache"}

@@ -18,6 +18,7 @@ A step's floor is the bytes it must read, all weights but the embedding table an
 a copy measured in the same run.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -34,7 +35,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,8 +45,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from minikv_jax import allocate, nbytes, presets
-from minikv_jax.bench.timing import copy_bandwidth, environment, matching, traced_kernels, write_results
+from minikv_jax import allocate, nbytes, outputs, presets, program
+from minikv_jax.bench.timing import copy_bandwidth, environment, matching, read_results, traced_kernels, write_results
 from minikv_jax.cache import KVCache, Shape
 from minikv_jax.config import CacheConfig
 from minikv_jax.decode import decode_loop
@@ -55,6 +56,7 @@ from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.llama import Llama
 from minikv_jax.models.shapes import shape_of
 from minikv_jax.prefill import chunk_rows, compress_layer, embed, logits_at, prefill, read_layer
+from minikv_jax.processes import Workers
 from minikv_jax.report import planned_report
 from minikv_jax.sampling import Sampling, sample
 
@@ -517,7 +519,7 @@ def measure(case: Case, take_turn: Callable[[], None] = lambda: None) -> dict:
 def ceilings(take_turn: Callable[[], None] = lambda: None) -> dict:
     """The bandwidth of a copy, and what it was measured on."""
     if jax.default_backend() != "gpu":
-        raise SystemExit(f"bench e2e measures a GPU, and JAX sees none: it runs on {jax.devices()[0]}.")
+        raise MiniKVError(f"bench e2e measures a GPU, and JAX sees none: it runs on {jax.devices()[0]}.")
     about = environment()
     take_turn()
     return {"copy_bandwidth": copy_bandwidth(), **about}
@@ -526,7 +528,12 @@ def ceilings(take_turn: Callable[[], None] = lambda: None) -> dict:
 # ---- all cases -----------------------------------------------------------------------------------------------------
 
 
-def _child(command: Sequence[str], settings: Mapping[str, str], turn: AbstractContextManager) -> dict:
+def _child(
+    command: Sequence[str],
+    settings: Mapping[str, str],
+    turn: AbstractContextManager,
+    start: Callable[..., AbstractContextManager[subprocess.Popen]] = subprocess.Popen,
+) -> dict:
     """The row that a process prints, which gets ready, says so, and waits until `turn` is entered.
 
     {"failed": the last line of its message} where there is none. The turn ends with the process, its memory given back.
@@ -534,9 +541,7 @@ def _child(command: Sequence[str], settings: Mapping[str, str], turn: AbstractCo
     pipe, output, seconds = subprocess.PIPE, "", 0.0
     with (
         tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            [sys.executable, *command], env=settings, stdin=pipe, stdout=pipe, stderr=errors, text=True
-        ) as process,
+        start([sys.executable, *command], env=settings, stdin=pipe, stdout=pipe, stderr=errors, text=True) as process,
     ):
         assert process.stdin is not None and process.stdout is not None
         if any(line == _READY for line in process.stdout):
@@ -560,7 +565,7 @@ def _take_turn() -> None:
     """Says that this process is ready, and waits until it is told to go on."""
     print(_READY, end="", flush=True)
     if not sys.stdin.readline():
-        raise SystemExit("The benchmark that started this process is gone.")
+        raise MiniKVError("The benchmark that started this process is gone.")
 
 
 def _torch_command(case: Case) -> list[str]:
@@ -586,21 +591,22 @@ def _torch_command(case: Case) -> list[str]:
     return [str(Path(__file__).with_name("_torch_e2e.py")), json.dumps(about)]
 
 
-def _row(case: Case, settings: Mapping[str, str], turn: AbstractContextManager) -> dict:
+def _row(case: Case, settings: Mapping[str, str], turn: AbstractContextManager, workers: Workers) -> dict:
     """A case's figures, or {"failed": why not}."""
     row = {"case": case.name, "model": case.model, "method": case.method}
     if case.method.startswith("transformers"):
         row |= {"implementation": "transformers", "cache": "synthetic", "shape": {"B": case.batch, "S": case.prompt}}
         if "quanto" in case.method and importlib.util.find_spec("optimum") is None:
             return row | {"failed": "needs the package optimum-quanto"}
-        row |= _child(_torch_command(case), settings, turn)
+        row |= _child(_torch_command(case), settings, turn, workers.process)
         return row | ({"tokens_per_s": 1e3 * case.batch / row["step_ms"]} if "step_ms" in row else {})
     row["implementation"] = "minikv_jax"
     frugal = {**settings, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     seconds = 0.0
     for part in ("rehearse", "measure"):
         command = ["-m", "minikv_jax.bench.e2e", part, json.dumps(dataclasses.asdict(case))]
-        row |= _child(command, settings if part == "measure" and case.fills_the_card else frugal, turn)
+        chosen = settings if part == "measure" and case.fills_the_card else frugal
+        row |= _child(command, chosen, turn, workers.process)
         if "failed" in row:
             return row | {"failed": f"{part}: {row['failed']}"}
         seconds += row["gpu_s"]
@@ -677,23 +683,22 @@ def run(out: Path, only: Sequence[str] = (), jobs: int = 4, model_file: Path | N
         model_file: a checkpoint for the cases of Qwen2.5-1.5B, whose weights are random without one.
     """
     cases = _chosen(only, model_file)
-    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    rows = read_results(out, "e2e")["rows"] if out.exists() else []
     # Rows of several runs may meet in a file, so its command names no patterns.
     command = f"minikv bench e2e --out {out}" + (f" --model-file {model_file.name}" if model_file else "")
     turn, futures = threading.Lock(), []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder, Workers(jobs) as workers:
         settings = _SETTINGS | {"JAX_COMPILATION_CACHE_DIR": folder} | os.environ
 
         @contextlib.contextmanager
         def first_turn():
             with turn:
-                futures.extend(pool.submit(_row, case, settings, turn) for case in cases)
+                futures.extend(workers.submit(_row, case, settings, turn, workers) for case in cases)
                 yield
 
         alone = settings | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        about = _child(["-m", "minikv_jax.bench.e2e", "ceilings"], alone, first_turn())
+        about = _child(["-m", "minikv_jax.bench.e2e", "ceilings"], alone, first_turn(), workers.process)
         if "failed" in about:
-            pool.shutdown(cancel_futures=True)
             raise MiniKVError(f"No figures. {about['failed']}")
         del about["gpu_s"]
         bandwidth = about.pop("copy_bandwidth")
@@ -734,7 +739,7 @@ def plot(results: Path, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = json.loads(results.read_text())["rows"]
+    rows = read_results(results)["rows"]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = (
@@ -757,17 +762,28 @@ def plot(results: Path, picture: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`ceilings`, `rehearse CASE` or `measure CASE`, as JSON: prints a row. `--plot RESULTS PICTURE`: draws."""
-    what, *rest = arguments
-    if what == "--plot":
-        plot(*map(Path, rest))
-    elif what == "ceilings":
+    """One part of the benchmark, which prints a row, or a picture of results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("ceilings", "rehearse", "measure"))
+    parser.add_argument("case", nargs="?", type=_case_of, help="of `rehearse` and `measure`: its fields, in JSON")
+    parser.add_argument("--plot", nargs=2, type=Path, metavar=("RESULTS", "PICTURE"), help="draw results")
+    asked = parser.parse_args(arguments)
+    if asked.plot:
+        results, picture = asked.plot
+        outputs.require_picture(picture, "--plot")
+        plot(results, picture)
+    elif asked.part == "ceilings":
         print(json.dumps(ceilings(_take_turn)))
+    elif asked.case is not None:
+        print(json.dumps({"rehearse": rehearse, "measure": measure}[asked.part](asked.case, _take_turn)))
     else:
-        fields = json.loads(rest[0])
-        case = Case(**fields | {"parts": tuple(fields["parts"])})
-        print(json.dumps({"rehearse": rehearse, "measure": measure}[what](case, _take_turn)))
+        parser.error("give a part of the benchmark and its case, or --plot")
+
+
+def _case_of(text: str) -> Case:
+    fields = json.loads(text)
+    return Case(**fields | {"parts": tuple(fields["parts"])})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    program.run(lambda: main(sys.argv[1:]))

@@ -10,7 +10,6 @@ import datetime
 import math
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from minikv_jax.bench.timing import Reading, sensor, write_results
+from minikv_jax.processes import Workers
 from pallas_kernels.two_pass_attention.api import two_pass_attention
 
 MATMUL_RATE = 790e12  # bf16, measured on an H100: what a share of the limit refers to
@@ -189,8 +189,8 @@ def _row(case: Case, programs: dict) -> dict:
 
 def run(out: Path) -> None:
     """Times every case and writes the rows to `out`."""
-    with ThreadPoolExecutor(12) as pool:  # compiling takes longer than measuring
-        programs = list(pool.map(_compiled, CASES))
+    with Workers(12) as workers:  # compiling takes longer than measuring
+        programs = list(workers.map(_compiled, CASES))
     rows = []
     for case, compiled in zip(CASES, programs):
         rows.append(_row(case, compiled))

@@ -9,13 +9,13 @@ A part stands between `<!-- NAME -->` and `<!-- /NAME -->`; `DOCUMENTS` says whi
 import argparse
 import functools
 import inspect
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from minikv_jax import presets
+from minikv_jax import outputs, presets, program
+from minikv_jax.bench.timing import read_results
 from minikv_jax.errors import MiniKVError
 from minikv_jax.models.shapes import shape_of
 from minikv_jax.report import planned_report
@@ -73,7 +73,7 @@ def _of(name: str) -> Callable[[Callable[[dict], str]], Callable[[Path], str]]:
         @functools.wraps(write)
         def part(folder: Path) -> str:
             path = folder / name
-            return write(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else _NOT_YET
+            return write(read_results(path)) if path.exists() else _NOT_YET
 
         return part
 
@@ -235,7 +235,7 @@ def quality(folder: Path) -> str:
 
     parts = []
     for path in sorted(folder.glob("quality-*.json")):
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_results(path)
         rows = [row for row in results["rows"] if row["method"] in _SHOWN]
         parts.append(f"{results['rows'][0]['model']}. {_source(results)}")
         parts.append(summary.table(rows, METRICS, ("kl", "top1", "ppl", "lines", "shared", "shared_aware")))
@@ -288,7 +288,7 @@ def _every_method(folder: Path, files: str, names: Sequence[str], by_case: bool 
 
     parts = []
     for path in sorted(folder.glob(files)):
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_results(path)
         rows, metrics = [row for row in results["rows"] if row["task"] in names], METRICS
         if by_case:
             rows = [row for row in rows if row["case"] != summary.ALL]
@@ -350,12 +350,12 @@ def main(arguments: Sequence[str]) -> int:
     mode.add_argument("--check", type=Path, metavar="FILE")
     chosen = parser.parse_args(arguments)
     path = chosen.write or chosen.check
-    old = path.read_text(encoding="utf-8")
     if path.name not in DOCUMENTS:
         raise MiniKVError(f"{path} is no document with generated parts: {', '.join(DOCUMENTS)} are.")
+    old = path.read_text(encoding="utf-8")
     new = render(old, DOCUMENTS[path.name])
     if chosen.write:
-        path.write_text(new, encoding="utf-8")
+        outputs.write_text(path, new)
     elif new != old:
         print(f"{path} is behind its sources: run `make format`.", file=sys.stderr)
         return 1
@@ -363,4 +363,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program.run(lambda: main(sys.argv[1:]))

@@ -3,17 +3,21 @@
 import importlib
 import importlib.metadata
 import json
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from minikv_jax import outputs
+from minikv_jax.errors import ConfigError
 
 
 def device_seconds(step: Callable[..., Array], x: Array, *args: Array, steps: int = 32, repeats: int = 7) -> float:
@@ -137,7 +141,35 @@ def write_results(
     out: Path, benchmark: str, command: str, date: str, rows: Sequence[dict], about: dict | None = None, **more
 ) -> None:
     """Writes one results file; see `examples/results/`. `about` is the rows' `environment()`, default this one."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     about = environment() if about is None else about
     content = {"benchmark": benchmark, **about, "command": command, "date": date, **more, "rows": list(rows)}
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    outputs.write_text(out, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(x: Any) -> Any:
+    """What JSON has words for: a number that is not finite is null."""
+    if isinstance(x, Mapping):
+        return {key: _plain(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def read_results(path: Path, benchmark: str | None = None) -> dict:
+    """A file that `write_results` wrote, of this benchmark if one is named.
+
+    Raises:
+        ConfigError: it is not there, or is no such file.
+    """
+    try:
+        results = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): name a results file.") from None
+    except (ValueError, RecursionError):
+        results = None
+    rows = results.get("rows") if isinstance(results, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"{path} is no results file, or a damaged one: name another, or remove it.")
+    if benchmark not in (None, results.get("benchmark")):
+        raise ConfigError(f"{path} holds results of {results.get('benchmark')!r}, not of {benchmark!r}: name another.")
+    return results

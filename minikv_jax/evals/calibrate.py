@@ -11,6 +11,7 @@ exchange costs reading the follow-ups through the layers from there on.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -82,6 +83,8 @@ def calibrate(
         raise ConfigError("Calibration needs a method with a precise codec and a brief allocation, as minikv_plus has.")
     if min(precise, brief) < 0 or precise + brief > layers:
         raise ConfigError(f"{precise} precise and {brief} brief layers of {layers}: give fewer.")
+    if lab.settings.new_tokens < 2:
+        raise ConfigError("Calibration needs at least 2 tokens after a text: give more --new-tokens.")
     walks = [_Walk.of(lab, config, reading) for reading in (_records(lab), _texts(lab))]
     finished = 0
 
@@ -158,7 +161,7 @@ class _Walk:
         tokens, lengths = fitted(lab.model, reading.prompts, room, lab.prompt_step)
         tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
         changes = {"generated_capacity": room, "dtype": "bfloat16"}
-        kinds = {name: checked(lab.model, tokens, lengths, kind.replace(**changes)) for name, kind in kinds.items()}
+        kinds = {name: checked(lab.model, tokens.shape[1], kind.replace(**changes)) for name, kind in kinds.items()}
         layers, caches = lab.model.config.num_layers, []
         for i, read in enumerate(read_layers(lab.model, tokens, lengths, ["all"])):
             _, *attended = read["all"]
@@ -172,6 +175,11 @@ class _Walk:
         for layer in caches:
             del layer["full"]
         walk.base = walk.loss(lab.model, {}, keep=True)
+        if not 0 < walk.base < math.inf:
+            raise ConfigError(
+                f"The method changes predictions by a KL of {walk.base}: there is nothing to calibrate, or the model's "
+                "predictions are no numbers."
+            )
         return walk
 
     def through(self, model: Llama, chosen: dict[int, str], keep: bool = False) -> Float[Array, "B F D"]:

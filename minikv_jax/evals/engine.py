@@ -269,7 +269,7 @@ class Figures:
 def _figures(model: Llama, hidden, reference, targets):
     def one(token):
         x, y, target = token
-        log_p, log_q = (jax.nn.log_softmax(model.logits(z[None])[0]) for z in (y, x))
+        log_p, log_q = (jax.nn.log_softmax(model.logits(z[None, None])[0, 0]) for z in (y, x))
         kl = jnp.maximum(jnp.sum(jnp.exp(log_p) * (log_p - log_q)), 0)
         best = jnp.argmax(log_q)
         return kl, best == jnp.argmax(log_p), -log_q[target], -log_p[target], best

@@ -12,7 +12,7 @@ import numpy as np
 
 from minikv_jax.config import CacheConfig
 from minikv_jax.evals.engine import Figures, Prompt, Weight, figures, fitted, read_follows, read_prompt, weight_of
-from minikv_jax.evals.task import Case, Follow, Lab, Measured, Values, padded
+from minikv_jax.evals.task import Case, Follow, Lab, Measured, Values, padded, room_of
 
 FULL = "full"
 
@@ -31,8 +31,7 @@ def measure(
     lab: Lab, cases: Sequence[Case], methods: Mapping[str, CacheConfig], reduce: Reduce
 ) -> dict[str, list[Measured]]:
     """Compresses the prompts once, reads each follow on a copy of its own, and reduces its figures."""
-    # One more than the new tokens is what texts take: with it for all tasks, they share programs.
-    room = max(lab.settings.new_tokens + 1, *(len(follow.tokens) for case in cases for follow in case.follows))
+    room = room_of(lab, *cases)
     prompts = fitted(lab.model, [case.prompt for case in cases], room, lab.prompt_step)
     follows = [padded([case.follows[i].tokens for case in cases]) for i in range(len(cases[0].follows))]
     hidden = read_follows(lab.model, *prompts, _held(methods, room), follows)

@@ -72,6 +72,7 @@ SPREAD = Task(
     running_cases,
     measure_spread,
     compares=False,
+    room=lambda lab, case: 1,
 )
 
 

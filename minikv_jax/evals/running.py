@@ -9,6 +9,7 @@ from jaxtyping import Int
 
 from minikv_jax import presets
 from minikv_jax.config import CacheConfig
+from minikv_jax.errors import ConfigError
 from minikv_jax.evals import known
 from minikv_jax.evals.engine import Figures, fitted
 from minikv_jax.evals.task import Case, Follow, Lab, Measured, Metric, Task, Values
@@ -20,6 +21,8 @@ _STRETCHES = 8
 
 def cases(lab: Lab) -> list[Case]:
     more = lab.settings.new_tokens
+    if more < 2:
+        raise ConfigError("A text that is written freely has at least 2 tokens: give more --new-tokens.")
     return [
         Case(f"{name}@{length}+{more}", f"{length}+{more} tokens", ids)
         for length in lab.settings.lengths

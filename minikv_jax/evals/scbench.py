@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minikv_jax.errors import ConfigError
+from minikv_jax.errors import ConfigError, shortened
 from minikv_jax.evals import jsonl, metrics, written
 from minikv_jax.evals.task import Case, Lab, Metric, Task
 
@@ -31,6 +31,8 @@ _MIXED = {
     "scbench_summary_with_needles": {"scbench_summary": 800, "scbench_passkey": 15},
     "scbench_repoqa_and_kv": {"scbench_repoqa": 1024, "scbench_kv": 80},
 }
+_FIELDS = {"multi_turns": list[dict]}
+_TURN = {"input": str, "answer": str | int | float | list[str | int | float]}
 _REPEAT = "Repeat the function of the code that is described here, exactly, in a code block between lines of ```.\n\n"
 
 
@@ -45,7 +47,7 @@ def cases(lab: Lab) -> list[Case]:
         for kind in _kinds(name):
             metrics.require(_SCORES[kind][1], name)
         functions = _functions(name, path) if "scbench_repoqa" in _kinds(name) else {}
-        for i, record in zip(range(lab.settings.limit), jsonl.records(path, ("multi_turns",))):
+        for i, record in zip(range(lab.settings.limit), jsonl.records(path, _FIELDS)):
             found.append(_case(lab, name, i, record, functions))
     return found
 
@@ -58,10 +60,14 @@ def _kinds(name: str) -> dict[str, int]:
 def _functions(name: str, path: Path) -> dict[str, list[tuple[str, str]]]:
     """Each repository's functions (name, code), whichever record asks for them: one found must not be another."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for i, record in enumerate(jsonl.records(path, ("multi_turns",))):
+    for i, record in enumerate(jsonl.records(path, _FIELDS)):
         turns = [turn for turn in _turns(name, i, record) if _kind(name, turn) == "scbench_repoqa"]
         found.setdefault(record.get("repo"), []).extend((turn["name"], turn["answer"]) for turn in turns)
     return found
+
+
+def _context(record: dict[str, Any]) -> Any:
+    return record.get("context", record.get("input"))
 
 
 def _kind(name: str, turn: dict[str, Any]) -> str:
@@ -72,16 +78,19 @@ def _turns(name: str, i: int, record: dict[str, Any]) -> list[dict[str, Any]]:
     """The record's turns, if it holds what its set's records do."""
     turns = record["multi_turns"]
     fields = {"input", "answer"} | ({"task"} if name in _MIXED else set())
-    if ("context" not in record and "input" not in record) or not turns or any(fields - turn.keys() for turn in turns):
+    if not isinstance(_context(record), str) or any(fields - turn.keys() for turn in turns):
         raise ConfigError(
             f"{name}, record {i}: expected a context and multi_turns with {', '.join(sorted(fields))} each."
         )
-    kinds = {_kind(name, turn) for turn in turns}
+    for turn in turns:
+        jsonl.checked(turn, _TURN, f"{name}, record {i}")
+    kinds = {str(_kind(name, turn)) for turn in turns}
     if kinds - _kinds(name).keys():
         raise ConfigError(f"{name}, record {i}: tasks {sorted(kinds)}; {', '.join(_kinds(name))} are expected.")
     if "scbench_repoqa" in kinds:
-        named = all("name" in turn for turn in turns if _kind(name, turn) == "scbench_repoqa")
-        if "repo" not in record or record.get("lang") not in metrics.LANGUAGES or not named:
+        functions = [turn for turn in turns if _kind(name, turn) == "scbench_repoqa"]
+        whole = all(isinstance(turn.get(x), str) for turn in functions for x in ("name", "answer"))
+        if not isinstance(record.get("repo"), str) or str(record.get("lang")) not in metrics.LANGUAGES or not whole:
             raise ConfigError(
                 f"{name}, record {i}: expected a repo, a lang of {', '.join(metrics.LANGUAGES)} (this is "
                 f"{record.get('lang')!r}), and the name of each function."
@@ -91,7 +100,7 @@ def _turns(name: str, i: int, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _case(lab: Lab, name: str, i: int, record: dict[str, Any], functions: dict[str, list[tuple[str, str]]]) -> Case:
     given = _turns(name, i, record)
-    context = record.get("context", record.get("input"))
+    context = _context(record)
     turns, before = [], None
     for turn in given:
         kind = _kind(name, turn)
@@ -116,6 +125,8 @@ def _question(turn: dict[str, Any], kind: str) -> str:
     if kind == "scbench_repoqa":
         return _REPEAT + turn["input"]
     options = turn.get("options") or ()
+    if not isinstance(options, list | tuple):
+        raise ConfigError(f"options of a question are {shortened(options)}: a list is expected.")
     lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options)]
     return "\n".join([turn["input"], *lines])
 
@@ -130,4 +141,5 @@ TASK = Task(
     {"scbench": Metric("SCBench's score")},
     cases,
     functools.partial(written.measure, metric="scbench"),
+    room=written.room_of,
 )

@@ -8,12 +8,20 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from minikv_jax.chat import as_message
 from minikv_jax.config import CacheConfig
-from minikv_jax.errors import ConfigError
+from minikv_jax.errors import ConfigError, PromptError, shortened
 from minikv_jax.evals.engine import Weight
 from minikv_jax.models.llama import Llama
 
 _CUT = "\u241f"  # a character that no text has
+_MOST_TOKENS = 1 << 22
+_RANGES = {"seed": (0, 2**32 - 1), "limit": (1, 10_000), "new_tokens": (1, _MOST_TOKENS)}
+
+
+def _within(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
 
 # A case's figures under one method: a number, or one for each of its samples.
 type Values = dict[str, float | list[float]]
@@ -45,11 +53,16 @@ class Settings:
     dtype: str | None = None
 
     def __post_init__(self):
-        for name in ("limit", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: give at least 1.")
-        if not self.lengths or min(self.lengths) < 16:
-            raise ConfigError(f"lengths={self.lengths}: give prompt lengths of at least 16 tokens.")
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if not _within(value, least, most):
+                raise ConfigError(f"{name}={shortened(value)}: give a whole number from {least} to {most}.")
+        if not self.lengths or not all(_within(x, 16, _MOST_TOKENS) for x in self.lengths):
+            raise ConfigError(
+                f"lengths={shortened(self.lengths)}: give prompt lengths of at least 16 tokens, at most {_MOST_TOKENS}."
+            )
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ConfigError(f"lengths={shortened(self.lengths)}: give each length once.")
         if self.split not in ("dev", "test"):
             raise ConfigError(f"split={self.split!r}: choose dev or test.")
         for name in ("texts", "ruler", "longbench", "scbench"):
@@ -68,19 +81,36 @@ class Lab:
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text that goes on from another."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._known(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def first_ids(self, text: str) -> list[int]:
         """Tokens of a text that begins a prompt, with the model's begin token where it has one."""
-        return self.tokenizer(text)["input_ids"]
+        return self._known(self.tokenizer(text)["input_ids"])
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The ids, if the model has them all.
+
+        Raises:
+            PromptError: one that it does not have.
+        """
+        vocabulary = self.model.config.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise PromptError(
+                f"The tokenizer gives token {max(ids)}, and the model has {vocabulary}: do they belong together?"
+            )
+        return ids
 
     def chat(self, context: str, question: str) -> tuple[str, str]:
-        """A user's message in the model's chat template, cut before the question; else two paragraphs."""
+        """A user's message in the model's chat template, cut before the question; else two paragraphs.
+
+        Raises:
+            PromptError: the template fails on a message, or leaves its text out.
+        """
         if getattr(self.tokenizer, "chat_template", None) is None:
             return f"{context}\n\n", f"{question}\n"
-        message = [{"role": "user", "content": f"{context}\n\n{_CUT}{question}"}]
-        text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        before, _, after = text.rpartition(_CUT)
+        before, cut, after = as_message(self.tokenizer, f"{context}\n\n{_CUT}{question}").rpartition(_CUT)
+        if not cut:
+            raise PromptError("The model's chat template leaves the text of a user's message out: mend or remove it.")
         return before, after
 
     @property
@@ -129,6 +159,14 @@ class Case:
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def room_of(lab: Lab, *cases: Case) -> int:
+    """For what follows the cases' prompts, and the new tokens asked for.
+
+    One more than these is what texts take: with it for all tasks, they share programs.
+    """
+    return max(lab.settings.new_tokens + 1, *(len(follow.tokens) for case in cases for follow in case.follows), 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Measured:
     values: Values
@@ -159,6 +197,7 @@ class Task:
         cases: all cases of a run, the same ones in the same order each time.
         measure: cases of one group under every method: a `Measured` for each case.
         compares: False for what is looked at with the full cache alone.
+        room: of a case, the tokens that its caches need room for after the prompt.
     """
 
     about: str
@@ -166,6 +205,7 @@ class Task:
     cases: Callable[[Lab], list[Case]]
     measure: Callable[[Lab, Sequence[Case], Mapping[str, CacheConfig]], dict[str, list[Measured]]]
     compares: bool = True
+    room: Callable[[Lab, Case], int] = room_of
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

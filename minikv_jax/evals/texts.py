@@ -44,7 +44,7 @@ def documents(folder: Path | None) -> list[Document]:
     """All documents of both splits, sorted by name.
 
     Raises:
-        ConfigError: a folder without .txt files, or a file that is not UTF-8.
+        ConfigError: a folder without .txt files, a file that is not UTF-8, or two of one name.
     """
     found = {**_standard_library(), **(_folder(_EXAMPLES) if _EXAMPLES.is_dir() else {})}
     if folder is not None:
@@ -66,8 +66,11 @@ def _folder(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.glob("*.txt")):
         kind, _, name = path.stem.rpartition("__")
+        document = f"{kind or 'text'}/{name}"
+        if document in found:
+            raise ConfigError(f"{path} is {document}, as another file there: give one of them another name.")
         try:
-            found[f"{kind or 'text'}/{name}"] = path.read_text(encoding="utf-8")
+            found[document] = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"Cannot read {path} as UTF-8 text: {error}.") from None
     return found
@@ -88,24 +91,27 @@ def passages(lab: Lab, tokens: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     for document in mine:
         kinds.setdefault(document.kind, []).append(document)
     # Kinds in turn, and within a kind its documents in turn; a document met again is cut elsewhere.
-    order = [
+    order = (
         (group[i % len(group)], i // len(group))
         for i in range(settings.limit)
         for group in (kinds[kind] for kind in sorted(kinds))
-    ]
+    )
     cut: dict[str, list[range]] = {}
-    made = 0
+    made, short = 0, set()
     for document, again in order:
         if made == settings.limit:
             return
         where = _place(lab, document, tokens, again)
-        if any(where.start < other.stop and other.start < where.stop for other in cut.get(document.name, ())):
+        taken = any(where.start < other.stop and other.start < where.stop for other in cut.get(document.name, ()))
+        if taken or (document.name, where) in short:
             continue
         ids = lab.first_ids(document.text[where.start : where.stop])[:tokens]
         if len(ids) == tokens:
             cut.setdefault(document.name, []).append(where)
             made += 1
             yield f"{document.name}+{again}", tuple(ids)
+        else:
+            short.add((document.name, where))
     if made == 0:
         raise ConfigError(f"No {settings.split} text has {tokens} tokens: add longer ones with --texts.")
 

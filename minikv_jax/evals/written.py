@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minikv_jax.config import CacheConfig
+from minikv_jax.errors import ConfigError
 from minikv_jax.evals import known
 from minikv_jax.evals.engine import best, read_on, write_on
 from minikv_jax.evals.task import Case, Lab, Measured, padded
@@ -33,7 +34,19 @@ class Turn:
 
 
 def case(name: str, group: str, prompt: Sequence[int], turns: Sequence[Turn]) -> Case:
+    """A case of these turns.
+
+    Raises:
+        ConfigError: an empty context or question.
+    """
+    if not prompt or not turns or not all(turn.question for turn in turns):
+        raise ConfigError(f"{name}: the context or a question is empty.")
     return Case(name, group, tuple(prompt), about={"turns": tuple(turns)})
+
+
+def room_of(lab: Lab, case: Case) -> int:
+    """For all questions and answers of the case, and one token more."""
+    return sum(len(turn.question) + max(turn.most, len(turn.answer)) for turn in case.about["turns"]) + 1
 
 
 def measure(
@@ -42,8 +55,7 @@ def measure(
     """Scores of all turns of each case; cases with fewer turns wait while others go on."""
     turns: list[Sequence[Turn]] = [case.about["turns"] for case in cases]
     rounds = max(map(len, turns))
-    needed = [[len(t.question) + max(t.most, len(t.answer)) for t in mine] for mine in turns]
-    room = max(map(sum, needed)) + 1
+    room = max(room_of(lab, case) for case in cases)
     caches = known.read_cases(lab, cases, methods, room).caches
     ends = lab.model.config.eos_token_ids
 

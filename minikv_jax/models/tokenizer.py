@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minikv_jax.errors import CheckpointError, UnsupportedModelError
+from minikv_jax.errors import CheckpointError, UnsupportedModelError, shortened
+from minikv_jax.models.entries import Entries
+from minikv_jax.models.hub import given_path
+from minikv_jax.models.refusing import refusing
 from minikv_jax.models.weights import read_gguf_metadata
 
 if TYPE_CHECKING:
@@ -24,8 +27,10 @@ _WORDS = (
 )
 _QWEN2 = _WORDS.format(digits=r"\p{N}")
 _LLAMA3 = _WORDS.format(digits=r"\p{N}{1,3}")
-_SAME_RULES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "default": "gpt-2"}
+_SAME_RULES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 _PRETOKENIZERS = ("smollm", "qwen2", "llama-bpe", "gpt-2")
+
+_LONGEST_TOKEN = 512  # letters; published vocabularies stay below 256
 
 # Token types of GGUF. Others are 2 unknown, 5 unused (padding rows of the embedding, no tokens at all) and 6 byte.
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
@@ -37,16 +42,20 @@ def load_tokenizer(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
     Args:
         path: a Hugging Face folder with tokenizer.json, or a GGUF file.
 
+    Returns:
+        The tokenizer. It raises CheckpointError too, where damage shows only at some text or some tokens.
+
     Raises:
         CheckpointError: if the tokenizer is missing or damaged.
-        UnsupportedModelError: if a GGUF file names a kind of tokenizer whose rules are not known here.
+        UnsupportedModelError: if a GGUF file names a kind of tokenizer whose rules are not known here, or none.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        return _from_folder(path)
-    if not path.exists():
+    path = given_path(path)
+    if not os.path.exists(path):
         raise CheckpointError(f"{path} does not exist; expected a Hugging Face folder or a GGUF file.")
-    return _from_gguf(read_gguf_metadata(path), path)
+    try:
+        return _from_folder(path) if path.is_dir() else _from_gguf(read_gguf_metadata(path), path)
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error}") from error
 
 
 def _tokenizer_class() -> "type[PreTrainedTokenizerFast]":
@@ -55,10 +64,10 @@ def _tokenizer_class() -> "type[PreTrainedTokenizerFast]":
     quiet = lambda record: "PyTorch was not found" not in record.getMessage()  # noqa: E731
     logger.addFilter(quiet)
     try:
-        from transformers import PreTrainedTokenizerFast
+        from minikv_jax.models.backend import TokenizersBackend
     finally:
         logger.removeFilter(quiet)
-    return PreTrainedTokenizerFast
+    return TokenizersBackend
 
 
 def _from_folder(folder: Path) -> "PreTrainedTokenizerFast":
@@ -67,61 +76,80 @@ def _from_folder(folder: Path) -> "PreTrainedTokenizerFast":
             f"{folder} has no tokenizer.json. Save one with transformers: "
             "AutoTokenizer.from_pretrained(model).save_pretrained(folder)."
         )
-    try:
-        return _tokenizer_class().from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the Rust library raises plain Exception for damaged files
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error}). Download it again.") from error
+    with refusing(f"{folder}: the tokenizer cannot be read; download it again", Exception):
+        tokenizer = _tokenizer_class().from_pretrained(folder, local_files_only=True)
+        tokenizer.decode(tokenizer("").input_ids)  # settings of a wrong type show when they are first used
+    return tokenizer
 
 
 def _from_gguf(metadata: Mapping[str, Any], path: Path) -> "PreTrainedTokenizerFast":
-    kind = metadata.get("tokenizer.ggml.model")
+    entries = Entries(metadata, f"{path}: GGUF metadata")
+    kind = entries.optional_text("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedModelError(
-            f"{path}: tokenizer of type {kind!r} is not supported; supported: 'gpt2' (byte-level BPE), 'llama' "
-            "(SentencePiece BPE). Use the model's Hugging Face folder."
+            f"{path}: tokenizer of type {shortened(kind)} is not supported; supported: 'gpt2' (byte-level BPE), "
+            "'llama' (SentencePiece BPE). Use the model's Hugging Face folder."
         )
-    tokens = _list_of(metadata, "tokens", str, path)
-    types = [_NORMAL] * len(tokens)
-    if "tokenizer.ggml.token_type" in metadata:
-        types = _list_of(metadata, "token_type", int, path, len(tokens))
+    rules = _rules(entries, path) if kind == "gpt2" else None
+    tokens = entries.texts("tokenizer.ggml.tokens")
+    if (longest := max(map(len, tokens))) > _LONGEST_TOKEN:
+        raise CheckpointError(
+            f"{path}: the vocabulary has a token of {longest} letters; at most {_LONGEST_TOKEN} are expected. The "
+            "file is damaged: download it again."
+        )
+    listed_types = entries.optional_numbers("tokenizer.ggml.token_type", "iu", len(tokens))
+    types = [_NORMAL] * len(tokens) if listed_types is None else listed_types.tolist()
     keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     special = {
         name: tokens[index]
         for name, key in keys.items()
-        if (index := _token_id(metadata, f"tokenizer.ggml.{key}_token_id", len(tokens), path)) is not None
+        if (index := _token_id(entries, f"tokenizer.ggml.{key}_token_id", len(tokens))) is not None
     }
-    try:
-        build = _byte_level if kind == "gpt2" else _sentencepiece
-        tokenizer = build(metadata, tokens, types, path)
+    template = entries.optional_text("tokenizer.chat_template")
+    context = entries.optional_integer(f"{entries.optional_text('general.architecture')}.context_length")
+    with refusing(f"{path}: the tokenizer is damaged; download the file again", Exception):
+        if rules is None:
+            tokenizer = _sentencepiece(entries, tokens, types)
+        else:
+            tokenizer = _byte_level(entries, tokens, types, rules)
         _add_special_tokens(tokenizer, tokens, types, special)
-        _add_template(tokenizer, metadata, kind, special)
-    except (CheckpointError, UnsupportedModelError):
-        raise
-    except Exception as error:  # the Rust library raises plain Exception for vocabularies that do not fit together
-        raise CheckpointError(f"{path}: the tokenizer is damaged ({error}). Download the file again.") from error
-    context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    return _tokenizer_class()(
-        tokenizer_object=tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        **({"model_max_length": context} if isinstance(context, int) else {}),
-        **special,
+        # Files that do not say follow llama.cpp: SentencePiece models and LLaMA 3 begin with BOS.
+        _add_begin_and_end(tokenizer, entries, special, begins=rules in (None, "llama-bpe"))
+        return _tokenizer_class()(
+            tokenizer_object=tokenizer,
+            chat_template=template,
+            clean_up_tokenization_spaces=False,
+            **({} if context is None else {"model_max_length": context}),
+            **special,
+        )
+
+
+def _rules(entries: Entries, path: Path) -> str:
+    """The name of the rules that cut text into words."""
+    given = entries.optional_text("tokenizer.ggml.pre")
+    rules = _SAME_RULES.get(given or "", given)
+    if rules in _PRETOKENIZERS:
+        return rules
+    known = ", ".join((*_PRETOKENIZERS, *_SAME_RULES))
+    if rules in (None, "default"):
+        raise UnsupportedModelError(
+            f"{path}: tokenizer.ggml.pre is {shortened(given)}: the file does not say how its tokenizer cuts text into "
+            "words, and a guess would give wrong ids. Convert the model again with a current llama.cpp, write the name "
+            f"into a copy (gguf-new-metadata --pre-tokenizer NAME; known: {known}), or use the model's Hugging Face "
+            "folder."
+        )
+    raise UnsupportedModelError(
+        f"{path}: the rules of the pre-tokenizer {shortened(given)} are not known here; known: {known}. Use the "
+        "model's Hugging Face folder."
     )
 
 
-def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int], path: Path) -> "Tokenizer":
+def _byte_level(entries: Entries, tokens: list[str], types: list[int], rules: str) -> "Tokenizer":
     """BPE over bytes, as GPT-2 began it."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
-    given = metadata.get("tokenizer.ggml.pre", "default")
-    rules = _SAME_RULES.get(given, given) if isinstance(given, str) else given
-    if rules not in _PRETOKENIZERS:
-        raise UnsupportedModelError(
-            f"{path}: the rules of the pre-tokenizer {given!r} are not known here; known: {', '.join(_PRETOKENIZERS)}. "
-            "Use the model's Hugging Face folder."
-        )
-    merges = [tuple(merge.split(" ", 1)) for merge in _list_of(metadata, "merges", str, path)]
+    merges = [tuple(merge.split(" ", 1)) for merge in entries.texts("tokenizer.ggml.merges")]
     kept = (_NORMAL, _CONTROL, _USER)
     vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind in kept}
     # LLaMA 3 looks whole words up before it merges.
@@ -140,12 +168,12 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
     return tokenizer
 
 
-def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int], path: Path) -> "Tokenizer":
+def _sentencepiece(entries: Entries, tokens: list[str], types: list[int]) -> "Tokenizer":
     """BPE with scores in place of merges: of all neighbours that form a token, the best-scored join first."""
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    scores = _list_of(metadata, "scores", float, path, len(tokens))
+    scores = entries.numbers("tokenizer.ggml.scores", "f", len(tokens)).tolist()
     pieces = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL}
     merges = [
         (score, left, right)
@@ -164,7 +192,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
             byte_fallback=_BYTE in types,
         )
     )
-    prefixed = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    prefixed = entries.boolean("tokenizer.ggml.add_space_prefix", True)
     prefix = [normalizers.Prepend("▁")] if prefixed else []
     strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
@@ -188,15 +216,12 @@ def _add_special_tokens(
     tokenizer.add_tokens(added)
 
 
-def _add_template(tokenizer: "Tokenizer", metadata: Mapping[str, Any], kind: str, special: Mapping[str, str]) -> None:
+def _add_begin_and_end(tokenizer: "Tokenizer", entries: Entries, special: Mapping[str, str], begins: bool) -> None:
     """Begin and end tokens around every text, where the model was trained with them."""
     from tokenizers.processors import TemplateProcessing
 
-    # Files that do not say follow llama.cpp: SentencePiece models and LLaMA 3 begin with BOS.
-    rules = metadata.get("tokenizer.ggml.pre", "default")
-    begins = kind == "llama" or _SAME_RULES.get(rules, rules) == "llama-bpe"
-    before = [special["bos_token"]] if metadata.get("tokenizer.ggml.add_bos_token", begins) else []
-    after = [special["eos_token"]] if metadata.get("tokenizer.ggml.add_eos_token", False) else []
+    before = _wanted(entries, "bos", begins, special)
+    after = _wanted(entries, "eos", False, special)
     if before or after:
         tokenizer.post_processor = TemplateProcessing(
             single=[*before, "$A", *after],
@@ -205,19 +230,19 @@ def _add_template(tokenizer: "Tokenizer", metadata: Mapping[str, Any], kind: str
         )
 
 
-def _list_of(metadata: Mapping[str, Any], key: str, kind: type, path: Path, length: int | None = None) -> list[Any]:
-    values = metadata.get(f"tokenizer.ggml.{key}")
-    if not isinstance(values, list) or not values or not isinstance(values[0], kind):
-        raise CheckpointError(f"{path} holds no tokenizer: tokenizer.ggml.{key} must be a list of {kind.__name__}.")
-    if length is not None and len(values) != length:
+def _wanted(entries: Entries, which: str, default: bool, special: Mapping[str, str]) -> list[str]:
+    if not entries.boolean(f"tokenizer.ggml.add_{which}_token", default):
+        return []
+    if f"{which}_token" not in special:
         raise CheckpointError(
-            f"{path}: tokenizer.ggml.{key} has {len(values)} entries for {length} tokens; the file is damaged."
+            f"{entries.source}: the {which.upper()} token is to be added to every text, but "
+            f"tokenizer.ggml.{which}_token_id is missing."
         )
-    return values
+    return [special[f"{which}_token"]]
 
 
-def _token_id(metadata: Mapping[str, Any], key: str, count: int, path: Path) -> int | None:
-    index = metadata.get(key)
-    if index is not None and (not isinstance(index, int) or not 0 <= index < count):
-        raise CheckpointError(f"{path}: {key} is {index!r}, expected a token id below {count}.")
+def _token_id(entries: Entries, key: str, count: int) -> int | None:
+    index = entries.optional_integer(key)
+    if index is not None and not 0 <= index < count:
+        raise CheckpointError(f"{entries.source}: {key} is {index}, expected a token id below {count}.")
     return index

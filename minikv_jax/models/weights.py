@@ -10,7 +10,6 @@ Nothing in a file is trusted: every count and offset is checked against the file
 import json
 import math
 import os
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -23,8 +22,12 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-from minikv_jax.errors import CheckpointError, UnsupportedModelError
-from minikv_jax.models.config import ModelConfig, RopeScaling, token_ids
+from minikv_jax.errors import CheckpointError, UnsupportedModelError, shortened
+from minikv_jax.models.config import ModelConfig, RopeScaling
+from minikv_jax.models.entries import Entries
+from minikv_jax.models.gguf_header import read_header
+from minikv_jax.models.hub import given_path
+from minikv_jax.models.wording import listed, one_line
 
 if TYPE_CHECKING:
     from minikv_jax.models.llama import Llama
@@ -32,14 +35,17 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 _BLOCK_VALUES = 1 << 20  # values decoded at once: large enough for numpy, small beside any model
-_MAX_JSON = 100_000_000  # bytes; the safetensors format's own limit for its header
-_MAX_ITEMS = 1 << 22  # entries of one list in a GGUF header; the largest vocabularies have 1 << 18
+# Of a description in JSON: room for ten times the tensors of the largest model. The safetensors format allows 100 MB,
+# which Python's parser would turn into GBs.
+_MAX_JSON_BYTES = 1 << 21
+_MAX_JSON_VALUES = 1 << 18
 _DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _GGUF_QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_LFS_POINTER = b"version https://git-lfs.github.com/"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 _HF_LAYER = {
@@ -75,6 +81,19 @@ _JOINED = {
     "query": ("query_key_value", 3),
     "gate": ("gate_up", 2),
     "query_bias": ("query_key_value_bias", 3),
+}
+# What config.json calls the sizes of a stored tensor.
+_QUERIES, _KEYS = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
+_SIZES = {
+    **dict.fromkeys(("head", "embedding"), "vocab_size, hidden_size"),
+    **dict.fromkeys(("norm", "attention_norm", "mlp_norm"), "hidden_size"),
+    "query": f"{_QUERIES}, hidden_size",
+    **dict.fromkeys(("key", "value"), f"{_KEYS}, hidden_size"),
+    "output": f"hidden_size, {_QUERIES}",
+    "query_bias": _QUERIES,
+    **dict.fromkeys(("key_bias", "value_bias"), _KEYS),
+    **dict.fromkeys(("gate", "up"), "intermediate_size, hidden_size"),
+    "down": "hidden_size, intermediate_size",
 }
 # Two copies of one matrix at different precision differ by 4 to 7 % in published files; separate heads by over 100 %.
 _TIED_DIFFERENCE = 0.15
@@ -147,16 +166,13 @@ class _Source:
         rows, columns = stored.rows, stored.columns
         out = np.empty((columns, rows) if self.transposed else (rows, columns), dtype)
         step = max(1, _BLOCK_VALUES // columns)
-        # Damaged data may hold infinities, which pass through; a finite value too large for float16 does not.
         with open(stored.path, "rb") as file, np.errstate(all="ignore"):
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
                 block = stored.read(file, start, stop)
                 converted = block.astype(dtype, copy=False)
-                if dtype == np.float16 and not np.array_equal(np.isfinite(block), np.isfinite(converted)):
-                    raise CheckpointError(
-                        f"{stored.path}: tensor {self.name!r} has values beyond float16's 65504; use dtype bfloat16."
-                    )
+                if not _all_finite(converted):
+                    raise self.not_finite(block, dtype)
                 if self.transposed:
                     out[:, start:stop] = converted.T
                 else:
@@ -166,6 +182,23 @@ class _Source:
         if self.interleaved_heads:
             out = _half_split(out, self.interleaved_heads)
         return out
+
+    def not_finite(self, block: np.ndarray, dtype: np.dtype) -> CheckpointError:
+        """A model with such a weight answers every prompt with nonsense, and seldom says so."""
+        where = f"{self.stored.path}: tensor {shortened(self.name)}"
+        if not np.isfinite(block).all():
+            return CheckpointError(
+                f"{where} holds NaN or infinity: the file or the model is damaged. Download it again."
+            )
+        largest = float(ml_dtypes.finfo(dtype).max)
+        return CheckpointError(f"{where} has values beyond {dtype}'s {largest:.5g}; use dtype bfloat16 or float32.")
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    """Looks at the bits, in which infinity and NaN are the largest: on 16 bits isfinite takes ten times as long."""
+    signed, unsigned = (values.view(np.dtype(f"{kind}{values.itemsize}")) for kind in "iu")
+    limits = np.array([np.inf, -np.inf], values.dtype)
+    return bool(signed.max() < limits.view(signed.dtype)[0] and unsigned.max() < limits.view(unsigned.dtype)[1])
 
 
 def _half_split(array: np.ndarray, heads: int) -> np.ndarray:
@@ -200,7 +233,7 @@ class Checkpoint:
             `[K*H]`.
 
         Raises:
-            CheckpointError: if a file changed since it was opened, or a value does not fit float16.
+            CheckpointError: if a file changed since it was opened, or holds NaN, infinity or what `dtype` cannot.
             TypeError: for another dtype.
         """
         target = _float_dtype(dtype)
@@ -213,7 +246,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Checks a checkpoint's headers without reading its weights.
+    """Checks a checkpoint's headers without reading its weights, but for head and embedding where both could be tied.
 
     Args:
         path: a Hugging Face folder (config.json with model.safetensors, or shards and their index), or a GGUF file.
@@ -225,13 +258,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: if files are missing, truncated or damaged, are pickles, or do not fit the configuration.
         UnsupportedModelError: if the model is sound but of a kind this library cannot run.
     """
-    path = Path(path).expanduser()
+    path = given_path(path)
     try:
         if path.is_dir():
             return _open_folder(path)
-        if not path.exists():
+        if not os.path.exists(path):
             raise CheckpointError(f"{path} does not exist; expected a Hugging Face folder or a GGUF file.")
-        _refuse_pickle(path)
+        _refuse_other_contents(path)
         if path.suffix == ".safetensors":
             raise CheckpointError(f"{path} is a single file; pass its folder, which must hold config.json too.")
         return _open_gguf(path)
@@ -313,13 +346,15 @@ def _row_bytes(encoding: str, columns: int) -> int:
     return columns // block * size
 
 
-def _refuse_pickle(path: Path) -> None:
+def _refuse_other_contents(path: Path) -> None:
     """Pickles can run any code when opened, so they are refused unopened: by name, and by content under any name."""
     with open(path, "rb") as file:
-        start = file.read(9)
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself. Run `git lfs pull` in its folder.")
     beginnings = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
     # The length of a safetensors header may begin with the same bytes (640 is 80 02); its JSON then follows at once.
-    is_safetensors = start[4:] == b"\0\0\0\0{"
+    is_safetensors = start[4:9] == b"\0\0\0\0{"
     if path.suffix in _PICKLE_SUFFIXES or (start.startswith(beginnings) and not is_safetensors):
         raise CheckpointError(
             f"{path} is a pickle or zip checkpoint, which can run code when opened and is never loaded. Convert it to "
@@ -330,16 +365,22 @@ def _refuse_pickle(path: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a Hugging Face folder needs it. Download the model again.")
-    if path.stat().st_size > _MAX_JSON:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, far too many for a JSON description.")
-    return _parse_json(path.read_bytes(), str(path))
+    with open(path, "rb") as file:
+        return _parse_json(file, os.fstat(file.fileno()).st_size, str(path))
 
 
-def _parse_json(raw: bytes, source: str) -> dict[str, Any]:
+def _parse_json(file: BinaryIO, length: int, source: str) -> dict[str, Any]:
+    """The object in the next bytes. What is too large is refused by length and punctuation, before it is parsed."""
+    raw = file.read(length) if length <= _MAX_JSON_BYTES else b""
+    if length > _MAX_JSON_BYTES or sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
+        raise CheckpointError(
+            f"{source} has {length} bytes, too much for the description of a model: at most {_MAX_JSON_BYTES} bytes "
+            f"and {_MAX_JSON_VALUES} values are read."
+        )
     try:
         value = json.loads(raw, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source} is not valid JSON ({error}). Download the model again.") from error
+        raise CheckpointError(f"{source} is not valid JSON ({one_line(error)}). Download the model again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{source} must hold a JSON object, not a {type(value).__name__}.")
     return value
@@ -355,7 +396,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    files = _safetensors_files(folder)
+    _refuse_other_folders(folder)
     entries = _read_json(folder / "config.json")
     try:
         config = ModelConfig.from_hf(entries)
@@ -363,40 +404,73 @@ def _open_folder(folder: Path) -> Checkpoint:
         raise type(error)(f"{folder}: {error}") from error
     generation = folder / "generation_config.json"
     if generation.is_file():  # lists more ways to end than config.json does, for chat models
-        ends = token_ids(_read_json(generation).get("eos_token_id"), f"{generation}: eos_token_id")
+        ends = Entries(_read_json(generation), str(generation)).token_ids("eos_token_id")
         config = config.replace(eos_token_ids=ends or config.eos_token_ids)
+    single = folder / "model.safetensors"
     stored: dict[str, _Stored] = {}
-    for file in files:
+    for file in [single] if single.is_file() else _shards(folder / "model.safetensors.index.json"):
         for name, tensor in _safetensors_header(file).items():
             if name in stored:
-                raise CheckpointError(f"Tensor {name!r} is in {stored[name].path.name} and in {file.name}.")
+                raise CheckpointError(f"Tensor {shortened(name)} is in {stored[name].path} and in {file.name}.")
             stored[name] = tensor
+    _refuse_other_names(folder, stored)
     names = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
     ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
-        names["head"] = "model.embed_tokens.weight"
-        ignored.add("lm_head.weight")
+        ignored |= {names["head"], names["embedding"]}
+        config, names = _settle_tie(config, stored, names)
     return _checkpoint(folder, config, stored, names, _HF_LAYER, "model.layers", ignored)
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        return _shards(index)
+def _refuse_other_folders(folder: Path) -> None:
+    """Says what a folder holds instead of a whole model in this format."""
     found = sorted(entry.name for entry in folder.iterdir())
-    gguf = [name for name in found if name.endswith(".gguf")]
-    pickles = [name for name in found if name.endswith(_PICKLE_SUFFIXES)]
+    if any(name.startswith(("adapter_config.", "adapter_model.")) for name in found):
+        raise CheckpointError(
+            f"{folder} holds a PEFT adapter ({listed(name for name in found if name.startswith('adapter_'))}), which "
+            "is not applied here. Merge it into its base model (peft: "
+            "model.merge_and_unload().save_pretrained(folder)) and pass that folder; if it is merged already, remove "
+            "the adapter's files."
+        )
+    if "model.safetensors" in found or "model.safetensors.index.json" in found:
+        return
     expected = f"{folder} has no model.safetensors and no model.safetensors.index.json"
-    if gguf:
+    others = [name for name in found if name.endswith(".safetensors")]
+    shards = [name for name in others if name.startswith("model-") and "-of-" in name]
+    pickles = [name for name in found if name.endswith(_PICKLE_SUFFIXES)]
+    if shards:
+        raise CheckpointError(
+            f"{expected}, only the shards {listed(shards, 2)}. Download model.safetensors.index.json too: it says "
+            "which shards belong together."
+        )
+    if any(name.startswith("consolidated") for name in others):
+        raise CheckpointError(
+            f"{expected}, only {listed(others, 2)}: Mistral's own format, whose tensors have other names and another "
+            "order. Download the files model*.safetensors and config.json of the same repository."
+        )
+    if others:
+        raise CheckpointError(f"{expected}, only {listed(others)}. If that is the whole model, rename it.")
+    if gguf := [name for name in found if name.endswith(".gguf")]:
         raise CheckpointError(f"{expected}; pass the GGUF file itself: {folder / gguf[0]}")
     if pickles:
         raise CheckpointError(
-            f"{expected}, only {', '.join(pickles[:3])}: pickles can run code when opened and are never loaded. "
+            f"{expected}, only {listed(pickles)}: pickles can run code when opened and are never loaded. "
             "Convert them to safetensors (transformers: model.save_pretrained(folder)) and pass that folder."
         )
-    raise CheckpointError(f"{expected}; it holds {', '.join(found[:8]) or 'nothing'}. Download the model again.")
+    raise CheckpointError(f"{expected}; it holds {listed(found) or 'nothing'}. Download the model again.")
+
+
+def _refuse_other_names(folder: Path, stored: Mapping[str, _Stored]) -> None:
+    """Names the prefix of the tensors where it is another than a causal language model's."""
+    ours, common = "model.", "layers.0.input_layernorm.weight"
+    prefixes = [name.removesuffix(common) for name in stored if name.endswith(common)]
+    if not prefixes or ours in prefixes:
+        return
+    raise CheckpointError(
+        f"{folder} holds tensors named like {shortened(prefixes[0] + common)}, expected {ours + common!r}: this is a "
+        "base model without its head, a wrapped model or a part of a larger one. Save the language model by itself "
+        "(transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder))."
+    )
 
 
 def _shards(index: Path) -> list[Path]:
@@ -405,26 +479,28 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"{index}: weight_map must be an object from tensor names to file names.")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if Path(shard).name != shard or "\0" in shard:
-            raise CheckpointError(f"{index} names the shard {shard!r}; expected a plain file name in the same folder.")
+        if Path(shard).name != shard or not shard.isprintable() or len(shard) > 255:
+            raise CheckpointError(
+                f"{index} names the shard {shortened(shard)}; expected a plain file name in the same folder."
+            )
         if not (index.parent / shard).is_file():
-            raise CheckpointError(f"{index} needs {shard}, which is missing. Download the model again.")
+            raise CheckpointError(f"{index} needs {shortened(shard)}, which is missing. Download the model again.")
     return [index.parent / shard for shard in shards]
 
 
 def _safetensors_header(path: Path) -> dict[str, _Stored]:
     """The tensors of a safetensors file: 8 bytes of length, a JSON header, then the data without gaps."""
-    _refuse_pickle(path)
+    _refuse_other_contents(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(size - 8, _MAX_JSON):
+        if len(start) < 8 or length > size - 8:
             raise CheckpointError(
                 f"{path} ({size} bytes) is cut off or not a safetensors file: its first 8 bytes ask for a header of "
                 f"{length} bytes. Download it again."
             )
-        header = _parse_json(file.read(length), f"The header of {path}")
+        header = _parse_json(file, length, f"The header of {path}")
     header.pop("__metadata__", None)
     spans: list[tuple[int, int]] = []
     tensors: dict[str, _Stored] = {}
@@ -449,17 +525,20 @@ def _safetensors_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ..
     entry = entry if isinstance(entry, dict) else {}
     shape, span = entry.get("shape"), entry.get("data_offsets")
     if not (_are_sizes(shape) and len(shape) <= 8 and _are_sizes(span) and len(span) == 2):
-        raise CheckpointError(f"{path}: the header's entry for tensor {name!r} is damaged: {str(entry)[:200]}")
+        raise CheckpointError(
+            f"{path}: the header's entry for tensor {shortened(name)} is damaged: {shortened(entry, 200)}"
+        )
     dtype = entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise UnsupportedModelError(
-            f"{path}: tensor {name!r} has dtype {dtype!r}; supported: {', '.join(_DTYPES)}. Convert the checkpoint."
+            f"{path}: tensor {shortened(name)} has dtype {shortened(dtype)}; supported: {', '.join(_DTYPES)}. Convert "
+            "the checkpoint."
         )
     expected = math.prod(shape) * _DTYPES[dtype].itemsize
     if span[1] - span[0] != expected:
         raise CheckpointError(
-            f"{path}: tensor {name!r} of shape {tuple(shape)} and dtype {dtype} needs {expected} bytes, the header "
-            f"gives it {span[1] - span[0]}. The file is damaged."
+            f"{path}: tensor {shortened(name)} of shape {tuple(shape)} and dtype {dtype} needs {expected} bytes, the "
+            f"header gives it {span[1] - span[0]}. The file is damaged."
         )
     return tuple(shape), (span[0], span[1])
 
@@ -472,44 +551,36 @@ def _are_sizes(values: Any) -> TypeGuard[list[int]]:
 
 
 def read_gguf_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The key-value pairs of a GGUF file, as Python values.
+    """The key-value pairs of a GGUF file: numbers and short texts as Python values, the others still `Unread`.
 
     Raises:
         CheckpointError: if the file is missing, is not GGUF, or is damaged.
     """
     path = Path(path)
     try:
-        _refuse_pickle(path)
-        with open(path, "rb") as file:
-            return _gguf_metadata(_Cursor(file, path))[0]
+        _refuse_other_contents(path)
+        return read_header(path).metadata
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error}") from error
 
 
 def _open_gguf(path: Path) -> Checkpoint:
     metadata, stored = _read_gguf(path)
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise CheckpointError(
-            f"{path} is one of {metadata['split.count']} parts; merge them first (llama-gguf-split --merge)."
-        )
     try:
+        parts = Entries(metadata, "GGUF metadata").integer("split.count", 1)
         config = ModelConfig.from_gguf(metadata)
     except (CheckpointError, UnsupportedModelError) as error:
         raise type(error)(f"{path}: {error}") from error
-    tied = _is_tied(stored)
-    config = config.replace(
-        tie_word_embeddings=tied,
-        query_key_value_bias=config.query_key_value_bias or "blk.0.attn_q.bias" in stored,
-        rope_scaling=_llama3_scaling(stored["rope_freqs.weight"], config)
-        if "rope_freqs.weight" in stored
-        else config.rope_scaling,
-    )
+    if parts not in (0, 1):
+        raise CheckpointError(f"{path} is one of {parts} parts; merge them first (llama-gguf-split --merge).")
     names = {"embedding": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
-    ignored = {"rope_freqs.weight"}
-    if tied:
-        # Where a file holds both, the copy for the head is the more precise one, and serves look-ups too.
-        names["head"] = "output.weight" if "output.weight" in stored else "token_embd.weight"
-        ignored.add("token_embd.weight")
+    config, names = _settle_tie(config, stored, names)
+    config = config.replace(
+        tie_word_embeddings=config.tie_word_embeddings and names["embedding"] in stored,
+        query_key_value_bias=config.query_key_value_bias or "blk.0.attn_q.bias" in stored,
+        rope_scaling=_rope_scaling(config, stored.get("rope_freqs.weight")),
+    )
+    ignored = {"rope_freqs.weight"} | ({"token_embd.weight"} if config.tie_word_embeddings else set())
     heads = {"query": config.num_heads, "key": config.num_kv_heads} if config.architecture == "llama" else {}
     return _checkpoint(path, config, stored, names, _GGUF_LAYER, "blk", ignored, heads)
 
@@ -517,142 +588,46 @@ def _open_gguf(path: Path) -> Checkpoint:
 def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
     from gguf import GGMLQuantizationType
 
-    size = path.stat().st_size
+    header, size = read_header(path), path.stat().st_size
+    alignment = Entries(header.metadata, f"{path}: GGUF metadata").integer("general.alignment", 32)
+    if not 0 < alignment <= 1 << 20:
+        raise CheckpointError(f"{path}: general.alignment must be a positive integer, got {alignment}.")
+    start = -(-header.end // alignment) * alignment
     stored: dict[str, _Stored] = {}
-    with open(path, "rb") as file:
-        cursor = _Cursor(file, path)
-        metadata, tensor_count = _gguf_metadata(cursor)
-        entries = [_gguf_tensor_info(cursor) for _ in range(cursor.count(tensor_count, 8 + 4 + 8 + 4 + 8))]
-        alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
-            raise CheckpointError(f"{path}: general.alignment must be a positive integer, got {alignment!r}.")
-        start = -(-cursor.position // alignment) * alignment
-    for name, shape, kind, offset in entries:
-        if name in stored:
-            raise CheckpointError(f"{path}: tensor {name!r} is listed twice.")
+    for info in header.tensors:
+        name = shortened(info.name)
+        if info.name in stored:
+            raise CheckpointError(f"{path}: tensor {name} is listed twice.")
         try:
-            encoding = GGMLQuantizationType(kind).name
+            encoding = GGMLQuantizationType(info.kind).name
         except ValueError:
-            encoding = f"number {kind}"
+            encoding = f"number {info.kind}"
         if encoding not in (*_DTYPES, *_GGUF_QUANTIZED):
             raise UnsupportedModelError(
-                f"{path}: tensor {name!r} has type {encoding}; supported: {', '.join((*_DTYPES, *_GGUF_QUANTIZED))}."
+                f"{path}: tensor {name} has type {encoding}; supported: {', '.join((*_DTYPES, *_GGUF_QUANTIZED))}."
             )
-        tensor = _Stored(path, start + offset, shape, encoding)
+        tensor = _Stored(path, start + info.offset, info.shape, encoding)
         try:
             end = tensor.offset + tensor.rows * tensor.row_bytes
         except ValueError as error:
-            raise CheckpointError(f"{path}: tensor {name!r}: {error}.") from error
+            raise CheckpointError(f"{path}: tensor {name}: {error}.") from error
         if end > size:
             raise CheckpointError(
-                f"{path} is cut off: tensor {name!r} ends at byte {end}, the file at {size}. Download it again."
+                f"{path} is cut off: tensor {name} ends at byte {end}, the file at {size}. Download it again."
             )
-        stored[name] = tensor
-    return metadata, stored
+        stored[info.name] = tensor
+    return header.metadata, stored
 
 
-class _Cursor:
-    """Reads little-endian values from a file, and never past its end."""
-
-    def __init__(self, file: BinaryIO, path: Path):
-        self.file = file
-        self.path = path
-        self.position = 0
-        self.size = os.fstat(file.fileno()).st_size
-
-    def take(self, length: int) -> bytes:
-        if length > self.size - self.position:
-            raise self.cut_off(f"{length} bytes")
-        self.position += length
-        return self.file.read(length)
-
-    def value(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
-
-    def count(self, count: int, least_bytes: int) -> int:
-        """`count`, if that many items of at least so many bytes can still follow."""
-        if count > _MAX_ITEMS or count * least_bytes > self.size - self.position:
-            raise self.cut_off(f"{count} items")
-        return count
-
-    def string(self) -> str:
-        raw = self.take(self.value("Q"))
-        try:
-            return raw.decode()
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{self.path}: the header holds text that is not UTF-8 ({error}).") from error
-
-    def cut_off(self, wanted: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path} is cut off or damaged: its header asks for {wanted} at byte {self.position} of {self.size}. "
-            "Download it again."
+def _rope_scaling(config: ModelConfig, divisors: _Stored | None) -> RopeScaling | None:
+    """The scaling in the metadata, or the one that a tensor of divisors holds."""
+    found = None if divisors is None else _llama3_scaling(divisors, config)
+    if found is not None and config.rope_scaling is not None:
+        raise UnsupportedModelError(
+            f"{divisors.path}: both the metadata and the tensor rope_freqs.weight scale rotary embeddings; supported: "
+            "one of them."
         )
-
-
-_GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_GGUF_STRING, _GGUF_ARRAY = 8, 9
-
-
-def _gguf_metadata(cursor: _Cursor) -> tuple[dict[str, Any], int]:
-    """The key-value pairs, and how many tensors are listed after them."""
-    magic = cursor.take(min(4, cursor.size))
-    if magic != b"GGUF":
-        raise CheckpointError(f"{cursor.path} is not a GGUF file: it begins with {magic!r}, expected b'GGUF'.")
-    version = cursor.value("I")
-    if version not in (2, 3):
-        raise CheckpointError(
-            f"{cursor.path} has GGUF version {version}; supported: 2 and 3, little-endian. Convert the model again."
-        )
-    tensor_count, count = cursor.value("Q"), cursor.value("Q")
-    metadata: dict[str, Any] = {}
-    for _ in range(cursor.count(count, 8 + 4 + 1)):
-        key = cursor.string()
-        if key in metadata:
-            raise CheckpointError(f"{cursor.path}: the header holds {key!r} twice.")
-        metadata[key] = _gguf_value(cursor, cursor.value("I"), key)
-    return metadata, tensor_count
-
-
-def _gguf_value(cursor: _Cursor, kind: int, key: str) -> Any:
-    if kind in _GGUF_SCALARS:
-        return cursor.value(_GGUF_SCALARS[kind])
-    if kind == _GGUF_STRING:
-        return cursor.string()
-    item, count = (cursor.value("I"), cursor.value("Q")) if kind == _GGUF_ARRAY else (None, 0)
-    if item == _GGUF_STRING:
-        return [cursor.string() for _ in range(cursor.count(count, 8))]
-    if item in _GGUF_SCALARS:
-        code = _GGUF_SCALARS[item]
-        raw = cursor.take(cursor.count(count, 1) * struct.calcsize("<" + code))
-        return list(struct.unpack(f"<{count}{code}", raw))
-    raise CheckpointError(f"{cursor.path}: the value of {key!r} has the unknown type {kind if item is None else item}.")
-
-
-def _gguf_tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """Name, shape (slowest axis first), type number, and offset into the data."""
-    name = cursor.string()
-    axes = cursor.value("I")
-    if not 1 <= axes <= 4:
-        raise CheckpointError(f"{cursor.path}: tensor {name!r} has {axes} axes, expected 1 to 4.")
-    shape = tuple(cursor.value("Q") for _ in range(axes))[::-1]
-    return name, shape, cursor.value("I"), cursor.value("Q")
-
-
-def _is_tied(stored: Mapping[str, _Stored]) -> bool:
-    """Whether head and embedding are one matrix. Some files hold it twice, quantized differently: then look inside."""
-    head, embedding = stored.get("output.weight"), stored.get("token_embd.weight")
-    if head is None or embedding is None:
-        return head is None
-    if head.shape != embedding.shape or 0 in head.shape:
-        return False
-    difference = norm = 0.0
-    with open(head.path, "rb") as file, np.errstate(all="ignore"):
-        for row in range(0, head.rows, max(1, head.rows // 64)):
-            ours = head.read(file, row, row + 1).astype(np.float32)
-            theirs = embedding.read(file, row, row + 1).astype(np.float32)
-            difference += float(np.square(ours - theirs).sum())
-            norm += float(np.square(ours).sum())
-    return difference <= _TIED_DIFFERENCE**2 * norm
+    return found or config.rope_scaling
 
 
 def _llama3_scaling(stored: _Stored, config: ModelConfig) -> RopeScaling | None:
@@ -664,7 +639,7 @@ def _llama3_scaling(stored: _Stored, config: ModelConfig) -> RopeScaling | None:
     with open(stored.path, "rb") as file:
         divisors = stored.read(file, 0, stored.rows).astype(np.float64).reshape(-1)
     if np.all(divisors == 1):
-        return config.rope_scaling
+        return None
     factor, low, high, original = float(f"{divisors.max():.6g}"), 1.0, 4.0, 8192  # as in every published Llama 3
     with np.errstate(all="ignore"):
         wavelengths = 2 * np.pi * config.rope_theta ** (np.arange(divisors.size) * 2 / config.head_dim)
@@ -679,6 +654,40 @@ def _llama3_scaling(stored: _Stored, config: ModelConfig) -> RopeScaling | None:
 
 
 # ---------------------------------------------------------------------------------------------------- both formats
+
+
+def _settle_tie(
+    config: ModelConfig, stored: Mapping[str, _Stored], names: Mapping[str, str]
+) -> tuple[ModelConfig, dict[str, str]]:
+    """Whether head and embedding are one matrix, and under which name, for a model that may tie them.
+
+    Files that hold both are common, and not all of them hold the same twice: fine-tunes with a head of their own say
+    that they are tied too. Of two copies, the head's is used for both: it is the more precise one where they differ.
+    """
+    head, embedding = names["head"], names["embedding"]
+    both = head in stored and embedding in stored
+    tied = not both or _are_one_matrix(stored[head], stored[embedding])
+    chosen = head if head in stored else embedding
+    return config.replace(tie_word_embeddings=tied), {**names, "head": chosen}
+
+
+def _are_one_matrix(a: _Stored, b: _Stored) -> bool:
+    if a.shape != b.shape or 0 in a.shape:
+        return False
+    exact = a.encoding in _DTYPES and b.encoding in _DTYPES
+    # Copies at two precisions are compared row by row, which takes decoding: 64 rows tell one matrix from two.
+    step = max(1, _BLOCK_VALUES // a.columns) if exact else 1
+    starts = range(0, a.rows, step if exact else max(1, a.rows // 64))
+    difference = norm = 0.0
+    with open(a.path, "rb") as file, open(b.path, "rb") as other, np.errstate(all="ignore"):
+        for start in starts:
+            stop = min(start + step, a.rows)
+            ours, theirs = (x.read(f, start, stop).astype(np.float32) for x, f in ((a, file), (b, other)))
+            if exact and not np.array_equal(ours, theirs):
+                return False
+            difference += float(np.square(ours - theirs).sum())
+            norm += float(np.square(ours).sum())
+    return exact or difference <= _TIED_DIFFERENCE**2 * norm
 
 
 def _checkpoint(
@@ -700,12 +709,13 @@ def _checkpoint(
         _, i, part = name.split(".")
         return f"{layer_prefix}.{i}.{layer_names[part]}"
 
-    # Lazily, and at most nine: a damaged layer count could ask for billions.
-    missing = list(islice((n for n in map(stored_name, _names(config)) if n not in stored), 9))
+    # Lazily, and only the first few: a damaged layer count could ask for billions.
+    missing = list(islice((name for name in map(stored_name, _names(config)) if name not in stored), 5))
     if missing:
+        ends = "" if config.tie_word_embeddings else " and a head of its own (tie_word_embeddings is false)"
         raise CheckpointError(
-            f"{path}: tensors are missing: {_some(missing)}. Expected for a {config.architecture!r} model with "
-            f"{config.num_layers} layers; download the model again."
+            f"{path}: tensors are missing: {listed(missing)}. Expected for a {config.architecture!r} model with "
+            f"{config.num_layers} layers{ends if names['head'] in missing else ''}; download the model again."
         )
     interleaved = interleaved or {}
     sources: dict[str, _Source] = {}
@@ -716,23 +726,18 @@ def _checkpoint(
         expected = shape[::-1] if transposed else shape
         if tensor.shape != expected:
             raise CheckpointError(
-                f"{tensor.path}: tensor {theirs!r} has shape {tensor.shape}, the configuration wants {expected}."
+                f"{tensor.path}: tensor {theirs!r} has shape {tensor.shape}, the configuration wants {expected} "
+                f"({_SIZES[name.split('.')[-1]]})."
             )
         heads = interleaved.get(name.split(".")[-1].removesuffix("_bias"), 0)
         sources[name] = _Source(theirs, tensor, transposed, heads)
-    unexpected = sorted(set(stored) - {source.name for source in sources.values()} - ignored)
-    if unexpected:
+    if unexpected := sorted(set(stored) - {source.name for source in sources.values()} - ignored):
         raise UnsupportedModelError(
             f"{path}: tensors that a {config.architecture!r} model with {config.num_layers} layers has no place for: "
-            f"{_some(unexpected)}."
+            f"{listed(unexpected)}."
         )
     return Checkpoint(path, config, sources)
 
 
 def _names(config: ModelConfig) -> Iterator[str]:
     return (name for name, _ in parameter_shapes(config))
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:8])
-    return shown if len(names) <= 8 else f"{shown} and more"

@@ -3,7 +3,7 @@
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 HEAD_SIZES = (64, 96, 128, 256)
 LOG2E = math.log2(math.e)
@@ -27,9 +27,7 @@ def decline_what_no_kernel_takes(query, key, value, scale: float) -> None:
         raise NotImplementedError(f"needs a scale above 0, not {scale}")
 
 
-def extents(
-    query: Float[Array, "B T N H"], key, query_lengths, key_value_lengths, query_offset, score_rows: int | str
-) -> Int[Array, "B*4"]:
+def extents(query, key, query_lengths, key_value_lengths, query_offset, score_rows: int | str) -> Int[Array, "numbers"]:
     """Query length, key length, offset and first counted row of each sequence: what a kernel reads of it."""
     batch, t = query.shape[:2]
 

@@ -1,0 +1,44 @@
+"""Every public name. `minikv_jax` gives them when the first of them is used."""
+
+from minikv_jax import presets
+from minikv_jax.cache import KVCache, nbytes
+from minikv_jax.config import Allocation, CacheConfig, Codec, Rank
+from minikv_jax.decode import decode_step
+from minikv_jax.errors import CheckpointError, ConfigError, MiniKVError, PromptError, UnsupportedModelError
+from minikv_jax.extend import extend, prefill_in_chunks
+from minikv_jax.generate import generate, stream
+from minikv_jax.models import load
+from minikv_jax.prefill import bucket, empty_cache, forward, prefill
+from minikv_jax.report import cache_report
+from minikv_jax.sampling import Sampling
+from minikv_jax.slots import fork, insert, reset
+
+__all__ = [
+    "Allocation",
+    "CacheConfig",
+    "CheckpointError",
+    "Codec",
+    "ConfigError",
+    "KVCache",
+    "MiniKVError",
+    "PromptError",
+    "Rank",
+    "Sampling",
+    "UnsupportedModelError",
+    "bucket",
+    "cache_report",
+    "decode_step",
+    "empty_cache",
+    "extend",
+    "fork",
+    "forward",
+    "generate",
+    "insert",
+    "load",
+    "nbytes",
+    "prefill",
+    "prefill_in_chunks",
+    "presets",
+    "reset",
+    "stream",
+]
