@@ -80,7 +80,10 @@ def write(path: Path, rows: list[dict]) -> None:
     if path.exists():
         results |= json.loads(path.read_text(encoding="utf-8"))
     ran, known = {_key(row) for row in rows}, made()
-    others = [row for row in results["rows"] if _key(row) not in ran and _key(row)[:2] in known]
+    others = [row for row in results["rows"] if row["cases"] and _key(row) not in ran and _key(row)[:2] in known]
+    # A promise whose test never ran stands in the table too, and says so.
+    missing = known - {_key(row)[:2] for row in others + rows}
+    others += [{"case": case, "test": test, "suite": "", "cases": 0, "figures": []} for case, test in missing]
     results["versions"] = {name: importlib.metadata.version(name) for name in _PACKAGES}
     results["date"] = datetime.date.today().isoformat()
     results["rows"] = sorted(others + rows, key=lambda row: (row["test"], _key(row)))

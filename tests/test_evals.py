@@ -13,6 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIG, METHODS, MODEL, tokens
+from test_flags import FLAGS
 from tiny import lab
 
 from minikv_jax import ConfigError, MiniKVError, decode_step, nbytes, prefill, presets
@@ -196,6 +197,30 @@ def test_looking_inside(title):
         (figures,) = values.values()
         assert all(0 < x <= 1 for profile in figures.values() for x in profile)
         assert set(values) == {"full"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_flag_of_jax_changes_no_figure(flag):
+    methods = {"full": presets.full(), "two_tiers": METHODS["two_tiers"], "mikv": METHODS["mikv"]}
+    asked = lab(lengths=(150,), new_tokens=20, limit=1)
+
+    def figures():
+        found = {}
+        for title in ("kl", "running", "passkey", "layers", "spread", "persistence"):
+            mine = methods if TASKS[title].compares else {"full": presets.full()}
+            for items in run.measured(asked, title, mine, set()):
+                found |= {(title, item["case"], item["method"]): item["values"] for item in items}
+        return found
+
+    plain = figures()
+    with FLAGS[flag]():
+        jax.clear_caches()  # everything is traced again
+        flagged = figures()
+    assert plain.keys() == flagged.keys()
+    for key, values in plain.items():
+        for metric, value in values.items():
+            assert flagged[key][metric] == pytest.approx(value, abs=1e-3), (key, metric)
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------

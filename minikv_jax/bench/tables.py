@@ -272,6 +272,9 @@ def promises(results: dict) -> str:
     """What users may rely on, the test that shows it and what it measured."""
     rows = {}
     for row in results["rows"]:
+        if not row["cases"]:
+            rows.setdefault(row["case"], []).append([f"`{row['test']}`", _NOT_YET, ""])
+            continue
         cases = f"{row['cases']} cases" if row["cases"] > 1 else ""
         measured = "; ".join([*filter(None, [cases]), *row["figures"][:3]])
         where = f"{row['device']}, {row['date']}" + (", slow" if row["suite"] == "slow" else "")

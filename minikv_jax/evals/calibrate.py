@@ -205,7 +205,7 @@ class _Walk:
 @jax.jit
 def _through(layer: LlamaLayer, x, cache: LayerCache, position, counts) -> Float[Array, "B F D"]:
     """The layer over tokens that go on from its cache, read at once."""
-    tokens = jnp.arange(x.shape[1])
+    tokens = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     query, key, value = layer.before_attention(x, position[:, None] + tokens)
     counted = tokens < counts[:, None]
     _, attention = read_tokens(cache, query, key, value, position, counts, counted)

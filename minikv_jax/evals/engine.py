@@ -164,7 +164,7 @@ def _embedded(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
 
 @jax.jit
 def _read_on_layer(layer, x, cache: LayerCache, position, counted: Bool[Array, "B T"]):
-    places = position[:, None] + jnp.arange(x.shape[1])
+    places = position[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     query, key, value = layer.before_attention(x, places)
 
     def step(cache, token):
@@ -189,7 +189,8 @@ def read_on(
         tokens: known in advance, padded on the right.
         counts: true numbers of tokens. Hidden states past them are meaningless.
     """
-    counted = jnp.arange(tokens.shape[1]) < counts[:, None]
+    counts = jnp.asarray(counts, jnp.int32)
+    counted = jnp.arange(tokens.shape[1])[None] < counts[:, None]
     x, layers = _embedded(model, tokens), []
     for layer, held in zip(model.layers, cache.layers):
         x, held, _ = _read_on_layer(layer, x, held, cache.lengths, counted)
