@@ -4,12 +4,18 @@ BIN := $(VENV)/bin
 TEXT := examples/texts/pride_and_prejudice.txt
 PICTURE := demo/cache.png
 QUESTION := examples/question.txt
+SPREAD := -n 2 --dist worksteal
+PYTEST := $(BIN)/python -m pytest $(SPREAD)
+SLOW := -m '(slow or hypothesis) and not gpu' --hypothesis-profile many
 
-.PHONY: help demo test lint format typecheck bench clean
+.PHONY: help demo test slow coverage promises lint format typecheck bench clean
 
 help:
 	@echo "make demo       a real model answers from a full and from a compressed cache, side by side"
-	@echo "make test       the test suite"
+	@echo "make test       the test suite, six minutes at most on two cores"
+	@echo "make slow       the slow tests, and properties over many more examples"
+	@echo "make coverage   both, and the lines that they run: 95 % at least"
+	@echo "make promises   both, and docs/promises.md, the table of what they show"
 	@echo "make lint       ruff, and the README's generated parts"
 	@echo "make typecheck  basedpyright"
 	@echo "make format     rewrite the sources in ruff's format, and the README's generated parts"
@@ -22,7 +28,25 @@ demo:
 
 test:
 	@.ci/environment test
-	$(BIN)/python -m pytest -n 2 --durations=10
+	$(PYTEST) --durations=10
+
+slow:
+	@.ci/environment test
+	$(PYTEST) $(SLOW)
+
+coverage:
+	@.ci/environment test
+	rm -f .coverage .coverage.*
+	COVERAGE_CORE=sysmon $(BIN)/coverage run -m pytest $(SPREAD)
+	COVERAGE_CORE=sysmon $(BIN)/coverage run -m pytest $(SPREAD) $(SLOW)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+promises:
+	@.ci/environment test
+	$(PYTEST) --promises
+	$(PYTEST) $(SLOW) --promises
+	$(BIN)/python -m minikv_jax.bench.tables --write docs/promises.md
 
 lint:
 	@.ci/environment dev
@@ -30,6 +54,7 @@ lint:
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m minikv_jax.bench.tables --check README.md
 	$(BIN)/python -m minikv_jax.bench.tables --check examples/quality.md
+	$(BIN)/python -m minikv_jax.bench.tables --check docs/promises.md
 
 typecheck:
 	@.ci/environment dev
@@ -41,6 +66,7 @@ format:
 	$(BIN)/ruff format .
 	$(BIN)/python -m minikv_jax.bench.tables --write README.md
 	$(BIN)/python -m minikv_jax.bench.tables --write examples/quality.md
+	$(BIN)/python -m minikv_jax.bench.tables --write docs/promises.md
 
 bench:
 	@.ci/environment

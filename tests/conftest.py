@@ -6,11 +6,13 @@ import secrets
 import draws
 import environment  # before anything that imports JAX
 import hypothesis
+import promises
 import pytest
 from typed import check_annotations
 
 # The first example of a shape compiles, so time says nothing; each run draws afresh.
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=25, print_blob=True)
+hypothesis.settings.register_profile("many", hypothesis.settings.get_profile("suite"), max_examples=500)
 hypothesis.settings.load_profile("suite")
 
 check_annotations()
@@ -18,6 +20,7 @@ check_annotations()
 
 def pytest_addoption(parser):
     parser.addoption("--draws", type=int, help="Seed of everything the tests draw; by default a new one.")
+    parser.addoption("--promises", action="store_true", help=f"Writes what tests promise to {promises.RESULTS.name}.")
 
 
 def pytest_configure(config):
@@ -29,6 +32,8 @@ def pytest_configure(config):
     hypothesis.core.global_force_seed = seed
     if "PYTEST_XDIST_WORKER" not in os.environ:
         environment.forget_old_programs()
+        if config.getoption("--promises"):
+            config.pluginmanager.register(promises.Recorder())
     if "not gpu" not in config.getoption("markexpr"):
         environment.compile_anew()
 
@@ -41,11 +46,21 @@ def pytest_itemcollected(item):
     given = getattr(getattr(item, "obj", None), "hypothesis", None)
     if given is not None and not hasattr(given.inner_test, "__wrapped__"):
         given.inner_test = draws.by_example(given.inner_test)
+    promises.note(item)
 
 
 @pytest.fixture(autouse=True)
 def _own_draws(request):
     draws.begin(request.node.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item, call):
+    suite = dict(item.user_properties).get("suite")
+    if suite is not None and call.when == "call":
+        item.user_properties.append(("device", promises.device(suite)))
+        if draws.examples():
+            item.user_properties.append(("figure", f"{draws.examples():,} examples"))
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import zlib
 import numpy as np
 
 VARIABLE = "MINIKV_TEST_SEED"
-_state = {"test": "", "example": "", "counter": itertools.count()}
+_state = {"test": "", "example": "", "examples": 0, "counter": itertools.count()}
 
 
 def begin(test: str) -> None:
     """Called by `conftest.py` before each test."""
-    _state.update(test=test, example="", counter=itertools.count())
+    _state.update(test=test, example="", examples=0, counter=itertools.count())
 
 
 def by_example(test):
@@ -26,10 +26,15 @@ def by_example(test):
 
     @functools.wraps(test)
     def one(*arguments, **drawn):
-        _state.update(example=repr((arguments, drawn)), counter=itertools.count())
+        _state.update(example=repr((arguments, drawn)), examples=examples() + 1, counter=itertools.count())
         return test(*arguments, **drawn)
 
     return one
+
+
+def examples() -> int:
+    """How many examples hypothesis has given the test."""
+    return _state["examples"]
 
 
 def rng() -> np.random.Generator:

@@ -3,11 +3,11 @@
 import dataclasses
 
 import draws
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 
-from minikv_jax import presets
+from minikv_jax import decode_step, presets
 from minikv_jax.config import CacheConfig
 from minikv_jax.models import ModelConfig
 from minikv_jax.models.llama import Llama
@@ -47,8 +47,16 @@ METHODS["snapkv"] = presets.snapkv(budget=24, window=8)
 METHODS["pyramidkv"] = presets.pyramidkv(budget=24, window=8)
 
 
+# What tests share so that each of its programs is compiled once: caches of this room, for prompts [1 | 3, 64].
+step = jax.jit(decode_step)
+
+
+def roomy(method: str) -> CacheConfig:
+    return METHODS[method].replace(prompt_capacity=64, generated_capacity=40)
+
+
 def tokens(*shape):
-    return jnp.asarray(draws.rng().integers(0, CONFIG.vocab_size, shape), jnp.int32)
+    return draws.array(draws.rng().integers(0, CONFIG.vocab_size, shape), "int32")
 
 
 def nearly_equal(a, b) -> bool:

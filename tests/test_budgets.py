@@ -1,5 +1,7 @@
 """Who is kept: budgets per layer, and the choice of tokens."""
 
+import draws
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minikv_jax import ConfigError, allocate, presets, rank
+
+best = jax.jit(rank.best, static_argnums=3)
 
 
 def test_pyramid_of_the_paper():
@@ -20,6 +24,7 @@ def test_pyramid_of_the_paper():
 
 
 @given(length=st.integers(1, 5000), heavy=st.floats(0.001, 1), recent=st.floats(0, 1))
+@pytest.mark.promise("Budgets add up exactly")
 def test_counts_are_those_of_python(length, heavy, recent):
     budget = allocate.budget(presets.minikv(heavy, recent), 0, 1, length)
     kept = int(length * heavy) + int(length * recent)
@@ -50,6 +55,7 @@ def test_pyramidkv_budgets_are_the_references(length, budget, layers):
     recent=st.integers(0, 40),
     sinks=st.integers(0, 3),
 )
+@pytest.mark.promise("The first and the newest tokens are always kept, and ties are settled by position")
 def test_selection_is_sinks_recent_tokens_and_the_best_others(seed, length, heavy, recent, sinks):
     recent = min(recent, length)
     rng = np.random.default_rng(seed)
@@ -65,6 +71,16 @@ def test_selection_is_sinks_recent_tokens_and_the_best_others(seed, length, heav
         assert rows[0, head].tolist() == expected + [64] * (80 - len(expected))
         left = sorted(set(range(length)) - set(expected))
         assert rest[0, head].tolist() == left + [64] * (80 - len(left))
+
+
+@pytest.mark.promise("A larger budget never loses a token that a smaller one keeps")
+@given(length=st.integers(1, 64), few=st.integers(0, 64), more=st.integers(0, 64))
+def test_a_larger_budget_keeps_what_a_smaller_one_keeps(length, few, more):
+    scores = draws.rng().choice(np.array([0.0, 0.5, 1.0, 2.0], np.float32), (1, 2, 64))
+    few, more = sorted(min(n, length) for n in (few, more))
+    kept = [best(scores, jnp.array([length]), jnp.array([0]), 0, jnp.array([n])) for n in (few, more)]
+    assert not np.any(kept[0] & ~np.asarray(kept[1]))
+    assert [int(np.sum(x[0, 0])) for x in kept] == [few, more]
 
 
 @pytest.mark.parametrize(

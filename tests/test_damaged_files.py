@@ -163,10 +163,7 @@ def check(name: str, folder: Path, count: int, figure) -> None:
     )
 
 
-PROMISE = "A damaged file is refused in one line or loads: no traceback, no hang, little memory"
-
-
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise("A damaged file is refused in one line or loads: no traceback, no hang, little memory")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_files_load_or_are_refused_in_one_line(tmp_path, name, figure):
@@ -174,7 +171,7 @@ def test_damaged_files_load_or_are_refused_in_one_line(tmp_path, name, figure):
 
 
 @pytest.mark.slow
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise("A damaged file is refused in one line or loads: no traceback, no hang, little memory")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FORMATS)
 def test_many_damaged_files_load_or_are_refused_in_one_line(tmp_path, name, figure):

@@ -1,5 +1,6 @@
 """What users set for all of JAX changes nothing: every preset works under each flag and transformation."""
 
+import contextlib
 import functools
 
 import chex
@@ -13,7 +14,18 @@ from models import METHODS, MODEL, nearly_equal, tokens
 
 from minikv_jax import decode_step, empty_cache, extend, fork, forward, generate, insert, prefill, stream
 
+
+@contextlib.contextmanager
+def together():
+    """All flags but x64 at once: the quick tests set these, the slow ones each alone."""
+    with contextlib.ExitStack() as flags:
+        for name in ("debug_nans", "rank_promotion", "dtype_promotion", "leaks"):
+            flags.enter_context(FLAGS[name]())
+        yield
+
+
 FLAGS = {
+    "together": together,
     "x64": functools.partial(jax.enable_x64, True),
     "debug_nans": functools.partial(jax.debug_nans, True),
     "rank_promotion": functools.partial(jax.numpy_rank_promotion, "raise"),
@@ -42,7 +54,9 @@ def life(method: str, text, turn, later, room: int = 64):
 
 @pytest.mark.promise("Every preset gives the same under x64, debug_nans, strict promotion and leak checks")
 @pytest.mark.parametrize("method", EVERY)
-@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize(
+    "flag", ["together", "x64", *(pytest.param(x, marks=pytest.mark.slow) for x in list(FLAGS)[2:])]
+)
 def test_a_flag_of_jax_changes_nothing(flag, method):
     text, turn, later = tokens(1, 30), tokens(1, 9), tokens(40, 1)
     plain, _ = life(method, text, turn, later)

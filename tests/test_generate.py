@@ -10,12 +10,13 @@ import chex
 import draws
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CONFIG, METHODS, nearly_equal, tokens
+from models import CONFIG, METHODS, nearly_equal, roomy, tokens
 
 from minikv_jax import (
     ConfigError,
@@ -48,7 +49,7 @@ def every(*quick):
 EVERY = every("full", "minikv", "mikv")
 
 
-def follow(config, prompt, lengths, later, params=MODEL):
+def follow(config, prompt, lengths, later, params=MODEL, step=step):
     """Logits after the prompt and after each later token: [B, steps + 1, V]."""
     logits, cache = prefill(params, prompt, lengths, config)
     rows = [logits]
@@ -90,16 +91,16 @@ def test_jit_gives_what_eager_gives(method):
 
 @pytest.mark.parametrize("method", EVERY)
 @settings(max_examples=3)
-@given(lengths=st.tuples(*[st.integers(1, 48)] * 3))
+@given(lengths=st.tuples(*[st.integers(1, 64)] * 3))
 def test_a_ragged_batch_is_its_sequences_one_by_one(method, lengths):
-    text, config = tokens(3, 48), METHODS[method]
+    text, config, model = tokens(3, 64), roomy(method), models.MODEL
 
     def stored(cache, b):
         """Codes with their scales, and who was kept: what the order of a sum can tip. Not what it only touches."""
         return [np.array(x[b]) for x in jax.tree.leaves(cache.layers) if x.dtype != jnp.float32]
 
-    states = [prefill(MODEL, text, jnp.array(lengths), config)]
-    states += [prefill(MODEL, text[b : b + 1], jnp.array([length]), config) for b, length in enumerate(lengths)]
+    states = [prefill(model, text, jnp.array(lengths), config)]
+    states += [prefill(model, text[b : b + 1], jnp.array([length]), config) for b, length in enumerate(lengths)]
     tipped = [False] * 3
     for _ in range(20):
         (together, cache), *alone = states
@@ -109,7 +110,8 @@ def test_a_ragged_batch_is_its_sequences_one_by_one(method, lengths):
             assert nearly_equal(together[b], logits[0])
             assert tipped[b] or np.abs(together[b] - logits[0]).max() < 1e-4
         token = tokens(3)
-        states = [step(MODEL, cache, token)] + [step(MODEL, c, token[b : b + 1]) for b, (_, c) in enumerate(alone)]
+        states = [models.step(model, cache, token)]
+        states += [models.step(model, c, token[b : b + 1]) for b, (_, c) in enumerate(alone)]
 
 
 @pytest.mark.parametrize("method", every("minikv", "two_tiers"))
@@ -162,25 +164,24 @@ def test_a_split_model_is_as_good_as_the_module():
 
 @pytest.mark.parametrize("method", EVERY)
 def test_a_full_cache_refuses_more_tokens_loudly(method):
-    config = METHODS[method].replace(generated_capacity=3)
-    _, cache = prefill(MODEL, tokens(2, 20), jnp.array([20, 8]), config)
-    for i in range(5):
-        kept = jax.tree.map(jnp.array, cache)
-        logits, cache = step(MODEL, cache, tokens(2))
-        assert bool(jnp.isnan(logits).all()) == (i >= 3)
-        if i >= 3:
+    _, cache = prefill(models.MODEL, tokens(3, 64), jnp.array([20, 8, 64]), roomy(method))
+    for i in range(42):
+        kept = cache
+        logits, cache = models.step(models.MODEL, kept, tokens(3))
+        assert bool(jnp.isnan(logits).all()) == (i >= 40)
+        if i >= 40:
             chex.assert_trees_all_equal(kept, cache)
 
 
 @pytest.mark.parametrize("method", EVERY)
 def test_a_broken_sequence_stays_alone(method):
-    config = METHODS[method]
-    broken = jax.tree.map(lambda x: x, MODEL)
-    broken.head.set_value(MODEL.head[...].at[:, 3].set(jnp.nan))
-    text = jnp.where(tokens(2, 30) == 3, 4, 1).at[0, 5].set(3)
-    later = jnp.ones((2, 20), jnp.int32)
-    together, _ = follow(config, text, jnp.array([30, 30]), later, params=broken)
-    alone, _ = follow(config, text[1:], jnp.array([30]), later[1:], params=broken)
+    config = roomy(method)
+    broken = jax.tree.map(lambda x: x, models.MODEL)
+    broken.head.set_value(broken.head[...].at[:, 3].set(jnp.nan))
+    text = jnp.where(tokens(3, 64) == 3, 4, 1).at[0, 5].set(3)
+    later = jnp.ones((3, 20), jnp.int32)
+    together, _ = follow(config, text, jnp.array([30, 30, 30]), later, broken, models.step)
+    alone, _ = follow(config, text[1:2], jnp.array([30]), later[1:2], broken, models.step)
     columns = np.arange(CONFIG.vocab_size) != 3
     assert np.isnan(together[0, 0]).all()
     # A method that gives tokens up may come to drop the broken ones; the others stay broken for good.

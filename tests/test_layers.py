@@ -29,17 +29,19 @@ def plus(residual=16, **knobs):
     return presets.minikv_plus(group_size=8, residual=residual, **knobs).replace(generated_capacity=40)
 
 
-MIXED = plus(precise=(1,), brief=(0,), brief_share=0.4)
+# Of one room in all tests, so that its step is compiled once.
+MIXED = plus(precise=(1,), brief=(0,), brief_share=0.4).replace(prompt_capacity=90)
+step = jax.jit(decode_step)
 
 
 def read(config, text, lengths, later):
     """Logits after the prompt and after each later token, and the cache."""
     logits, cache = prefill(MODEL, text, lengths, config)
-    step, found = jax.jit(lambda *arguments: decode_step(*arguments), donate_argnums=1), [logits]
+    found, compiled = [logits], step._cache_size()
     for i in range(later.shape[1]):
         logits, cache = step(MODEL, cache, later[:, i])
         found.append(logits)
-    assert step._cache_size() == 1
+    assert step._cache_size() <= compiled + 1
     return np.stack(found, axis=1), cache
 
 
@@ -54,10 +56,11 @@ def test_each_layer_holds_what_it_would_hold_under_a_method_of_its_own():
     assert sizes[0] <= sizes[2] < sizes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "everywhere,alone",
     [
-        pytest.param(dict(precise=(0, 1, 2)), dict(key_bits=4, value_bits=4), marks=pytest.mark.slow),
+        (dict(precise=(0, 1, 2)), dict(key_bits=4, value_bits=4)),
         (dict(brief=(0, 1, 2), brief_share=0.5), dict(heavy=0.25, recent=0.25)),
     ],
 )
@@ -69,17 +72,16 @@ def test_all_layers_alike_are_the_method_alike(everywhere, alone):
 
 def test_a_batch_answers_as_its_prompts_alone_and_in_a_slot():
     text, lengths, later = tokens(2, 60), jnp.array([60, 33]), tokens(2, 30)
-    together, cache = read(MIXED.replace(prompt_capacity=60), text, lengths, later)
+    together, cache = read(MIXED, text, lengths, later)
     assert cache.room.tolist() == [10, 10]
-    slots = empty_cache(MODEL, MIXED.replace(prompt_capacity=60), 3)
-    step = jax.jit(decode_step)
+    slots = empty_cache(MODEL, MIXED, 2)
     for row, length in enumerate((60, 33)):
-        logits, cache = prefill(MODEL, text[row : row + 1], jnp.array([length]), MIXED.replace(prompt_capacity=60))
+        logits, cache = prefill(MODEL, text[row : row + 1], jnp.array([length]), MIXED)
         np.testing.assert_allclose(together[row, 0], logits[0], atol=1e-4)
-        slots = insert(slots, row + 1, cache)
+        slots = insert(slots, 1 - row, cache)
     for i in range(30):
-        logits, slots = step(MODEL, slots, jnp.concatenate([jnp.zeros((1,), jnp.int32), later[:, i]]))
-        np.testing.assert_allclose(together[:, i + 1], logits[1:], atol=1e-3)
+        logits, slots = step(MODEL, slots, later[::-1, i])
+        np.testing.assert_allclose(together[:, i + 1], logits[::-1], atol=1e-3)
 
 
 def test_the_loop_decodes_what_steps_decode():
@@ -88,7 +90,7 @@ def test_the_loop_decodes_what_steps_decode():
     first = logits.argmax(-1).astype(jnp.int32)
     written, _ = decode_loop(MODEL, cache, first, jax.random.key(0), Sampling(), 31, ())
     _, cache = prefill(MODEL, text, lengths, MIXED)
-    step, token = jax.jit(decode_step), first
+    token = first
     for i in range(1, 31):
         logits, cache = step(MODEL, cache, token)
         token = written[:, i]

@@ -108,6 +108,7 @@ SLOW |= {"mikv, everything important", "mikv, 8 and 3 bits"}
     seed=st.integers(0, 2**32 - 1),
     lengths=st.tuples(*[st.integers(1, TOKENS)] * BATCH),
 )
+@pytest.mark.promise("Every method keeps, stores and answers what an independent NumPy simulation of its paper does")
 def test_cache_agrees_with_its_simulation(case, seed, lengths):
     config, simulation = CASES[case]
     prompt, stream = draw(np.random.default_rng(seed), BATCH, TOKENS, STEPS, HEADS, 3, HEAD_SIZE)
@@ -158,6 +159,7 @@ def held(layer, b):
 
 
 @pytest.mark.parametrize("case", ["minikv", *(pytest.param(case, marks=pytest.mark.slow) for case in ("kivi", "mikv"))])
+@pytest.mark.promise("A thousand steps do not drift")
 def test_a_thousand_steps_do_not_drift(case):
     config, simulation = CASES[case]
     prompt, stream = draw(draws.rng(), 1, 48, 1000, 1, 2, HEAD_SIZE)

@@ -155,8 +155,10 @@ def test_dequantize_follows_the_definition(name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_xla_matches_float64(name):
+@pytest.mark.promise("Attention over packed codes is that of a float64 computation over the same codes, within 1e-5")
+def test_xla_matches_float64(name, figure):
     assert compare("xla", FORMATS[name], lengths=[[256, 100], [0, 129]]) < 1e-5
+    figure("relative errors below 1e-5")
 
 
 @settings(max_examples=4, deadline=None)
@@ -172,6 +174,7 @@ def test_xla_matches_float64_on_drawn_shapes(name, heads, t, blocks):
 
 
 @pytest.mark.parametrize("scales", [[0.0], [1e-6], [1e4], [0.0, 1e-6, 0.1, 1e4]])
+@pytest.mark.promise("Scales of zero, tiny and huge ones give finite, right attention")
 def test_xla_takes_adversarial_scales(scales):
     rng = draws.rng()
     keys, values = segment(rng, 1, 2, 1, 64, FORMATS["2-bit"], scales=scales)
@@ -212,6 +215,7 @@ def check_nothing_beyond_the_length(implementation, length, fmt, h=64):
 
 
 @pytest.mark.parametrize("length", [0, 1, 127, 128, 200, 384])
+@pytest.mark.promise("Attention over packed codes reads nothing beyond a length: NaN there changes no bit")
 def test_xla_reads_nothing_beyond_the_length(length):
     check_nothing_beyond_the_length("xla", length, FORMATS["groups of 16"])
 
@@ -229,6 +233,7 @@ def random_partials(rng, count):
 
 @settings(max_examples=8, deadline=None)
 @given(order=st.permutations(range(4)))
+@pytest.mark.promise("Segments may be attended to in any order")
 def test_merge_does_not_depend_on_the_order(order):
     partials = random_partials(draws.rng(), 4)
     for a, b in zip(merge_partials(partials), merge_partials([partials[i] for i in order])):
@@ -288,6 +293,31 @@ def compare_dense(implementation, *, b=2, heads=2, group=2, t=1, h=64, s=90, dty
 )
 def test_dense_matches_float64(heads, t, s):
     assert compare_dense("xla", heads=heads[0], group=heads[1], t=t, s=s) < 1e-5
+
+
+@pytest.mark.promise("Grouped heads attend as repeated heads would")
+@settings(max_examples=10)
+@given(t=st.sampled_from([1, 3]))
+def test_grouped_heads_are_repeated_heads(t):
+    rng = draws.rng()
+    query, key, value = (draws.array(rng.normal(size=shape)) for shape in ((1, t, 4, 64), *[(1, 2, 90, 64)] * 2))
+    wide = (jnp.repeat(x, 2, axis=1) for x in (key, value))
+    lengths = draws.array(rng.integers(1, 91, 1), "int32")
+    for a, b in zip(attend_dense(query, key, value, lengths), attend_dense(query, *wide, lengths)):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.promise("The order in which kept tokens lie does not matter")
+@settings(max_examples=10)
+@given(order=st.permutations(range(90)))
+def test_the_order_of_kept_tokens_does_not_matter(order):
+    rng = draws.rng()
+    query, key, value = (draws.array(rng.normal(size=shape)) for shape in ((1, 1, 4, 64), *[(1, 2, 90, 64)] * 2))
+    lengths, order = jnp.asarray([90]), np.asarray(order)
+    whole = attend_dense(query, key, value, lengths)
+    moved = attend_dense(query, key[:, :, order], value[:, :, order], lengths)
+    for a, b in zip(whole, moved):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6 * np.abs(a).max())
 
 
 def check_together(

@@ -60,6 +60,7 @@ MORE_CASES = [
 
 
 @pytest.mark.parametrize("cases", [CASES, pytest.param(MORE_CASES, marks=pytest.mark.slow)], ids=["", "more"])
+@pytest.mark.promise("The Hopper kernels have no data races")
 def test_interpreted_it_is_the_definition_and_has_no_races(cases):
     # With fewer threads of JAX's CPU pool than the kernel has the interpreter hangs.
     done = subprocess.run(

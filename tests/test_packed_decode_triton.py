@@ -89,6 +89,7 @@ def check(
 
 @pytest.mark.parametrize("h", [64, 128])
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.promise("Triton's decode kernel computes attention in every format of codes")
 def test_lanes_compute_attention(name, h):
     assert check(FORMATS[name], h=h) < 1e-3
 

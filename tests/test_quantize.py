@@ -38,6 +38,39 @@ def test_every_code_survives_packing(bits):
         np.testing.assert_array_equal(unpack(packed, bits, axis=axis), x)
 
 
+@pytest.mark.promise("Packing loses no code: all 65,536 pairs of bytes come back")
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_every_pair_of_bytes_survives_unpacking_and_packing(bits, figure):
+    rows = 16 * bits
+    pairs = np.stack(np.meshgrid(*[np.arange(256, dtype=np.uint8)] * 2), axis=-1).reshape(-1)
+    stored = np.resize(pairs, (-(-pairs.size // rows), rows)).T
+    codes = unpack(jnp.asarray(stored), bits, axis=0)
+    assert codes.shape == (128, stored.shape[1]) and int(codes.max()) == 2**bits - 1
+    np.testing.assert_array_equal(pack(codes, bits, axis=0), stored)
+    figure(f"{pairs.size // 2:,} pairs, {bits} bits")
+
+
+EXTREMES = {
+    "range 0": lambda x: np.full_like(x, 3.25),
+    "all zero": np.zeros_like,
+    "largest float16": lambda x: np.sign(x) * 65504,
+    "subnormal": lambda x: x * np.float32(1e-41),
+    "one outlier": lambda x: np.where(np.arange(x.size).reshape(x.shape) == 77, 1e4, x),
+}
+
+
+@pytest.mark.promise("Constant groups, subnormals, outliers and the largest float16 come back within their range")
+@pytest.mark.parametrize("axis", ["tokens", "channels"])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extreme_groups_come_back_within_their_range(name, axis):
+    x = EXTREMES[name](draws.rng().standard_normal((1, 1, 128, 16)).astype(np.float32)).astype(np.float32)
+    restored = np.asarray(unpacked(to_packed(encode(x, 2, 16, axis, "float16"), 2, 16, axis, False)))
+    slack = np.abs(x).max() * 2.0**-9 + 1e-7
+    assert np.isfinite(restored).all() and restored.min() >= x.min() - slack and restored.max() <= x.max() + slack
+    if name in ("range 0", "all zero"):
+        np.testing.assert_array_equal(restored, x)
+
+
 def test_ties_round_to_even():
     group = np.array([-1, 2, -0.5, 0.5, 1.5] + [0.0] * 11, np.float32).reshape(1, 1, 1, 16)
     codes = encode(jnp.asarray(group), 2, 16, "channels", "float16")
@@ -57,6 +90,7 @@ def test_a_constant_group_gives_back_the_constant(constant):
 @pytest.mark.parametrize("axis", ["tokens", "channels"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("group", [16, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 32))])
+@pytest.mark.promise("Stored numbers are those of an independent NumPy quantiser")
 def test_stored_numbers_are_the_references(group, bits, axis, tokens_last):
     rng = draws.rng()
     x = rng.standard_normal((1, 2, 128, 32)).astype(np.float32) * rng.choice([0.1, 1, 30], 32).astype(np.float32)
@@ -76,6 +110,7 @@ def test_stored_numbers_are_the_references(group, bits, axis, tokens_last):
     bits=st.sampled_from([1, 2, 3, 4, 8]),
     axis=st.sampled_from(["tokens", "channels"]),
 )
+@pytest.mark.promise("No number comes back off by more than half a step and the rounding of its metadata")
 def test_no_number_is_off_by_more_than_half_a_step(x, bits, axis):
     x = np.tile(x, (8, 1))[None, None]
     codes = encode(jnp.asarray(x), bits, 8, axis, "float16")
@@ -130,6 +165,7 @@ MORE = [("float16", (0.9, 0.8)), ("bfloat16", ()), ("bfloat16", (0.9, 0.8)), ("f
 @pytest.mark.parametrize(("metadata", "clip"), STORED + [pytest.param(*x, marks=pytest.mark.slow) for x in MORE])
 @pytest.mark.parametrize("axis", ["tokens", "channels"])
 @given(place=st.tuples(st.integers(0, 127), st.integers(0, 15)), whole=st.booleans())
+@pytest.mark.promise("NaN comes back as NaN, in its own group alone")
 def test_a_group_that_holds_nan_comes_back_as_nan_and_no_other_does(axis, metadata, clip, place, whole):
     # XLA's own minimum loses NaN or keeps it as the size has it compiled: two heads of two sequences lose it.
     x = draws.rng().standard_normal((2, 2, 128, 16)).astype(np.float32)

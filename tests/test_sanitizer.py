@@ -39,6 +39,7 @@ def sanitizer() -> str | None:
         ("packed_append:triton", 4),
     ],
 )
+@pytest.mark.promise("No kernel reads or writes out of bounds or races with itself, by compute-sanitizer")
 def test_clean(kernel, calls, tool):
     program = sanitizer()
     if program is None:

@@ -78,6 +78,7 @@ def check_xla(t, s, heads, h, causal, window, score_rows, shift, share):
 
 
 @given(shift=st.integers(0, 11), share=st.floats(0.1, 1), window=st.sampled_from([None, 7]))
+@pytest.mark.promise("Prefill attention, its scores and its log-sum-exp are those of a float64 computation")
 def test_xla_is_the_definition(shift, share, window):
     check_xla(40, 45, (4, 2), 64, True, window, 5, shift, share)
 
@@ -95,6 +96,7 @@ def test_xla_is_the_definition(shift, share, window):
     shift=st.sampled_from([None, 0, 3, 11]),
     share=st.floats(0.1, 1),
 )
+@pytest.mark.promise("Prefill attention, its scores and its log-sum-exp are those of a float64 computation")
 def test_xla_is_the_definition_at_every_shape(t, s, heads, h, causal, window, score_rows, shift, share):
     check_xla(t, s, heads, h, causal, window, score_rows, shift, share)
 
@@ -122,6 +124,7 @@ ADVERSARIAL = [dominant, equal, huge, denormal]
 
 
 @pytest.mark.parametrize("change", ADVERSARIAL)
+@pytest.mark.promise("Dominant, equal, huge and denormal values give right attention")
 def test_adversarial_values(change):
     q, k, v = change(*draw(1, 33, 33, 4, 2, 64))
     got = attend(q, k, v, implementation="xla")
@@ -129,6 +132,7 @@ def test_adversarial_values(change):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.promise("NaN and infinities in padding reach no result of prefill attention")
 def test_padding_may_hold_anything(bad):
     q, k, v = draw(2, 24, 30, 4, 2, 64)
     rows, columns = ints(24, 13), ints(21, 30)
@@ -140,6 +144,13 @@ def test_padding_may_hold_anything(bad):
     assert (np.asarray(dirty[0])[1, 13:] == 0).all() and (np.asarray(dirty[1])[0, :, 21:] == 0).all()
 
 
+@pytest.mark.promise("A row that may see nothing gets zeros, and no NaN")
+def test_rows_that_see_nothing_get_zeros():
+    q, k, v = draw(2, 24, 30, 4, 2, 64)
+    output, scores, lse = attend(q, k * jnp.nan, v * jnp.nan, key_value_lengths=ints(0, 0))
+    assert (np.asarray(output) == 0).all() and (np.asarray(scores) == 0).all() and np.isneginf(lse).all()
+
+
 def test_a_length_beyond_the_array_means_the_array():
     q, k, v = draw(2, 24, 30, 4, 2, 64)
     want = attend(q, k, v, score_rows=5)
@@ -147,10 +158,13 @@ def test_a_length_beyond_the_array_means_the_array():
     compare(got, want, 1e-6)
 
 
-def test_scores_add_up_to_the_rows():
+@pytest.mark.promise("Column sums conserve the mass of attention")
+def test_scores_add_up_to_the_rows(figure):
     q, k, v = draw(1, 100, 100, 6, 2, 64)
     _, scores, _ = attend(q, k, v)
-    np.testing.assert_allclose(np.asarray(scores).sum(-1), 100 * 3, rtol=1e-5)
+    off = np.abs(np.asarray(scores).sum(-1) / (100 * 3) - 1).max()
+    assert off < 1e-5
+    figure(f"off by {off:.0e} of the number of rows")
 
 
 def test_a_named_implementation_says_why_it_cannot_run():
@@ -258,6 +272,7 @@ print("DONE")
         pytest.param(dict(causal=False, score_rows="all", blocks={}), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.promise("The Hopper kernels have no data races")
 def test_kernels_in_the_interpreter_have_no_races(case):
     # The interpreter runs every warpgroup on a thread of JAX's CPU pool: with fewer threads than warpgroups it hangs.
     done = subprocess.run(

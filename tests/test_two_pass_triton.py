@@ -77,6 +77,7 @@ MORE_CASES = [
 
 
 @pytest.mark.parametrize("cases", [CASES, pytest.param(MORE_CASES, marks=pytest.mark.slow)], ids=["", "more"])
+@pytest.mark.promise("Triton's prefill kernels compute the definition, whatever lies in padding")
 def test_the_interpreted_kernels_are_the_definition(cases):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", INTERPRETED.replace("{cases}", repr(cases))],

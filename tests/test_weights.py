@@ -625,9 +625,6 @@ def test_tensor_in_two_shards(tmp_path):
         open_checkpoint(folder)
 
 
-PICKLES = "Pickles are refused unopened, by name and by content"
-
-
 class Bomb:
     """Runs code when it is unpickled."""
 
@@ -635,7 +632,7 @@ class Bomb:
         return os._exit, (1,)
 
 
-@pytest.mark.promise(PICKLES)
+@pytest.mark.promise("Pickles are refused unopened, by name and by content")
 @pytest.mark.parametrize("suffix", ["bin", "pt", "pth", "pkl", "ckpt"])
 def test_pickles_are_refused_by_name(tmp_path, suffix):
     file = tmp_path / f"pytorch_model.{suffix}"
@@ -645,7 +642,7 @@ def test_pickles_are_refused_by_name(tmp_path, suffix):
             open_checkpoint(path)
 
 
-@pytest.mark.promise(PICKLES)
+@pytest.mark.promise("Pickles are refused unopened, by name and by content")
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5, "zip"])
 @pytest.mark.parametrize("name", ["model.safetensors", "model.gguf", "model-00001-of-00001.safetensors"])
 def test_pickles_are_refused_by_content(folder, protocol, name, figure):

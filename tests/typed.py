@@ -49,13 +49,13 @@ def _modules() -> list[ModuleType]:
         module = importlib.import_module(name)
         modules.append(module)
         inside = pkgutil.walk_packages(getattr(module, "__path__", []), f"{name}.")
-        # Kernels of other languages annotate what those languages understand.
-        modules += [importlib.import_module(x.name) for x in inside if not _is_device_code(x.name)]
+        # Kernels of other languages annotate what those languages understand, and an api refuses by itself.
+        modules += [importlib.import_module(x.name) for x in inside if not _is_left_out(x.name)]
     return modules
 
 
-def _is_device_code(name: str) -> bool:
-    return any(part.startswith("_triton") or part in ("mosaic", "mosaic_gpu") for part in name.split("."))
+def _is_left_out(name: str) -> bool:
+    return any(part.startswith("_triton") or part in ("mosaic", "mosaic_gpu", "api") for part in name.split("."))
 
 
 def _check_methods(kind: type) -> None:

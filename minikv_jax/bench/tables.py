@@ -267,6 +267,23 @@ def lines(folder: Path) -> str:
     return _every_method(folder, "lines-*.json", ("lines",), by_case=True)
 
 
+@_of("promises.json")
+def promises(results: dict) -> str:
+    """What users may rely on, the test that shows it and what it measured."""
+    rows = {}
+    for row in results["rows"]:
+        if not row["cases"]:
+            rows.setdefault(row["case"], []).append([f"`{row['test']}`", _NOT_YET, ""])
+            continue
+        cases = f"{row['cases']} cases" if row["cases"] > 1 else ""
+        measured = "; ".join([*filter(None, [cases]), *row["figures"][:3]])
+        where = f"{row['device']}, {row['date']}" + (", slow" if row["suite"] == "slow" else "")
+        rows.setdefault(row["case"], []).append([f"`{row['test']}`", measured or "passes", where])
+    lines = [[case, *line] for case in sorted(rows) for line in rows[case]]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return f"{versions}; `{results['command']}`.\n\n{_table(['promise', 'test', 'figure', 'where and when'], lines)}"
+
+
 def _every_method(folder: Path, files: str, names: Sequence[str], by_case: bool = False) -> str:
     """All methods of results files, a column for each metric of `names`, or for each group of cases of one metric."""
     from minikv_jax.evals import summary
@@ -304,10 +321,12 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "tiers": tiers,
     "lines": lines,
     "ruler": ruler,
+    "promises": promises,
 }
 DOCUMENTS = {
     "README.md": ("methods", "sizes", "cpu", "prefill", "decode", "e2e", "steps", "quality"),
     "quality.md": ("layers", "questions", "tiers", "lines", "ruler"),
+    "promises.md": ("promises",),
 }
 
 
