@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import time
 import types
 from pathlib import Path
 
+import draws
 import jax
 import jax.numpy as jnp
 import pytest
@@ -401,7 +401,7 @@ def test_a_signal_ends_the_program_without_a_word(number, after):
 @pytest.mark.slow
 @pytest.mark.promise("Ctrl-C ends the program at any moment, without a traceback")
 def test_a_signal_ends_the_program_at_any_moment(tmp_path, figure):
-    moments = [8 * random.random() for _ in range(60)]
+    moments = draws.rng().uniform(0, 8, 24)
     for i, after in enumerate(moments):
         number = signal.SIGTERM if i % 4 == 0 else signal.SIGINT
         command = ["generate", "--max-new-tokens", "400", "hi"]
