@@ -456,7 +456,11 @@ def checked(model: Llama, longest: int, config: CacheConfig) -> CacheConfig:
 
 def _check_codecs(config: CacheConfig, head_size: int) -> None:
     if (config.rotate_keys or config.rotate_values) and head_size & (head_size - 1):
-        raise ConfigError(f"A Hadamard rotation needs a head size that is a power of two, not {head_size}.")
+        group = head_size & -head_size
+        raise ConfigError(
+            f"{config.name} rotates keys and values, which takes a head size that is a power of two, not {head_size}. "
+            f"These run here: mikv, minikv:group_size={group}, kivi:group_size={group}, and methods that only evict."
+        )
     for codec in (config.codec, config.retained, config.quantized_first):
         if codec is None or codec.dense:
             continue

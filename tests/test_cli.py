@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import draws
@@ -16,8 +17,10 @@ import pytest
 import tiny
 from models import CONFIG, MODEL
 
-from minikv_jax import PromptError, chat, cli, presets, program
+from minikv_jax import PromptError, chat, cli, models, presets, program
+from minikv_jax.bench import cpu
 from minikv_jax.evals import calibrate as finding
+from minikv_jax.evals import parallel
 from minikv_jax.models.llama import Llama
 
 COMMAND = [sys.executable, "-m", "minikv_jax"]
@@ -329,6 +332,42 @@ def test_calibrate_finds_layers(here, tmp_path, monkeypatch):
     assert row["layer"] == 0 and row["gain"] == pytest.approx(1 - results["loss"])
 
 
+def test_eval_with_several_processes_plans_in_this_one(here, tmp_path, monkeypatch):
+    planned = {}
+
+    def run_orders(todo, jobs, load, name, out, command, progress):
+        planned.update(todo=todo, jobs=jobs, load=load, name=name, command=command)
+        progress(1, 2)
+        (out / "table.md").write_text("| a table |")
+
+    monkeypatch.setattr(parallel, "run_orders", run_orders)
+    monkeypatch.setattr(models, "locate", Path)
+    monkeypatch.setattr(models, "open_checkpoint", lambda path: types.SimpleNamespace(config=CONFIG))
+    command = ["eval", "--study", "main", "--jobs", 3, "--lengths", 64, "--model", "some/tiny.gguf", "--out", tmp_path]
+    code, output, errors = here(*command, "--dtype", "bfloat16")
+    assert (code, errors) == (0, "") and "a table" in output
+    assert (
+        planned["jobs"] == 3
+        and planned["name"] == "tiny"
+        and planned["load"].args == (Path("some/tiny.gguf"), "bfloat16")
+    )
+    assert {order.title for order in planned["todo"]} == {"kl", "lines", "shared", "aware"}
+    assert planned["command"].startswith("minikv eval --study main --jobs 3")
+
+
+def test_bench_runs_its_benchmark(here, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(cpu, "run", lambda *arguments: ran.append(arguments))
+    code, output, errors = here("bench", "cpu", "--out", tmp_path / "cpu.json")
+    assert (code, output, errors) == (0, f"Figures: {tmp_path / 'cpu.json'}\n", "") and ran == [
+        (tmp_path / "cpu.json",)
+    ]
+
+
+def test_help_without_a_command(here):
+    assert here()[0] == 0
+
+
 # ---- signals -------------------------------------------------------------------------------------------------------
 
 
@@ -362,7 +401,7 @@ def test_a_signal_ends_the_program_without_a_word(number, after):
 @pytest.mark.slow
 @pytest.mark.promise("Ctrl-C ends the program at any moment, without a traceback")
 def test_a_signal_ends_the_program_at_any_moment(tmp_path, figure):
-    moments = draws.rng().uniform(0, 8, 60)
+    moments = draws.rng().uniform(0, 8, 24)
     for i, after in enumerate(moments):
         number = signal.SIGTERM if i % 4 == 0 else signal.SIGINT
         command = ["generate", "--max-new-tokens", "400", "hi"]

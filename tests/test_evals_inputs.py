@@ -1,26 +1,30 @@
 """What evaluations and benchmarks are given, and where they write: damage is found first, and said in one line."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import signal
 import sys
+import threading
 import time
 
 import draws
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from models import CONFIG, METHODS, MODEL
 from test_evals import LAB, _item
 from test_evals_data import _QUESTION, _package, _ruler_lab, _write
-from tiny import Characters, lab
+from tiny import Characters, lab, loaded
 
 from minikv_jax import ConfigError, MiniKVError, PromptError, outputs, presets
 from minikv_jax.bench import cpu, tables, timing
 from minikv_jax.evals import (
     calibrate,
+    engine,
     jsonl,
     longbench,
     parallel,
@@ -35,7 +39,7 @@ from minikv_jax.evals import (
     texts,
     written,
 )
-from minikv_jax.evals.tasks import METRICS, by_names
+from minikv_jax.evals.tasks import METRICS, TASKS, by_names
 from minikv_jax.models.shapes import shape_of
 from minikv_jax.processes import Workers
 
@@ -550,3 +554,104 @@ def test_times_on_a_cpu_need_the_repositorys_text(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "TEXT", tmp_path / "none.txt")
     with pytest.raises(ConfigError, match="checkout"):
         cpu.run(tmp_path / "cpu.json")
+
+
+# ---- processes of a study, as threads -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Workers of a study that are threads of this process."""
+    monkeypatch.setattr(parallel.signal, "signal", lambda *_: None)
+
+    @contextlib.contextmanager
+    def workers(count, load):
+        pairs = [parallel.multiprocessing.Pipe() for _ in range(count)]
+        running = [threading.Thread(target=parallel._serve, args=(theirs, load)) for _, theirs in pairs]
+        for thread in running:
+            thread.start()
+        try:
+            yield [mine for mine, _ in pairs]
+        finally:
+            for mine, _ in pairs:
+                mine.close()
+            for thread in running:
+                thread.join()
+
+    monkeypatch.setattr(parallel, "_workers", workers)
+
+
+def test_a_study_is_spread_and_goes_on_after_an_order_that_fails(threads, tmp_path, capsys):
+    asked = dataclasses.replace(LAB.settings, limit=1)
+    todo = parallel.orders("", ["kl", "longbench", "spread"], {"snapkv": METHODS["snapkv"]}, asked)
+    done = []
+    with pytest.raises(MiniKVError, match=r"longbench under full: This task needs .*; longbench under snapkv") as error:
+        parallel.run_orders(todo, 1, loaded, "tiny", tmp_path, "", lambda *x: done.append(x))
+    assert one_line(error) and done == [(i + 1, len(todo)) for i in range(len(todo))] and len(todo) == 5
+    assert "Traceback" not in capsys.readouterr().err
+    rows = timing.read_results(tmp_path / "results.json", "quality")["rows"]
+    assert {(row["task"], row["method"]) for row in rows if row["task"] in ("kl", "spread")} == {
+        ("kl", "full"), ("kl", "snapkv"), ("spread", "full")
+    }  # fmt: skip
+    # What is there is not measured again.
+    before = (tmp_path / store.ITEMS).read_bytes()
+    parallel.run_orders([x for x in todo if x.title != "longbench"], 2, loaded, "tiny", tmp_path, "")
+    assert (tmp_path / store.ITEMS).read_bytes() == before
+
+
+def test_a_mistake_of_ours_in_one_order_is_told_and_others_go_on(threads, tmp_path, monkeypatch, capsys):
+    def measured(lab, title, methods, done):
+        if title == "spread":
+            raise ZeroDivisionError("of\nours")
+        yield [SOUND]
+
+    monkeypatch.setattr(run, "measured", measured)
+    todo = parallel.orders("", ["spread", "persistence"], {}, LAB.settings)
+    with pytest.raises(MiniKVError, match=r"^Not measured: spread under full: ZeroDivisionError: of$"):
+        parallel.run_orders(todo, 1, loaded, "tiny", tmp_path, "")
+    assert "Traceback" in capsys.readouterr().err and json.loads((tmp_path / store.ITEMS).read_text()) == SOUND
+
+
+def test_a_study_that_is_stopped_writes_what_it_has(threads, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "measured", lambda *_: iter([[SOUND]]))
+
+    def stopped(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        parallel.run_orders(parallel.orders("", ["spread"], {}, LAB.settings), 1, loaded, "tiny", tmp_path, "", stopped)
+    assert timing.read_results(tmp_path / "results.json")["rows"][0]["task"] == "lines"
+
+
+# ---- what tasks make of figures ------------------------------------------------------------------------------------
+
+
+def _answered(follow, right: bool):
+    """Figures of a follow whose every next token is predicted, or none."""
+    tokens = np.array(follow.tokens)
+    best = np.append(tokens[1:], 0) if right else np.zeros_like(tokens)
+    zero = np.zeros(len(tokens))
+    return engine.Figures(zero, best == tokens, zero + 0.5, zero, best)
+
+
+@pytest.mark.parametrize("title", ["lines", "shared", "aware", "passkey", "needle"])
+def test_right_answers_count(title):
+    asked = lab(lengths=(3000,), limit=1)
+    reduce = TASKS[title].measure.keywords["reduce"]
+    found = {}
+    for case in TASKS[title].cases(asked):
+        values = {x: reduce(asked, case, [_answered(f, x) for f in case.follows]) for x in (True, False)}
+        found |= values[True]
+        assert set(values[True]) == set(values[False]) <= set(TASKS[title].metrics)
+        for metric in values[True]:
+            assert all(x == (0.5 if metric.endswith("nll") else 1.0) for x in values[True][metric])
+            assert metric.endswith("nll") or all(x < 0.5 for x in values[False][metric])
+    assert set(found) == set(TASKS[title].metrics)
+
+
+def test_methods_at_equal_bytes(monkeypatch):
+    monkeypatch.setattr(study, "SHARES", (0.3,))
+    model = dataclasses.replace(shape_of("qwen2.5-1.5b"), num_layers=2)
+    methods = study.at_equal_bytes(model, task.Settings(lengths=(1024,), new_tokens=128))
+    names = {label.partition(":")[0] for label in methods}
+    assert {"full", "kivi", "minikv", "minikv_plus", "mikv", "h2o"} <= names and len(methods) > 10

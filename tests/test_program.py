@@ -1,11 +1,15 @@
 """How programs begin and end: signals, outputs that take nothing, and what becomes of exceptions."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
+
+from minikv_jax import __main__, cli, program
 
 BEGIN = "import gc, os, signal, sys, time\nfrom minikv_jax import program\nfrom minikv_jax.errors import ConfigError\n"
 
@@ -119,3 +123,95 @@ def test_cleaning_up_comes_before_the_end():
     lines = ["try:", f"    {SEND}", "    time.sleep(60)", "finally:", "    print('clean')"]
     result = ended(lines)
     assert (result.returncode, result.stdout, result.stderr) == (130, "clean\n", "")
+
+
+# ---- the same in this process, whose handlers, output and descriptors are put aside ---------------------------------
+
+
+class Full(io.RawIOBase):
+    def writable(self):
+        return True
+
+    def fileno(self):
+        return 1
+
+    def write(self, data):
+        raise OSError(self.number, os.strerror(self.number))
+
+    number = 28
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    """Runs a program in this process: exit code, output, and the handlers that it installed."""
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(signal, "getsignal", lambda number: handlers.get(number, signal.SIG_DFL))
+    monkeypatch.setattr(signal, "setitimer", lambda *timer: handlers.setdefault("timers", []).append(timer))
+    monkeypatch.setattr(os, "dup2", lambda source, target: handlers.setdefault("silenced", []).append(target))
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+    def run(main, raw=None):
+        raw = io.BytesIO() if raw is None else raw
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(raw), "utf-8"))
+        with pytest.raises(SystemExit) as ended:
+            program.run(lambda: main(handlers))
+        return ended.value.code, handlers
+
+    return run
+
+
+def test_the_end_of_a_program_step_by_step(inside, monkeypatch, capfd):
+    assert inside(lambda handlers: print("text"))[0] == 0
+
+    def interrupted(handlers):
+        # Python ignores the first, and tells the program of it.
+        try:
+            handlers[signal.SIGTERM](signal.SIGTERM, sys._getframe())
+        except program.Stopped as stopped:
+            sys.unraisablehook(types.SimpleNamespace(exc_value=stopped))
+        handlers[signal.SIGALRM](signal.SIGALRM, sys._getframe())
+
+    code, handlers = inside(interrupted)
+    assert code == 128 + signal.SIGTERM and handlers["timers"] == [(signal.ITIMER_REAL, 0.01)]
+    for number, expected in ((28, 2), (32, 128 + signal.SIGPIPE)):
+        full = Full()
+        full.number = number
+        code, handlers = inside(lambda _: print("x" * 100_000), full)
+        assert code == expected and handlers["silenced"][-1] == 1
+    assert "No space left" in capfd.readouterr().err
+
+    left = []
+    monkeypatch.setattr(os, "_exit", lambda code: left.append(code))
+    frame = types.SimpleNamespace(
+        f_code=types.SimpleNamespace(co_filename="<frozen importlib._bootstrap>"), f_back=None
+    )
+    code, handlers = inside(lambda handlers: handlers[signal.SIGINT](signal.SIGINT, frame))
+    assert code == 130 and left == [130]
+    handlers[signal.SIGINT](signal.SIGINT, None)  # while Python shuts down
+    assert left == [130, 130]
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as ended:
+        program.run(lambda: 0)
+    assert ended.value.code == 2
+
+
+def test_a_mistake_of_ours_leaves_as_it_is(inside, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(ZeroDivisionError):
+        program.run(lambda: 1 // 0)
+    told = []
+    monkeypatch.setattr(sys, "__unraisablehook__", told.append)
+    sys.unraisablehook(types.SimpleNamespace(exc_value=ValueError()))
+    assert len(told) == 1
+
+
+def test_the_way_in_watches_signals_before_anything_is_imported(monkeypatch):
+    handlers, ran, left = {}, [], []
+    monkeypatch.setattr(__main__._signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(program, "run", lambda main: ran.append(main()))
+    monkeypatch.setattr(cli, "main", lambda: 7)
+    monkeypatch.setattr(os, "_exit", left.append)
+    __main__.main()
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert ran == [7] and left == [128 + signal.SIGTERM] and set(handlers) == {signal.SIGINT, signal.SIGTERM}

@@ -8,6 +8,7 @@ after round, so that other work on the machine meets all alike. The first round 
 """
 
 import argparse
+import contextlib
 import datetime
 import itertools
 import json
@@ -84,14 +85,21 @@ def _export(folder: Path) -> None:
 
 
 class _Torch:
-    """transformers in a process of another interpreter."""
+    """transformers in a process of another interpreter, which ends with the context."""
 
     def __init__(self, python: str, folder: Path, cache: str):
         command = [python, str(Path(__file__).with_name("_torch_contender.py")), str(folder), cache]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.about = self._read()
 
-    def _read(self) -> dict:
+    def __enter__(self) -> "_Torch":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def read(self) -> dict:
+        """What it says next: first its versions, then the figures of each turn."""
         line = self._process.stdout.readline() if self._process.stdout else ""
         if not line:
             raise MiniKVError("The torch process ended: its own message is above.")
@@ -99,14 +107,10 @@ class _Torch:
 
     def turn(self, tokens: list[int], new: int) -> Turn:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"tokens": tokens, "new": new}) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        if self._process.stdin:
-            self._process.stdin.close()
-        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as `read` will find
+            self._process.stdin.write(json.dumps({"tokens": tokens, "new": new}) + "\n")
+            self._process.stdin.flush()
+        return self.read()
 
 
 def _ours(model, config: CacheConfig) -> Callable[[list[int], int], Turn]:
@@ -168,14 +172,12 @@ def run(
         raise ConfigError(f"{TEXT.name} has {len(tokens)} tokens: ask for at most that many.")
     contenders = {("minikv_jax", config.name): _ours(model, config) for config in configs}
     versions: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        children = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as children:
         if torch_python:
             _export(Path(folder))
             for kind in ("dynamic", "static"):
-                child = _Torch(torch_python, Path(folder), kind)
-                children.append(child)
-                versions |= child.about["versions"]
+                child = children.enter_context(_Torch(torch_python, Path(folder), kind))
+                versions |= child.read()["versions"]
                 contenders["transformers", f"{kind} cache"] = child.turn
         turns: dict[tuple[str, str], list[Turn]] = {key: [] for key in contenders}
         for i in range(rounds + 1):
@@ -185,8 +187,6 @@ def run(
                 print(f"round {i}: {key}: prefill {result['prefill_s']:.2f} s, {1e3 * step:.2f} ms a token", flush=True)
                 if i:
                     turns[key].append(result | {"step": step})
-        for child in children:
-            child.close()
 
     rows, reference = [], turns["minikv_jax", configs[0].name][0]["tokens"]
     for (implementation, method), results in turns.items():

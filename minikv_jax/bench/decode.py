@@ -17,7 +17,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from minikv_jax.bench.timing import copy_bandwidth, device_seconds, kernel_seconds, matching, write_results
+from minikv_jax.bench.timing import (
+    copy_bandwidth,
+    device_seconds,
+    kernel_seconds,
+    matching,
+    read_results,
+    write_results,
+)
 from minikv_jax.errors import ConfigError
 from pallas_kernels.packed_decode.api import Part, decode_attention, packed_decode_attention
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
