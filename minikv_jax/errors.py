@@ -25,5 +25,6 @@ class PromptError(MiniKVError):
 
 def shortened(x: Any, most: int = 80) -> str:
     """`repr`, cut to a readable length."""
-    text = repr(x)
+    # Python refuses to write whole numbers of more than 4,300 digits.
+    text = f"a number of {x.bit_length()} bits" if isinstance(x, int) and x.bit_length() > 512 else repr(x)
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -352,6 +352,7 @@ def test_messages_are_one_short_line():
         lambda: prefill(MODEL, X, [10**6] * 10_000, FULL),
         lambda: Rank(by=long),
         lambda: presets.by_name(long),
+        lambda: fork(prefill(MODEL, X[:1], L[:1], FULL)[1], -(10**5000)),
         lambda: presets.minikv(bits=long),
         lambda: empty_cache(MODEL, FULL, long),
     ):
