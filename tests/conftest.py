@@ -3,6 +3,7 @@
 import gc
 import os
 import secrets
+import signal
 
 import draws
 import environment  # before anything that imports JAX
@@ -21,6 +22,11 @@ check_annotations()
 # Looking for garbage in what imports have made, and in what JAX traces, was a sixth of the suite's time.
 gc.freeze()
 gc.set_threshold(100_000)
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As for what a shell runs in the background; the programs that tests start would ignore it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

@@ -5,6 +5,7 @@ import dataclasses
 import draws
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from minikv_jax import decode_step, presets
@@ -53,6 +54,11 @@ step = jax.jit(decode_step)
 
 def roomy(method: str) -> CacheConfig:
     return METHODS[method].replace(prompt_capacity=64, generated_capacity=40)
+
+
+def every(*quick: str) -> list:
+    """The names of all methods, of which those that are not `quick` here belong to the slow tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 
 
 def tokens(*shape):

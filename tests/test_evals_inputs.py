@@ -330,13 +330,12 @@ def test_an_interrupted_run_begins_nothing_more(tmp_path):
             process.wait()
         return process.returncode
 
-    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt), Workers(2) as workers:
         futures = [workers.submit(work, workers, i) for i in range(9)]
         while len(begun) < 2:
             time.sleep(0.01)
         raise KeyboardInterrupt
-    assert len(begun) == 2 and time.monotonic() - start < 30
+    assert len(begun) == 2
     assert [future.result() for future in futures[:2]] == [-signal.SIGKILL] * 2
     assert all(future.cancelled() for future in futures[2:])
     with pytest.raises(RuntimeError, match="has been left"), workers.process(["true"]):

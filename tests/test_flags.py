@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import METHODS, MODEL, nearly_equal, tokens
+from models import METHODS, MODEL, every, nearly_equal, tokens
 
 from minikv_jax import decode_step, empty_cache, extend, fork, forward, generate, insert, prefill, stream
 
@@ -32,8 +32,6 @@ FLAGS = {
     "dtype_promotion": functools.partial(jax.numpy_dtype_promotion, "strict"),
     "leaks": jax.checking_leaks,
 }
-FEW = ("mikv",)
-EVERY = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 
 
 def life(method: str, text, turn, later, room: int = 64):
@@ -53,7 +51,7 @@ def life(method: str, text, turn, later, room: int = 64):
 
 
 @pytest.mark.promise("Every preset gives the same under x64, debug_nans, strict promotion and leak checks")
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", every("mikv"))
 @pytest.mark.parametrize(
     "flag", ["together", "x64", *(pytest.param(x, marks=pytest.mark.slow) for x in list(FLAGS)[2:])]
 )
@@ -69,7 +67,7 @@ def test_a_flag_of_jax_changes_nothing(flag, method):
 
 
 @pytest.mark.promise("Caches work inside shard_map with its check on, under vmap and through jax.export")
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", every("full"))
 def test_a_cache_goes_through_the_transformations_of_jax(method):
     config = METHODS[method].replace(prompt_capacity=32, generated_capacity=64)
     text, lengths, later = tokens(2, 30), np.array([30, 21]), tokens(2, 20)

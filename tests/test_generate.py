@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CONFIG, METHODS, nearly_equal, roomy, tokens
+from models import CONFIG, METHODS, every, nearly_equal, roomy, tokens
 
 from minikv_jax import (
     ConfigError,
@@ -39,11 +39,6 @@ from minikv_jax.sampling import sample
 
 MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
 step = jax.jit(decode_step, donate_argnames="cache")
-
-
-def every(*quick):
-    """Every method, those beyond a few among the slow tests."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 
 
 EVERY = every("full", "minikv", "mikv")

@@ -70,6 +70,7 @@ def test_all_layers_alike_are_the_method_alike(everywhere, alone):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_batch_answers_as_its_prompts_alone_and_in_a_slot():
     text, lengths, later = tokens(2, 60), jnp.array([60, 33]), tokens(2, 30)
     together, cache = read(MIXED, text, lengths, later)

@@ -28,7 +28,7 @@ def sanitizer() -> str | None:
     return next(iter([*filter(None, [shutil.which("compute-sanitizer")]), *toolkits, *packages]), None)
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 @pytest.mark.parametrize(
     ("kernel", "calls"),
     [
