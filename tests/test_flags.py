@@ -34,6 +34,15 @@ FLAGS = {
 }
 
 
+# Every method under all of them together, one under each alone.
+CASES = [("together", "mikv"), ("x64", "mikv")]
+CASES += [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in [*(("together", name) for name in METHODS), *((flag, "mikv") for flag in FLAGS)]
+    if case not in CASES
+]
+
+
 def life(method: str, text, turn, later, room: int = 64):
     """Logits of a prompt, 40 steps over a flush, a second turn, forks of it, and a step of a slot it is put into."""
     config = METHODS[method].replace(prompt_capacity=32, generated_capacity=room)
@@ -51,10 +60,7 @@ def life(method: str, text, turn, later, room: int = 64):
 
 
 @pytest.mark.promise("Every preset gives the same under x64, debug_nans, strict promotion and leak checks")
-@pytest.mark.parametrize("method", every("mikv"))
-@pytest.mark.parametrize(
-    "flag", ["together", "x64", *(pytest.param(x, marks=pytest.mark.slow) for x in list(FLAGS)[2:])]
-)
+@pytest.mark.parametrize(("flag", "method"), CASES)
 def test_a_flag_of_jax_changes_nothing(flag, method):
     text, turn, later = tokens(1, 30), tokens(1, 9), tokens(40, 1)
     plain, _ = life(method, text, turn, later)
