@@ -6,14 +6,16 @@ PICTURE := demo/cache.png
 QUESTION := examples/question.txt
 SPREAD := -n 2 --dist worksteal
 PYTEST := $(BIN)/python -m pytest $(SPREAD)
-SLOW := -m '(slow or hypothesis) and not gpu' --hypothesis-profile many
+SLOW := -m 'slow and not gpu'
+MANY := -m 'hypothesis and not gpu' --hypothesis-profile many
 
-.PHONY: help demo test slow coverage promises lint format typecheck bench clean
+.PHONY: help demo test slow properties coverage promises lint format typecheck bench clean
 
 help:
 	@echo "make demo       a real model answers from a full and from a compressed cache, side by side"
 	@echo "make test       the test suite, six minutes at most on two cores"
-	@echo "make slow       the slow tests, and properties over many more examples"
+	@echo "make slow       the slow tests"
+	@echo "make properties properties over 500 examples each instead of 25: hours"
 	@echo "make coverage   both, and the lines that they run: 95 % at least"
 	@echo "make promises   both, and docs/promises.md, the table of what they show"
 	@echo "make lint       ruff, and the README's generated parts"
@@ -33,6 +35,10 @@ test:
 slow:
 	@.ci/environment test
 	$(PYTEST) $(SLOW)
+
+properties:
+	@.ci/environment test
+	$(PYTEST) $(MANY)
 
 coverage:
 	@.ci/environment test

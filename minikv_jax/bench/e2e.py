@@ -363,7 +363,8 @@ def _by_name(kernels: Sequence[tuple[str, float]], steps: int, read: Mapping[str
 
 def _prompt(setting: Setting) -> tuple[jax.Array, jax.Array]:
     """Tokens and lengths."""
-    return _noise(0, (setting.batch, setting.prompt), jnp.int32), jnp.full((setting.batch,), setting.prompt, jnp.int32)
+    tokens = _noise(0, (setting.batch, setting.prompt), jnp.int32) % setting.shape.vocab_size
+    return tokens, jnp.full((setting.batch,), setting.prompt, jnp.int32)
 
 
 class _Rehearsed(Exception):
