@@ -15,9 +15,9 @@ help:
 	@echo "make demo       a real model answers from a full and from a compressed cache, side by side"
 	@echo "make test       the test suite, six minutes at most on two cores"
 	@echo "make slow       the slow tests"
-	@echo "make properties properties over 500 examples each instead of 25: hours"
-	@echo "make coverage   both, and the lines that they run: 95 % at least"
-	@echo "make promises   both, and docs/promises.md, the table of what they show"
+	@echo "make properties properties over 500 examples each instead of 25"
+	@echo "make coverage   the test suite, and the lines that it runs: 95 % at least"
+	@echo "make promises   the test suite, the slow tests, and docs/promises.md, the table of what they show"
 	@echo "make lint       ruff, and the README's generated parts"
 	@echo "make typecheck  basedpyright"
 	@echo "make format     rewrite the sources in ruff's format, and the README's generated parts"
@@ -43,8 +43,7 @@ properties:
 coverage:
 	@.ci/environment test
 	rm -f .coverage .coverage.*
-	COVERAGE_CORE=sysmon $(BIN)/coverage run -m pytest $(SPREAD)
-	COVERAGE_CORE=sysmon $(BIN)/coverage run -m pytest $(SPREAD) $(SLOW)
+	COVERAGE_CORE=sysmon $(BIN)/coverage run -m pytest $(SPREAD) --durations=10
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

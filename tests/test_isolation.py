@@ -347,7 +347,7 @@ def test_requests_through_slots_are_single_runs(figure):
 @pytest.mark.promise("A thousand requests with cancellations answer as alone; memory and programs stay flat")
 @pytest.mark.parametrize("method", ["minikv", "mikv", "minikv_plus"])
 def test_a_thousand_requests_through_slots_are_single_runs(method, figure):
-    figure(soak(method, 1000 if method == "minikv" else 200, 8))
+    figure(soak(method, 1000 if method == "minikv" else 100, 8))
 
 
 @pytest.mark.slow
