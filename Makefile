@@ -42,10 +42,7 @@ properties:
 
 coverage:
 	@.ci/environment test
-	rm -f .coverage .coverage.*
-	COVERAGE_CORE=sysmon $(BIN)/coverage run -m pytest $(SPREAD) --durations=10
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+	COVERAGE_CORE=sysmon $(PYTEST) --durations=10 --cov --cov-report=term-missing:skip-covered
 
 promises:
 	@.ci/environment test
