@@ -340,7 +340,7 @@ def soak(method: str, requests: int, slots: int) -> str:
 
 @pytest.mark.promise("Sequences that come and go through slots answer as alone; memory and programs stay flat")
 def test_requests_through_slots_are_single_runs(figure):
-    figure(soak("minikv", 16, 4))
+    figure(soak("minikv", 10, 4))
 
 
 @pytest.mark.slow
