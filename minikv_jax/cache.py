@@ -60,7 +60,7 @@ class Units(NamedTuple):
 
     Metadata of 8 bits has little range. In these units the prompt's largest number lies from 16 to 32, so scales of the
     loudest groups and of some hundred times quieter ones are held to their last digit, and later tokens may be fourteen
-    times as loud: after a prompt of few tokens they were seen to be eight times as loud.
+    times as loud: after a prompt of a few tokens they often are several times as loud.
     """
 
     key: Float[Array, "B K"]

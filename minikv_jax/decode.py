@@ -109,7 +109,7 @@ def decode_loop(
         (cache, _, _), tokens = jax.lax.scan(step, state, row_numbers(max_new_tokens - 1, first=1))
         return jnp.concatenate([token[None], tokens]).T, _counted_in_every_layer(cache)
 
-    chunks = -(-(max_new_tokens - 1) // _STEPS)
+    chunks = max(-(-(max_new_tokens - 1) // _STEPS), 1)  # the loop is traced even where it never runs
     tokens = jnp.zeros_like(token, shape=(1 + chunks * _STEPS, token.shape[0])).at[0].set(token)
 
     def more(carry):

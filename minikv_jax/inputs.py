@@ -83,7 +83,7 @@ def token_rows(tokens: Any, lengths: Any, vocabulary: int, least: int) -> tuple[
     if longest == 0:
         raise PromptError("There is nothing to read, the prompt is empty: give at least one token.")
     xp = np if isinstance(tokens, np.ndarray) and isinstance(lengths, np.ndarray) else jnp
-    # Traced numbers are compared as they came, for the same reason.
+    # Traced numbers are compared before they are converted: a conversion would wrap those beyond int32.
     fits = (lengths >= least) & (lengths <= longest)
     known = (tokens >= 0) & (tokens < vocabulary) | (xp.arange(longest)[None] >= lengths[:, None])
     if isinstance(lengths, np.ndarray) and not fits.all():

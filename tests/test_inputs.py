@@ -338,6 +338,15 @@ def test_a_field_of_a_method_has_its_type_and_range(part, field, value, others):
         part(**{field: value}, **others)
 
 
+@pytest.mark.parametrize("ends", [(), (3,)])
+def test_one_new_token_is_the_prompts_own(ends):
+    wanted = prefill(MODEL, X, L, FULL)[0].argmax(axis=1)[:, None]
+    written, cache = generate(MODEL, X, L, FULL, 1, eos_token_ids=ends)
+    np.testing.assert_array_equal(written, wanted)
+    assert cache.lengths.tolist() == L.tolist()
+    assert len(list(stream(MODEL, X, L, FULL, 1, eos_token_ids=ends))) == 1
+
+
 def test_end_tokens_are_whole_numbers():
     with pytest.raises(ConfigError, match="eos_token_ids"):
         generate(MODEL, X, L, FULL, 2, eos_token_ids=(1.5,))
