@@ -42,8 +42,8 @@ def budget(config: CacheConfig, layer: int, layers: int, prompt: np.ndarray | in
     Shares that add up to 1 keep everything, whatever their rounding. Where the other tokens are dropped, a prompt
     keeps at least its last one, so no cache is ever empty.
     """
-    config, prompt = config.of_layer(layer), np.asarray(prompt, np.int32)
-    allocation = config.allocation
+    method, prompt = config.of_layer(layer), np.asarray(prompt, np.int32)
+    allocation = method.allocation
     share = heavy_share(allocation, layer, layers)
     if allocation.budget is None:
         recent = count(prompt, allocation.recent)
@@ -56,7 +56,7 @@ def budget(config: CacheConfig, layer: int, layers: int, prompt: np.ndarray | in
         if allocation.pyramid_beta is not None:
             total = _pyramidkv(allocation, layer, layers, prompt, total, recent)
     total = total + allocation.sinks
-    if config.retained is None:
+    if method.rest is None:
         recent = np.where(total == 0, 1, recent)
     total = np.maximum(total, recent)
     if all(isinstance(x, float) for x in (allocation.heavy, allocation.recent)) and allocation.budget is None:
@@ -76,16 +76,14 @@ def _pyramidkv(allocation, layer, layers, prompt, total, recent):
     return np.where(falling, clipped - layer * step, mean) + recent
 
 
-def capacity(config: CacheConfig, layer: int, layers: int, prompt_capacity: int) -> int:
-    """Most tokens the first tier of `layer` ever holds of a prompt of up to `prompt_capacity`."""
-    prompt = np.arange(prompt_capacity + 1)
-    return max(int(np.minimum(budget(config, layer, layers, prompt).total, prompt).max()), 1)
+def most_kept(totals: np.ndarray) -> int:
+    """Most tokens that a first tier ever holds of a prompt; `totals` are budgets of prompts of 0, 1, ... tokens."""
+    return max(int(np.minimum(totals, np.arange(totals.size)).max()), 1)
 
 
-def retained_capacity(config: CacheConfig, layer: int, layers: int, prompt_capacity: int) -> int:
-    """Most prompt tokens that are left over for a retained tier."""
-    prompt = np.arange(prompt_capacity + 1)
-    return max(int((prompt - budget(config, layer, layers, prompt).total).max()), 0)
+def most_left(totals: np.ndarray) -> int:
+    """Most prompt tokens that are left over for a second tier."""
+    return max(int((np.arange(totals.size) - totals).max()), 0)
 
 
 def budgets(config: CacheConfig, layer: int, layers: int, lengths: Int[Array, "B"], longest: int) -> Budget:

@@ -2,7 +2,8 @@
 
 from minikv_jax import presets
 from minikv_jax.cache import KVCache, nbytes
-from minikv_jax.config import Allocation, CacheConfig, Codec, Rank
+from minikv_jax.codec import Codec
+from minikv_jax.config import Allocation, CacheConfig, Method, Rank
 from minikv_jax.decode import decode_step
 from minikv_jax.errors import CheckpointError, ConfigError, MiniKVError, PromptError, UnsupportedModelError
 from minikv_jax.extend import extend, prefill_in_chunks
@@ -20,6 +21,7 @@ __all__ = [
     "Codec",
     "ConfigError",
     "KVCache",
+    "Method",
     "MiniKVError",
     "PromptError",
     "Rank",

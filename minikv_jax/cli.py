@@ -215,7 +215,7 @@ def _table(answers: "list[Answer]") -> "Table":
 
 def _in_bfloat16(config: "CacheConfig") -> "CacheConfig":
     """A packed cache's window is held in bfloat16 on every device."""
-    return config if config.codec.dense else config.replace(dtype="bfloat16")
+    return config if config.method.codec.dense else config.replace(dtype="bfloat16")
 
 
 def _read(path: Path | None) -> str:

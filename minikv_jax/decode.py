@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +10,23 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import inputs
-from minikv_jax.cache import KVCache, LayerCache, read_token
-from minikv_jax.models.llama import LlamaLayer, Params, as_model
+from minikv_jax.cache import KVCache, LayerCache
+from minikv_jax.config import Method
+from minikv_jax.layer import read_token
+from minikv_jax.model import Layer, Params, as_model
 from minikv_jax.sampling import Sampling, sample
 from pallas_kernels.rows import row_numbers
 
 
 @jax.jit
-def _decode_layer(layer: LlamaLayer, cache: LayerCache, x, lengths, accept):
+def _decode_layer(layer: Layer, cache: LayerCache, x, lengths, accept):
     """One layer over one new token. Jitted on its own, it is traced and lowered once for all layers of one shape."""
     query, key, value = layer.before_attention(x, lengths[:, None])
     cache, attention = read_token(cache, query, key, value, lengths, accept)
-    if cache.ledger is not None:
+    if cache.method.inflow.scored:
         # Nothing but the step's end waits for the scores, so XLA would keep every layer's logits until then.
-        ledger, attention = jax.lax.optimization_barrier((cache.ledger, attention))
-        cache = dataclasses.replace(cache, ledger=ledger)
+        flow, attention = jax.lax.optimization_barrier((cache.flow, attention))
+        cache = dataclasses.replace(cache, flow=flow)
     return cache, layer.after_attention(x, attention)
 
 
@@ -150,8 +153,12 @@ def _counted_in_every_layer(cache: KVCache) -> KVCache:
 
 
 def _first_alike(cache: KVCache) -> list[int]:
-    """For each layer the first one that keeps as many tokens."""
-    allocations = [cache.config.of_layer(i).allocation for i in range(len(cache.layers))]
-    if cache.config.allocation.is_pyramid:
-        return list(range(len(allocations)))
-    return [allocations.index(x) for x in allocations]
+    """For each layer the first one that keeps as many tokens, in the same arrays."""
+    kinds = [_counts_of(layer.method, i) for i, layer in enumerate(cache.layers)]
+    return [kinds.index(kind) for kind in kinds]
+
+
+def _counts_of(method: Method, layer: int) -> Hashable:
+    """What the numbers [B] of a layer depend on: all but the bits of codes, and the layer's place in a pyramid."""
+    alike = method.codec if method.codec.dense else dataclasses.replace(method.codec, key_bits=8, value_bits=8)
+    return method.replace(codec=alike), layer if method.allocation.is_pyramid else 0

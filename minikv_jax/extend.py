@@ -7,11 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import allocate, inputs
-from minikv_jax.cache import KVCache, QueryStatistics, Shape, read_tokens
-from minikv_jax.config import Allocation, CacheConfig, Rank
+from minikv_jax.cache import KVCache, QueryStatistics, Shape
+from minikv_jax.compress import compress_in_pieces
+from minikv_jax.config import Allocation, CacheConfig, Method, Rank
 from minikv_jax.errors import PromptError
-from minikv_jax.models.llama import Params, as_model
-from minikv_jax.prefill import checked, compress_layer, empty_cache, logits_at, opened
+from minikv_jax.evict import Evict
+from minikv_jax.layer import read_tokens
+from minikv_jax.model import Params, as_model
+from minikv_jax.prefill import checked, empty_cache, opened
+from minikv_jax.reading import logits_at
 from pallas_kernels.rows import below, row_numbers
 
 # Tokens read at once by `extend`: bounds the attention of new tokens among themselves.
@@ -91,16 +95,10 @@ def prefill_in_chunks(
     cache_config, chunk = checked(model, tokens.shape[1], cache_config), inputs.count(chunk, "chunk")
     layers, longest = model.config.num_layers, tokens.shape[1]
     # A cache that scores all tokens and is never so full that it gives one up.
-    staging = CacheConfig(
-        name="staging",
-        rank=Rank(by="attention"),
-        allocation=Allocation(heavy=longest),
-        evict="after",
-        prompt_capacity=1,
-        generated_capacity=longest,
-    )
+    everything = Method(rank=Rank(by="attention"), allocation=Allocation(heavy=longest), inflow=Evict())
+    staging = CacheConfig("staging", everything, prompt_capacity=1, generated_capacity=longest)
     cache = empty_cache(params, staging, tokens.shape[0])
-    held = [dataclasses.replace(x, ledger=dataclasses.replace(x.ledger, size=lengths)) for x in cache.layers]
+    held = [dataclasses.replace(x, flow=dataclasses.replace(x.flow, size=lengths)) for x in cache.layers]
     cache = dataclasses.replace(cache, layers=tuple(held))
     scored = longest if cache_config.score_rows == "all" else cache_config.score_rows
     logits, queries = None, []
@@ -114,8 +112,9 @@ def prefill_in_chunks(
         queries = [a.join(b) for a, b in zip(queries, more)] if queries else more
     compressed = []
     for i, layer in enumerate(cache.layers):
-        key, value = (x[:, :, :longest].swapaxes(1, 2) for x in (layer.segment.key, layer.segment.value))
-        config, budget = cache_config.of_layer(i), allocate.budgets(cache_config, i, layers, lengths, longest)
-        scores, shape = layer.ledger.scores[:, :, :longest], Shape.of(cache_config, i, layers)
-        compressed.append(compress_layer(key, value, scores, queries[i], lengths, budget, config=config, shape=shape))
+        key, value = (x[:, :, :longest].swapaxes(1, 2) for x in (layer.first.key, layer.first.value))
+        budget = allocate.budgets(cache_config, i, layers, lengths, longest)
+        scores, shape = layer.flow.scores[:, :, :longest], Shape.of(cache_config, i, layers)
+        read = key, value, scores, queries[i], lengths, budget
+        compressed.append(compress_in_pieces(*read, cache_config.of_layer(i), shape, cache_config.dtype))
     return opened(logits, compressed, lengths, cache_config)

@@ -12,7 +12,7 @@ from minikv_jax.cache import KVCache
 from minikv_jax.config import CacheConfig
 from minikv_jax.decode import decode_loop, decode_step, is_end
 from minikv_jax.errors import ConfigError
-from minikv_jax.models.llama import Params
+from minikv_jax.model import Params
 from minikv_jax.prefill import prefill
 from minikv_jax.sampling import GREEDY, Sampling, sample
 

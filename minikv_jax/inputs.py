@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Int
 from minikv_jax.errors import ConfigError, MiniKVError, PromptError, shortened
 
 if TYPE_CHECKING:
-    from minikv_jax.cache import KVCache
-    from minikv_jax.models.llama import Llama
+    from minikv_jax.cache import KVCache, LayerCache
+    from minikv_jax.model import Model
 
 
 _INT32 = np.iinfo(np.int32)
@@ -93,6 +93,51 @@ def token_rows(tokens: Any, lengths: Any, vocabulary: int, least: int) -> tuple[
         _refuse_token(tokens[row, column], row, vocabulary, f" at {column}")
     accepted = fits & known.all(axis=1)
     return on_device(tokens), on_device(xp.where(accepted, lengths, 0))
+
+
+def row_counts(counts: Any, batch: int, longest: int, least: int) -> Int[Array, "B"]:
+    """Numbers of each sequence's rows, int32. A traced one that is out of range is 0.
+
+    Raises:
+        PromptError: a dtype or shape that does not fit, concrete numbers that are not from `least` to `longest`.
+    """
+    counts = integers(counts, "lengths", "B")
+    if counts.shape != (batch,):
+        raise PromptError(f"lengths {counts.shape} must be [B]={(batch,)}: give one number a sequence.")
+    fits = (counts >= least) & (counts <= longest)
+    if isinstance(counts, np.ndarray):
+        if not fits.all():
+            raise PromptError(f"lengths {shortened(counts.tolist())} must be from {least} to the {longest} rows given.")
+        return on_device(counts)
+    return on_device(jnp.where(fits, counts, 0))
+
+
+def check_heads(query: Array, key: Array, value: Array, cache: "LayerCache | None" = None) -> None:
+    """Refuses queries, keys and values that do not fit one another, or the layer that is to hold them.
+
+    Raises:
+        PromptError: naming the shapes.
+    """
+    shapes = f"query {query.shape}, key {key.shape} and value {value.shape}"
+    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape or query.shape[:2] != key.shape[:2]:
+        raise PromptError(f"{shapes} must be [B, T, N, H], [B, T, K, H] and [B, T, K, H].")
+    if query.shape[3] != key.shape[3] or query.shape[2] % key.shape[2]:
+        raise PromptError(f"{shapes} must have one head size, and query heads a multiple of key/value heads.")
+    if cache is None:
+        return
+    batch = jax.tree.leaves(cache.own)[0].shape[0]
+    if (batch, *cache.heads) != (key.shape[0], *key.shape[2:]):
+        raise PromptError(f"{shapes} do not fit a state of {batch} sequences, and {cache.heads} heads and head size.")
+
+
+def one_row(query: Array) -> None:
+    """Refuses more than one token a sequence.
+
+    Raises:
+        PromptError: naming how many they are.
+    """
+    if query.shape[1] != 1:
+        raise PromptError(f"step reads one token of each sequence, not {query.shape[1]}: use extend.")
 
 
 def next_tokens(tokens: Any, cache: "KVCache", vocabulary: int) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
@@ -176,7 +221,7 @@ def key_of(seed: Any) -> Array:
     return jax.random.key(seed)
 
 
-def check_cache(model: "Llama", cache: "KVCache") -> None:
+def check_cache(model: "Model", cache: "KVCache") -> None:
     """Refuses a cache that another model filled, or whose arrays no longer belong together. Looks at shapes alone.
 
     Raises:

@@ -1,4 +1,4 @@
-"""KIVI's window (arXiv 2402.02750, section 4): keys wait until R of them are there, values leave one by one.
+"""KIVI's inflow (arXiv 2402.02750, section 4): keys wait until R of them are there, values leave one by one.
 
 tokens     0 ........ packed_values ...... packed_keys ........ position
 keys       packed ....................... | window.key (0 to R - 1 rows)
@@ -9,15 +9,17 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from minikv_jax import quantize, segments
-from minikv_jax.config import CacheConfig
-from minikv_jax.segments import DenseSegment, PackedSegment
-from pallas_kernels import Run
+from minikv_jax import codec
+from minikv_jax.cache import LayerCache
+from minikv_jax.checks import check_types, require
+from minikv_jax.inflow import Inflow
+from minikv_jax.segments import DenseSegment
+from pallas_kernels import Run, packed_write, quantize
 from pallas_kernels.packed_decode.layout import BLOCK
-from pallas_kernels.rows import row_numbers
+from pallas_kernels.packed_rows import touched_blocks
+from pallas_kernels.rows import put_row, row_numbers
 
 
 @jax.tree_util.register_dataclass
@@ -33,25 +35,96 @@ class KiviWindow:
     packed_keys: Int[Array, "B"]
 
 
-def compress(
-    key: Float[Array, "B K T H"],
-    value: Float[Array, "B K T H"],
-    lengths: Int[Array, "B"],
-    config: CacheConfig,
-    capacity: int,
-    dtype: DTypeLike,
-    balance: Float[Array, "B K H"] | None,
-    moment: Float[Array, "B K H H"],
-) -> tuple[PackedSegment, KiviWindow]:
-    """The prompt: all whole multiples of R of its keys are packed, and all but the last R of its values."""
-    size = config.window
-    packed_keys = lengths // size * size
-    segment = segments.build(config.codec, key, value, jnp.maximum(lengths - size, 0), capacity, dtype, balance, moment)
-    # Ring row r holds the newest token t with t % (R + 1) == r.
-    last = lengths[:, None] - 1
-    newest = last - (last - row_numbers(size + 1, axes=2)) % (size + 1)
-    rows = _rows(key, packed_keys[:, None] + row_numbers(size, axes=2)), _rows(value, newest)
-    return segment, KiviWindow(*(x.astype(dtype) for x in rows), packed_keys)
+@dataclasses.dataclass(frozen=True)
+class Ring(Inflow):
+    """A full window of keys is encoded after attention, and values one by one as they grow older than the window.
+
+    Attributes:
+        window: R, keys of a window and values of the ring; a multiple of the codec's groups of tokens.
+    """
+
+    window: int = 128
+
+    def __post_init__(self):
+        check_types(self)
+        require(self.window >= 1, f"window={self.window}: give at least 1 token.")
+
+    def check(self, method):
+        group = method.codec.token_group
+        require(not method.codec.dense, f"window={self.window}: only tokens that are encoded together need a window.")
+        require(self.window % group == 0, f"window={self.window} must be a multiple of the key group {group}.")
+        require(not method.selects, "A ring of values needs every token: let the allocation keep all of them.")
+        require(method.rest is None, "A ring of values keeps every token in one tier: give no second one.")
+
+    def rows(self, method, kept, left, total, config):
+        # What a window encodes touches whole blocks, even at the end of the segment.
+        return max(kept + config.generated_capacity, BLOCK * touched_blocks(self.window)), left
+
+    def begin(self, prompt, method):
+        """All whole multiples of R of the prompt's keys are packed, and all but the last R of its values."""
+        size, lengths = self.window, prompt.lengths
+        packed_keys = lengths // size * size
+        packed_values = jnp.maximum(lengths - size, 0)
+        first = prompt.tier(method.codec, prompt.key, prompt.value, packed_values, prompt.shape.first)
+        # Ring row r holds the newest token t with t % (R + 1) == r.
+        last = lengths[:, None] - 1
+        newest = last - (last - row_numbers(size + 1, axes=2)) % (size + 1)
+        rows = _rows(prompt.key, packed_keys[:, None] + row_numbers(size, axes=2)), _rows(prompt.value, newest)
+        window = KiviWindow(*(x.astype(prompt.dtype) for x in rows), packed_keys)
+        return LayerCache(first, method, flow=window)
+
+    def has_row(self, layer, position):
+        segment, window, size = layer.first, layer.flow, self.window
+        capacity = segment.capacity
+        keys_fit = (position + 1 - window.packed_keys < size) | (window.packed_keys + size <= capacity)
+        return keys_fit & ((position + 1 - segment.length <= size) | (segment.length < capacity))
+
+    def arrive(self, layer, key, value, position, accept, score=0.0):
+        window, heads = layer.flow, key.shape[1]
+        window = dataclasses.replace(
+            window,
+            key=put_row(window.key, _per_head(position - window.packed_keys, heads), key, accept),
+            value=put_row(window.value, _per_head(position % (self.window + 1), heads), value, accept),
+        )
+        return dataclasses.replace(layer, flow=window)
+
+    def newest(self, layer, position):
+        """The tokens whose values are not packed yet, with their keys from wherever they are.
+
+        Some of those keys are packed already: the few blocks that hold them are decoded.
+        """
+        segment, window, ring = layer.first, layer.flow, self.window + 1
+        tokens = segment.length[:, None] + row_numbers(ring, axes=2)
+        blocks = segment.keys.codes.shape[2]
+        count = min(touched_blocks(ring), blocks)
+        first = jnp.minimum(segment.length // BLOCK, blocks - count)[:, None]
+        near = first + row_numbers(count, axes=2)
+        packed = (jax.tree.map(lambda x: x[row_numbers(x.shape[0])[:, None], :, near].swapaxes(1, 2), x)
+                  for x in (segment.keys, segment.values))  # fmt: skip
+        packed_key, _ = codec.decode(segment.codec, *map(quantize.from_packed, packed), segment.balance)
+        packed_key = _rows(packed_key, tokens - first * BLOCK)
+        dense_key = _rows(window.key, tokens - window.packed_keys[:, None])
+        is_packed = (tokens < window.packed_keys[:, None])[:, None, :, None]
+        key = jnp.where(is_packed, packed_key.astype(dense_key.dtype), dense_key)
+        return [DenseSegment(key, _rows(window.value, tokens % ring), position + 1 - segment.length)]
+
+    def settle(self, layer, position, accept):
+        """Encodes a full window of keys, and the one value that is now older than the window."""
+        segment, window, size = layer.first, layer.flow, self.window
+        full = accept & (position + 1 - window.packed_keys == size)
+        old = accept & (position + 1 - segment.length > size)
+        key = Run(window.key, jnp.zeros_like(position), window.packed_keys, full, size)
+        value = Run(window.value, segment.length % (size + 1), segment.length, old, 1)
+        keys, values = packed_write(key, value, segment.keys, segment.values, options=segment.options)
+        segment = dataclasses.replace(segment, keys=keys, values=values, length=segment.length + old.astype(jnp.int32))
+        window = dataclasses.replace(window, packed_keys=window.packed_keys + jnp.where(full, size, 0))
+        return dataclasses.replace(layer, first=segment, flow=window)
+
+    def waiting(self, layer):
+        return layer.flow
+
+    def held(self, layer, read):
+        return read
 
 
 def _rows(x: Float[Array, "B K S H"], at: Int[Array, "B R"]) -> Float[Array, "B K R H"]:
@@ -61,73 +134,3 @@ def _rows(x: Float[Array, "B K S H"], at: Int[Array, "B R"]) -> Float[Array, "B 
 
 def _per_head(x: Int[Array, "B"], heads: int) -> Int[Array, "B K"]:
     return jnp.broadcast_to(x[:, None], (x.shape[0], heads))
-
-
-def has_row(segment: PackedSegment, window: KiviWindow, position: Int[Array, "B"]) -> Bool[Array, "B"]:
-    """Whether what the next token pushes out of the window, a value or a whole window of keys, has rows to go to."""
-    size, capacity = window.key.shape[2], segment.capacity
-    keys_fit = (position + 1 - window.packed_keys < size) | (window.packed_keys + size <= capacity)
-    return keys_fit & ((position + 1 - segment.length <= size) | (segment.length < capacity))
-
-
-def arrive(window: KiviWindow, key, value, position: Int[Array, "B"], accept: Bool[Array, "B"]) -> KiviWindow:
-    """The window with one more token [B, K, 1, H]."""
-    heads, ring = key.shape[1], window.value.shape[2]
-    return dataclasses.replace(
-        window,
-        key=segments.put_row(window.key, _per_head(position - window.packed_keys, heads), key, accept),
-        value=segments.put_row(window.value, _per_head(position % ring, heads), value, accept),
-    )
-
-
-def tail(segment: PackedSegment, window: KiviWindow, position: Int[Array, "B"]) -> DenseSegment:
-    """The tokens whose values are not packed yet, with their keys from wherever they are.
-
-    Some of those keys are packed already: the few blocks that hold them are decoded.
-    """
-    ring = window.value.shape[2]
-    tokens = segment.length[:, None] + row_numbers(ring, axes=2)
-    blocks = segment.keys.codes.shape[2]
-    count = min(segments.touched_blocks(ring), blocks)
-    first = jnp.minimum(segment.length // BLOCK, blocks - count)[:, None]
-    near = first + row_numbers(count, axes=2)
-    packed = (jax.tree.map(lambda x: x[row_numbers(x.shape[0])[:, None], :, near].swapaxes(1, 2), x)
-              for x in (segment.keys, segment.values))  # fmt: skip
-    packed_key, _ = segments.decode(segment.codec, *map(quantize.from_packed, packed), segment.balance)
-    packed_key = _rows(packed_key, tokens - first * BLOCK)
-    dense_key = _rows(window.key, tokens - window.packed_keys[:, None])
-    is_packed = (tokens < window.packed_keys[:, None])[:, None, :, None]
-    key = jnp.where(is_packed, packed_key.astype(dense_key.dtype), dense_key)
-    return DenseSegment(key, _rows(window.value, tokens % ring), position + 1 - segment.length)
-
-
-def settle(
-    segment: PackedSegment, window: KiviWindow, position: Int[Array, "B"], accept: Bool[Array, "B"]
-) -> tuple[PackedSegment, KiviWindow]:
-    """Encodes a full window of keys, and the one value that is now older than the window."""
-    size, ring = window.key.shape[2], window.value.shape[2]
-    full = accept & (position + 1 - window.packed_keys == size)
-    old = accept & (position + 1 - segment.length > size)
-    key = Run(window.key, jnp.zeros_like(position), window.packed_keys, full, size)
-    value = Run(window.value, segment.length % ring, segment.length, old, 1)
-    try:
-        segment = segments.write_runs(segment, key, value)
-    except NotImplementedError:  # not on this device, or not this codec
-        segment = _write(segment, key, value)
-    return (
-        dataclasses.replace(segment, length=segment.length + old.astype(jnp.int32)),
-        dataclasses.replace(window, packed_keys=window.packed_keys + jnp.where(full, size, 0)),
-    )
-
-
-def _write(segment: PackedSegment, key: Run, value: Run) -> PackedSegment:
-    heads = key.rows.shape[1]
-
-    def flush(keys):
-        codes = segments.encode_new_keys(segment, key.rows)
-        return segments.write_codes(keys, codes, _per_head(key.start, heads), key.when)
-
-    keys = jax.lax.cond(key.when.any(), flush, lambda keys: keys, segment.keys)
-    codes = segments.encode_values(segment.codec, _rows(value.rows, value.first[:, None]))
-    values = segments.write_codes(segment.values, codes, _per_head(value.start, heads), value.when)
-    return dataclasses.replace(segment, keys=keys, values=values)

@@ -1,11 +1,11 @@
-"""Reading prompts: a pure function over a model and tokens, and the pieces it is made of, one layer at a time.
+"""Reading prompts: a pure function over a model and tokens, one layer at a time.
 
-`params` is a `Llama` or what `nnx.split` makes of one; both are pytrees and go through `jax.jit` as they are.
+`params` is a `Llama` or what `nnx.split` makes of one, or any model as `model.py` describes it; all are pytrees and go
+through `jax.jit` as they are.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,235 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import allocate, inputs
-from minikv_jax.cache import KVCache, LayerCache, QueryStatistics, Shape, compress
+from minikv_jax.cache import KVCache, LayerCache, Shape
+from minikv_jax.compress import compress, compress_in_pieces, cut, even_share
 from minikv_jax.config import CacheConfig
 from minikv_jax.errors import ConfigError, PromptError
-from minikv_jax.models.llama import Llama, LlamaLayer, Params, as_model
-from minikv_jax.segments import group_size
-from pallas_kernels import two_pass_attention
-from pallas_kernels.rows import row_numbers
-
-# Rows of all sequences together that a layer works on at once, outside of attention: what bounds MLP activations.
-# Enough for the products to run at full rate.
-_ROWS = 4096
-# Rows of all sequences together whose queries and attention exist at once, 512 MiB for 4096 channels: few calls of
-# attention, for each reads all keys before it, yet no more memory than the weights' tenth that a peak may have.
-_ATTENDED_ROWS = 1 << 15
-# Numbers of a layer's keys that are compressed at once.
-_COMPRESSED = 1 << 26
-
-
-class Chunks(NamedTuple):
-    """Rows of each sequence that are worked on at once, by one call of attention and by the products around it."""
-
-    attention: int
-    products: int
-
-
-def chunk_rows(batch: int, tokens: int) -> Chunks:
-    """The rows of a [batch, tokens] prompt to work on at once: all, or even shares.
-
-    Products take a multiple of 128 rows, attention a multiple of what products take.
-    """
-    products, attention = (max(most // batch // 128, 1) * 128 for most in (_ROWS, _ATTENDED_ROWS))
-    if tokens <= products:
-        return Chunks(tokens, tokens)
-    share = -(-tokens // -(-tokens // attention))
-    pieces = -(-share // products)
-    products = -(-share // pieces // 128) * 128
-    return Chunks(pieces * products, products)
-
-
-def read_layer(
-    layer: LlamaLayer,
-    x: Float[Array, "B T D"],
-    lengths: Int[Array, "B"],
-    rows: Chunks,
-    score_rows: int | str,
-    sliding_window: int | None,
-) -> tuple[Array, Array, Array, Array, QueryStatistics]:
-    """One layer over the whole prompt. Jitted on its own: called outside `jit`, it compiles once for all layers.
-
-    x is donated, except while a gradient is traced, which needs it again.
-
-    One chunk is one piece of work; of more, each chunk's result takes its rows' place in x. Nothing but keys, values, x
-    and scores is ever as long as the prompt.
-
-    Args:
-        layer: the layer.
-        x: [B, T, D] what the layer before gave, a whole number of chunks as from `embed`.
-        lengths: [B] true lengths; rows behind them are padding.
-        rows: of `chunk_rows`.
-        score_rows: "all", or the last so many queries of each sequence, whose attention is summed.
-        sliding_window: keys that a query sees, None for all before it.
-
-    Returns:
-        x after the layer, and what `compress_layer` takes: keys and values [B, T, K, H], scores [B, K, T] in float32
-        and the queries' statistics.
-    """
-    read = _read_layer if isinstance(x, jax.core.Tracer) else _read_layer_in_place
-    return read(layer, x, lengths, rows, score_rows, sliding_window)
-
-
-def _read_whole_layer(layer: LlamaLayer, x, lengths, rows: Chunks, score_rows, sliding_window):
-    if rows.products < x.shape[1]:
-        return _read_layer_in_chunks(layer, x, lengths, rows, score_rows, sliding_window)
-    positions = jnp.broadcast_to(row_numbers(x.shape[1], axes=2), x.shape[:2])
-    query, key, value = layer.before_attention(x, positions)
-    attention, scores, _ = two_pass_attention(
-        query,
-        key,
-        value,
-        query_lengths=lengths,
-        key_value_lengths=lengths,
-        score_rows=score_rows,
-        sliding_window=sliding_window,
-    )
-    counted = positions < lengths[:, None]
-    queries = QueryStatistics.of(query, key.shape[2], counted)
-    return layer.after_attention(x, attention), key, value, scores, queries
-
-
-_STATIC = ("rows", "score_rows", "sliding_window")
-_read_layer = jax.jit(_read_whole_layer, static_argnames=_STATIC)
-_read_layer_in_place = jax.jit(_read_whole_layer, static_argnames=_STATIC, donate_argnames="x")
-
-
-def _read_layer_in_chunks(layer: LlamaLayer, x, lengths, rows: Chunks, score_rows, sliding_window):
-    b, tokens, _ = x.shape
-    config = layer.config
-    heads, head_size = config.num_kv_heads, config.head_dim
-    pieces = _starts(rows.attention, rows.products)
-
-    def rows_of(whole, start):
-        return jax.lax.dynamic_slice_in_dim(whole, start, rows.products, axis=1)
-
-    def put(whole, part, start):
-        return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, axis=1)
-
-    def attend(query, key, value, first, counts, score_rows):
-        # Keys after a chunk's rows are zeros so far, and causal attention does not look at them.
-        return two_pass_attention(
-            query,
-            key,
-            value,
-            query_lengths=counts,
-            query_offset=jnp.broadcast_to(first, (b,)).astype(jnp.int32),
-            score_rows=score_rows,
-            sliding_window=sliding_window,
-        )
-
-    def chunk(state, first):
-        x, key, value, scores, queries = state
-
-        def before(state, start):
-            query, key, value, queries = state
-            positions = jnp.broadcast_to(first + start + row_numbers(rows.products, axes=2), (b, rows.products))
-            present = positions < lengths[:, None]
-            new = layer.before_attention(rows_of(x, first + start), positions)
-            queries = queries.join(QueryStatistics.of(new[0], heads, present))
-            # Zeros instead of padding: the attention then needs no lengths of keys, and makes no cleaned copy.
-            new = [jnp.where(present[..., None, None], y, 0) for y in new]
-            key, value = (put(whole, y, first + start) for whole, y in zip((key, value), new[1:]))
-            return (put(query, new[0], start), key, value, queries), None
-
-        query = jnp.zeros_like(x, shape=(b, rows.attention, config.num_heads, head_size))
-        (query, key, value, queries), _ = jax.lax.scan(before, (query, key, value, queries), pieces)
-        counts = jnp.clip(lengths - first, 0, rows.attention)
-        attention, received, _ = attend(query, key, value, first, counts, "all" if score_rows == "all" else 0)
-
-        def after(x, start):
-            part = layer.after_attention(rows_of(x, first + start), rows_of(attention, start))
-            return put(x, part, first + start), None
-
-        x, _ = jax.lax.scan(after, x, pieces)
-        return (x, key, value, scores + received, queries), None
-
-    last = score_rows not in ("all", 0)
-    if last:  # each sequence's last rows may lie in different chunks: they are asked on their own, when all keys exist
-        first = jnp.maximum(lengths - score_rows, 0)
-        positions = first[:, None] + row_numbers(score_rows, axes=2)
-        their_x = jnp.take_along_axis(x, positions[..., None], axis=1, mode="clip")
-        their_query, _, _ = layer.before_attention(their_x, positions)
-
-    empty = jnp.zeros_like(x, shape=(b, tokens, heads, head_size))
-    none = functools.partial(jnp.zeros_like, x, jnp.float32)
-    queries = QueryStatistics(none((b, heads, head_size)), none((b, heads, head_size, head_size)))
-    state = x, empty, empty, none((b, heads, tokens)), queries
-    (x, key, value, scores, queries), _ = jax.lax.scan(chunk, state, _starts(tokens, rows.attention))
-    if last:
-        _, scores, _ = attend(their_query, key, value, first, jnp.minimum(lengths, score_rows), "all")
-    return x, key, value, scores, queries
-
-
-@functools.partial(jax.jit, static_argnames=("config", "shape", "at_once"))
-def compress_layer(key, value, scores, queries, lengths, budget, config, shape, at_once=_COMPRESSED) -> LayerCache:
-    """`compress`, for long prompts sequence by sequence and some heads at a time: it ranks and casts what it is given.
-
-    Arguments are those of `cache.compress`; `at_once` bounds the numbers of the keys in one piece of work.
-    """
-    arrays = key, value, scores, queries
-    b, tokens, heads, head_size = key.shape
-    if config.keeps_all_as_it_is:  # one pass over each
-        return compress(*arrays, lengths, budget, config=config, shape=shape)
-
-    def some_heads(arrays, lengths, budget):
-        together = max(at_once // (arrays[0].shape[0] * tokens * head_size), 1)
-        # Q-Hitter's mix looks at all heads of a layer.
-        if together >= heads or config.rank.attention_weight < 1:
-            return compress(*arrays, lengths, budget, config=config, shape=shape)
-        together = _even_share(heads, together)
-
-        def one(first):
-            def some(x, axis):
-                return jax.lax.dynamic_slice_in_dim(x, first, together, axis)
-
-            key, value = (some(x, 2) for x in arrays[:2])
-            scores, queries = jax.tree.map(lambda x: some(x, 1), arrays[2:])
-            return compress(key, value, scores, queries, lengths, budget, config=config, shape=shape)
-
-        # What has heads has them second; the rest is the same for all of them.
-        parts = jax.lax.map(one, _starts(heads, together))
-        return jax.tree.map(lambda x: _joined_heads(x) if x.ndim > 2 else x[0], parts)
-
-    if b == 1 or key.size <= at_once:
-        return some_heads(arrays, lengths, budget)
-
-    def one_sequence(arguments):
-        return some_heads(*jax.tree.map(lambda x: x[None], arguments))
-
-    caches = jax.lax.map(one_sequence, (arrays, lengths, budget))
-    return jax.tree.map(lambda x: x[:, 0], caches)
-
-
-def _starts(size: int, step: int) -> Int[Array, "pieces"]:
-    return jnp.arange(0, size, step, dtype=jnp.int32)
-
-
-def _joined_heads(x):
-    """[parts, B, K, ...] -> [B, parts K, ...]."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-@functools.partial(jax.jit, static_argnames=("like",))
-def _shrink(layer: LayerCache, like) -> LayerCache:
-    """The layer's arrays cut to the shapes of `like`."""
-    leaves, structure = jax.tree.flatten(layer)
-    return jax.tree.unflatten(structure, [x[tuple(slice(n) for n in shape)] for x, shape in zip(leaves, like)])
-
-
-@functools.partial(jax.jit, static_argnames="rows")
-def embed(model: Llama, tokens: Int[Array, "B T"], rows: Chunks) -> Float[Array, "B padded D"]:
-    """Embeddings of [B, T] tokens, padded to whole chunks."""
-    return model.embed(jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % rows.attention))))
-
-
-@jax.jit
-def logits_at(model: Llama, x: Float[Array, "B T D"], index: Int[Array, "B"]) -> Float[Array, "B V"]:
-    """float32 next-token logits of each sequence at its row `index` of the last layer's x."""
-    last = jnp.take_along_axis(x, index[:, None, None], axis=1, mode="clip")
-    return model.logits(last)[:, 0]
+from minikv_jax.model import Model, Params, as_model
+from minikv_jax.reading import ATTENDED_ROWS, chunk_rows, embed, logits_at, read_layer
 
 
 def bucket(tokens: Int[Array, "B T"], limit: int | None = None) -> Int[Array, "B padded"]:
@@ -296,7 +73,7 @@ def forward(params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] 
 
 
 @jax.jit
-def _logits(model: Llama, x: Float[Array, "B T D"], lengths: Int[Array, "B"]) -> Float[Array, "B T V"]:
+def _logits(model: Model, x: Float[Array, "B T D"], lengths: Int[Array, "B"]) -> Float[Array, "B T V"]:
     return jnp.where((lengths > 0)[:, None, None], model.logits(x), jnp.nan)
 
 
@@ -358,31 +135,27 @@ def _counted_from(progress: Callable[[int, int], None] | None, group: int, group
 def sequences_at_once(batch: int, tokens: int) -> int:
     """Sequences of a [batch, tokens] prompt that are read through all layers before others: as many as fill one call of
     attention. Hidden states of more would only wait for their turn, two bytes a channel of every token."""
-    return _even_share(batch, max(min(_ATTENDED_ROWS // max(tokens, 1), batch), 1))
+    return even_share(batch, max(min(ATTENDED_ROWS // max(tokens, 1), batch), 1))
 
 
-def _even_share(count: int, most: int) -> int:
-    """The largest divisor of `count` up to `most`: shares of one size need one program."""
-    return next(n for n in range(most, 0, -1) if count % n == 0)
-
-
-def _prefill(model: Llama, tokens, lengths, cache_config: CacheConfig, progress) -> tuple[Array, KVCache]:
+def _prefill(model: Model, tokens, lengths, cache_config: CacheConfig, progress) -> tuple[Array, KVCache]:
     layers = model.config.num_layers
     largest = Shape.largest(cache_config, layers)
     rows = chunk_rows(*tokens.shape)
     x = embed(model, tokens, rows)
     caches = []
     for i, layer in enumerate(model.layers):
-        config = cache_config.of_layer(i)
-        x, *attended = read_layer(layer, x, lengths, rows, score_rows=config.score_rows, sliding_window=None)
+        method = cache_config.of_layer(i)
+        x, *attended = read_layer(layer, x, lengths, rows, score_rows=method.score_rows, sliding_window=None)
         budget = allocate.budgets(cache_config, i, layers, lengths, tokens.shape[1])
         # Every layer is compressed at the largest layer's capacity and then cut: one program for a whole pyramid.
-        cache = compress_layer(*attended, lengths, budget, config=config, shape=largest)
+        static = {"method": method, "dtype": cache_config.dtype}
+        cache = compress_in_pieces(*attended, lengths, budget, **static, shape=largest)
         shape = Shape.of(cache_config, i, layers)
         if shape != largest:
-            compress_to = functools.partial(compress, config=config, shape=shape)
+            compress_to = functools.partial(compress, **static, shape=shape)
             like = jax.eval_shape(compress_to, *attended, lengths, budget)
-            cache = _shrink(cache, tuple(leaf.shape for leaf in jax.tree.leaves(like)))
+            cache = cut(cache, tuple(leaf.shape for leaf in jax.tree.leaves(like)))
         caches.append(cache)
         del attended  # before the next layer makes its own keys and values
         if progress is not None:
@@ -418,7 +191,7 @@ def _concatenated(parts: list):
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
-def checked(model: Llama, longest: int, config: CacheConfig) -> CacheConfig:
+def checked(model: Model, longest: int, config: CacheConfig) -> CacheConfig:
     """The config with its prompt capacity filled in, after every check that needs the model and the `longest` prompt.
 
     Raises:
@@ -427,17 +200,13 @@ def checked(model: Llama, longest: int, config: CacheConfig) -> CacheConfig:
     """
     if not isinstance(config, CacheConfig):
         raise ConfigError(f"The method is a {type(config).__name__}: give a CacheConfig, as presets.minikv().")
-    prompt_capacity = config.prompt_capacity or longest
-    if longest > prompt_capacity:
-        raise PromptError(
-            f"A prompt of {longest} tokens is longer than prompt_capacity={prompt_capacity}: shorten it or raise that."
-        )
-    total = prompt_capacity + config.generated_capacity
+    config = config.checked(model.config.head_dim, model.config.num_layers, longest)
+    total = config.prompt_capacity + config.generated_capacity
     limit = model.config.max_position_embeddings
     if total > limit:
         raise PromptError(
-            f"{prompt_capacity} prompt tokens and generated_capacity={config.generated_capacity} make {total}, more "
-            f"than the model's {limit} positions: shorten the prompt or lower generated_capacity."
+            f"{config.prompt_capacity} prompt tokens and generated_capacity={config.generated_capacity} make {total}, "
+            f"more than the model's {limit} positions: shorten the prompt or lower generated_capacity."
         )
     window = model.config.sliding_window
     if window is not None and total > window:
@@ -445,28 +214,7 @@ def checked(model: Llama, longest: int, config: CacheConfig) -> CacheConfig:
             f"This model attends to the last {window} tokens only; a cache for {total} tokens would need masking by "
             f"position, which compressed rows do not have. Keep prompt and answer within {window} tokens."
         )
-    _check_codecs(config, model.config.head_dim)
-    beyond = [i for i in (*config.precise, *config.brief) if i >= model.config.num_layers]
-    if beyond:
-        raise ConfigError(
-            f"This model has {model.config.num_layers} layers, counted from 0, and none numbered {beyond}."
-        )
-    return config.replace(prompt_capacity=prompt_capacity)
-
-
-def _check_codecs(config: CacheConfig, head_size: int) -> None:
-    if (config.rotate_keys or config.rotate_values) and head_size & (head_size - 1):
-        group = head_size & -head_size
-        raise ConfigError(
-            f"{config.name} rotates keys and values, which takes a head size that is a power of two, not {head_size}. "
-            f"These run here: mikv, minikv:group_size={group}, kivi:group_size={group}, and methods that only evict."
-        )
-    for codec in (config.codec, config.retained, config.quantized_first):
-        if codec is None or codec.dense:
-            continue
-        groups = [codec.value_group] + ([codec.key_group] if codec.key_axis == "channels" else [])
-        if any(head_size % group_size(group, head_size) for group in groups):
-            raise ConfigError(f"Groups of {groups} channels must divide the model's head size of {head_size}.")
+    return config
 
 
 def empty_cache(params: Params, cache_config: CacheConfig, batch: int) -> KVCache:

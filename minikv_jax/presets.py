@@ -9,8 +9,16 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from minikv_jax.config import Allocation, Amount, CacheConfig, Codec, Rank, check_types
+from minikv_jax.append import Append
+from minikv_jax.basis import Basis, Hadamard
+from minikv_jax.block import Block
+from minikv_jax.checks import check_types, require
+from minikv_jax.codec import Codec
+from minikv_jax.config import Allocation, Amount, CacheConfig, Method, Rank
 from minikv_jax.errors import ConfigError, shortened
+from minikv_jax.evict import Evict
+from minikv_jax.inflow import Inflow
+from minikv_jax.kivi import Ring
 
 METHODS: dict[str, Callable[..., CacheConfig]] = {}
 _MOST = 2**30 - 1  # sizes are 32-bit numbers, and so is twice a size
@@ -39,7 +47,7 @@ def _method[**P](preset: Callable[P, CacheConfig]) -> Callable[P, CacheConfig]:
 @_method
 def full() -> CacheConfig:
     """Everything, in the model's dtype: what the others are measured against."""
-    return CacheConfig(name="full")
+    return CacheConfig("full", Method(inflow=Append()))
 
 
 @_method
@@ -48,7 +56,8 @@ def streaming_llm(sinks: int = 4, recent: Amount = 512) -> CacheConfig:
 
     Keys keep the rotary positions of the text.
     """
-    return CacheConfig(name="streaming_llm", allocation=Allocation(heavy=0, recent=recent, sinks=sinks), evict="before")
+    kept = Allocation(heavy=0, recent=recent, sinks=sinks)
+    return CacheConfig("streaming_llm", Method(allocation=kept, inflow=Evict("before")))
 
 
 @_method
@@ -57,32 +66,29 @@ def h2o(heavy: Amount = 0.1, recent: Amount = 0.1, persistent: bool = False, sin
 
     `persistent` fixes the choice after the prompt and keeps all new tokens.
     """
-    return CacheConfig(
-        name="h2o",
-        rank=Rank(by="attention"),
-        allocation=Allocation(heavy=heavy, recent=recent, sinks=sinks),
-        evict="never" if persistent else "after",
-    )
+    kept = Allocation(heavy=heavy, recent=recent, sinks=sinks)
+    return CacheConfig("h2o", Method(rank=Rank(by="attention"), allocation=kept, inflow=_giving_up(not persistent)))
+
+
+def _giving_up(each_step: bool) -> Inflow:
+    return Evict() if each_step else Append()
 
 
 @_method
 def snapkv(budget: Amount = 2048, window: int = 32, pooling: int = 5, pool: str = "avg") -> CacheConfig:
     """SnapKV (arXiv 2404.14469, Listing 1): what the prompt's last queries attend to, pooled, and those last tokens."""
+    rank = Rank(by="window", window=window, pooling=pooling, pool=pool)
     return CacheConfig(
-        name="snapkv",
-        rank=Rank(by="window", window=window, pooling=pooling, pool=pool),
-        allocation=Allocation(budget=budget, recent=window),
+        "snapkv", Method(rank=rank, allocation=Allocation(budget=budget, recent=window), inflow=Append())
     )
 
 
 @_method
 def pyramidkv(budget: int = 2048, window: int = 32, pooling: int = 5, pool: str = "avg", beta: int = 20) -> CacheConfig:
     """PyramidKV (arXiv 2406.02069, section 3.2): SnapKV with budgets that fall from layer to layer."""
-    return CacheConfig(
-        name="pyramidkv",
-        rank=Rank(by="window", window=window, pooling=pooling, pool=pool),
-        allocation=Allocation(budget=budget, recent=window, pyramid_beta=beta),
-    )
+    rank = Rank(by="window", window=window, pooling=pooling, pool=pool)
+    kept = Allocation(budget=budget, recent=window, pyramid_beta=beta)
+    return CacheConfig("pyramidkv", Method(rank=rank, allocation=kept, inflow=Append()))
 
 
 @_method
@@ -90,13 +96,13 @@ def qhitter(
     heavy: Amount = 0.15, recent: Amount = 0.05, protected: Amount = 0.07, attention_weight: float = 0.5, bits: int = 4
 ) -> CacheConfig:
     """Q-Hitter (MLSys 2024, section 3): H2O that prefers tokens which survive 4 bits, and stores them so."""
-    return CacheConfig(
-        name="qhitter",
+    method = Method(
         rank=Rank(by="attention", attention_weight=attention_weight, protected=protected),
         allocation=Allocation(heavy=heavy, recent=recent),
         codec=Codec(bits, bits, "head", "head", "channels", integer_zero=True),
-        evict="after",
+        inflow=Evict(),
     )
+    return CacheConfig("qhitter", method)
 
 
 @_method
@@ -111,23 +117,13 @@ def kivi(
     clip: tuple[float, ...] = (),
 ) -> CacheConfig:
     """KIVI (arXiv 2402.02750, section 4): every token; keys per channel, values per token, the newest dense."""
-    return CacheConfig(
-        name="kivi",
-        codec=Codec(
-            key_bits,
-            value_bits,
-            group_size,
-            group_size,
-            metadata_dtype=metadata_dtype,
-            balance=balance,
-            key_clip=clip,
-            value_clip=clip,
-        ),
-        window=residual,
-        window_style="kivi",
-        rotate_keys=rotate,
-        rotate_values=rotate,
-    )
+    groups = {"key_group": group_size, "value_group": group_size, "metadata_dtype": metadata_dtype}
+    codec = Codec(key_bits, value_bits, **groups, balance=balance, key_clip=clip, value_clip=clip)
+    return CacheConfig("kivi", Method(codec=codec, basis=_rotation(rotate), inflow=Ring(residual)))
+
+
+def _rotation(wanted: bool) -> tuple[Basis, ...]:
+    return (Hadamard(),) if wanted else ()
 
 
 @_method
@@ -164,30 +160,25 @@ def minikv(
         normalize, pooling, value_norm: of the scores, see `Rank`. Not in the paper, as all that follows.
         balance, metadata_dtype, clip: see `Codec`.
         rotate: Hadamard rotation of keys and values.
-        per_head: refused, see `Allocation`.
+        per_head: budgets that differ between the heads of a layer (AdaKV, arXiv 2407.11550). Refused: a layer's heads
+            share one array, so a head with fewer tokens would free nothing.
     """
-    dense = bits == 16
-    codec = Codec(
-        bits if key_bits is None else key_bits,
-        bits,
-        group_size,
-        group_size,
-        metadata_dtype=metadata_dtype,
-        balance=balance,
-        key_clip=clip,
-        value_clip=clip,
+    require(
+        not per_head,
+        "per_head budgets are not supported: the heads of a layer share one array, so tokens taken from one head "
+        "would only be masked and no memory freed. Use budgets per layer (pyramid_depth, pyramid_beta).",
     )
-    return CacheConfig(
-        name="minikv" if pyramid_depth is None else "minikv_pyramid",
+    groups = {"key_group": group_size, "value_group": group_size, "metadata_dtype": metadata_dtype}
+    method = Method(
         rank=Rank(by="attention", normalize=normalize, pooling=pooling, value_norm=value_norm),
-        allocation=Allocation(
-            heavy=float(heavy), recent=float(recent), sinks=sinks, pyramid_depth=pyramid_depth, per_head=per_head
+        allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks, pyramid_depth=pyramid_depth),
+        codec=Codec(
+            bits if key_bits is None else key_bits, bits, **groups, balance=balance, key_clip=clip, value_clip=clip
         ),
-        codec=codec,
-        window=None if dense else residual,
-        rotate_keys=rotate,
-        rotate_values=rotate,
+        basis=_rotation(rotate),
+        inflow=Append() if bits == 16 else Block(residual),
     )
+    return CacheConfig("minikv" if pyramid_depth is None else "minikv_pyramid", method)
 
 
 @_method
@@ -261,25 +252,23 @@ def minikv_plus(
         raise ConfigError(
             f"important={important} keeps the other tokens too: leave heavy={heavy} and recent={recent} at 1 together."
         )
+    if important and (precise or brief):
+        raise ConfigError("precise and brief layers keep their tokens in one tier: leave important at 0 with them.")
     finer = dataclasses.replace(codec, key_bits=4, value_bits=4)
-    return CacheConfig(
-        name="minikv_plus",
-        rank=Rank(by="window", window=256) if important else Rank(by="attention"),
-        allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks)
-        if not important
-        else Allocation(heavy=float(important), recent=0.0, sinks=sinks),
-        codec=finer if important else codec,
-        retained=codec if important else None,
-        precise=precise,
-        precise_codec=finer if precise else None,
-        brief=brief,
-        brief_allocation=Allocation(heavy=half, recent=half, sinks=sinks) if brief else None,
-        window=residual,
-        window_keeps=keeps,
-        exact_sinks=True,
-        rotate_keys=True,
-        rotate_values=True,
+    method = Method(
+        rank=Rank(by="attention"),
+        allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks),
+        codec=codec,
+        basis=(Hadamard(),),
+        inflow=Block(residual, keeps, exact_sinks=True),
     )
+    if important:
+        first = Allocation(heavy=float(important), recent=0.0, sinks=sinks)
+        method = method.replace(rank=Rank(by="window", window=256), allocation=first, codec=finer, rest=codec)
+    shorter = Allocation(heavy=half, recent=half, sinks=sinks) if brief else None
+    layers = {i: method.replace(codec=finer) for i in precise}
+    layers |= {i: layers.get(i, method).replace(allocation=shorter) for i in brief}
+    return CacheConfig("minikv_plus", method, tuple(sorted(layers.items(), key=lambda item: item[0])))
 
 
 @_method
@@ -304,17 +293,16 @@ def mikv(
         metadata_dtype: of scales and minima.
     """
     half = {"key_group": "half_head", "value_group": "half_head", "key_axis": "channels"}
+    half["metadata_dtype"] = metadata_dtype
     everything = ratio >= 1
-    return CacheConfig(
-        name="mikv",
+    method = Method(
         rank=Rank(by="attention"),
         allocation=Allocation(budget=float(ratio), recent=float(recent)),
-        codec=Codec() if bits == 16 else Codec(bits, bits, **half, metadata_dtype=metadata_dtype),
-        retained=None
-        if everything
-        else Codec(retained_bits, retained_bits, **half, metadata_dtype=metadata_dtype, balance=balance),
-        evict="never" if persistent or everything else "after",
+        codec=Codec() if bits == 16 else Codec(bits, bits, **half),
+        rest=None if everything else Codec(retained_bits, retained_bits, **half, balance=balance),
+        inflow=_giving_up(not (persistent or everything)),
     )
+    return CacheConfig("mikv", method)
 
 
 def by_name(name: str, **knobs) -> CacheConfig:

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from minikv_jax import allocate
-from minikv_jax.cache import KVCache, LayerCache, QueryStatistics, Shape, compress, nbytes
-from minikv_jax.config import CacheConfig
+from minikv_jax.cache import KVCache, LayerCache, QueryStatistics, Shape, nbytes
+from minikv_jax.compress import compress
+from minikv_jax.config import CacheConfig, Method
 from minikv_jax.errors import ConfigError, shortened
-from minikv_jax.kivi import KiviWindow
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.prefill import checked
-from minikv_jax.segments import DenseSegment
 from pallas_kernels.packed_decode.layout import BLOCK
 
 _BFLOAT16_BYTES = 2
@@ -104,20 +103,22 @@ def _planned_size(model: ModelConfig, config: CacheConfig, i: int) -> Size:
     """What layer `i` weighs with all of its capacity in use."""
     prompt, generated, layers = config.prompt_capacity, config.generated_capacity, model.num_layers
     total = int(allocate.budget(config, i, layers, prompt).total)
-    kept = min(total, prompt + generated if config.evict != "never" else prompt)
-    if config.retained is not None:
-        kept = prompt
-    kept += generated if config.evict == "never" or config.retained is not None else 0
-    layer = planned_layer(config.of_layer(i), Shape.of(config, i, layers), model.num_kv_heads, model.head_dim)
+    method = config.of_layer(i)
+    if method.rest is not None:
+        kept = prompt + generated
+    elif method.inflow.grows:
+        kept = min(total, prompt) + generated
+    else:
+        kept = min(total, prompt + generated)
+    layer = planned_layer(method, Shape.of(config, i, layers), model.num_kv_heads, model.head_dim, config.dtype)
     return _size(layer, kept, prompt + generated)
 
 
-def planned_layer(config: CacheConfig, shape: Shape, heads: int, head_size: int) -> LayerCache:
+def planned_layer(method: Method, shape: Shape, heads: int, head_size: int, dtype: str | None = None) -> LayerCache:
     """Shapes of a layer's arrays for one sequence of a bfloat16 model."""
-    program = config.program.replace(prompt_capacity=BLOCK, generated_capacity=1)
     blocks = [-(-rows // BLOCK) * BLOCK for rows in shape]
-    rows = shape.segment if config.codec.dense else blocks[0]
-    first, longer, deeper = _probed(program, heads, head_size)
+    rows = shape.first if method.codec.dense else blocks[0]
+    first, longer, deeper = _probed(method.program, heads, head_size, dtype)
 
     def grown(x, more, below):
         steps = [(n, m - n, d - n) for n, m, d in zip(x.shape, more.shape, below.shape)]
@@ -128,7 +129,7 @@ def planned_layer(config: CacheConfig, shape: Shape, heads: int, head_size: int)
 
 
 @functools.lru_cache(maxsize=512)
-def _probed(program: CacheConfig, heads: int, head_size: int) -> list[LayerCache]:
+def _probed(method: Method, heads: int, head_size: int, dtype: str | None) -> list[LayerCache]:
     """Layers with room for one block, for two in the first tier, for two in the second: sizes are linear in both.
 
     Tracing takes a tenth of a second or more, and fitting a budget asks for many sizes.
@@ -144,7 +145,7 @@ def _probed(program: CacheConfig, heads: int, head_size: int) -> list[LayerCache
     lengths = array(1, dtype=jnp.int32)
 
     def layer_of(*rows: int):
-        make = functools.partial(compress, config=program, shape=Shape(*rows))
+        make = functools.partial(compress, method=method, shape=Shape(*rows), dtype=dtype)
         return jax.eval_shape(make, key, key, scores, queries, lengths, allocate.Budget(lengths, lengths))
 
     return [layer_of(BLOCK, BLOCK), layer_of(2 * BLOCK, BLOCK), layer_of(BLOCK, 2 * BLOCK)]
@@ -163,30 +164,20 @@ def _report(layers: list[Size], bytes_held: int) -> CacheReport:
 
 
 def _size(layer: LayerCache, tokens_kept: int, read: int) -> Size:
-    segment = layer.segment
-    rows = segment.key if isinstance(segment, DenseSegment) else segment.keys.codes
-    heads, head_size = rows.shape[1], rows.shape[-1]
-    tiers = (*layer.prefix, segment, layer.retained)
-    tier_arrays = [
-        (tier.key, tier.value) if isinstance(tier, DenseSegment) else (tier.keys, tier.values, tier.coupling)
-        for tier in tiers
-        if tier is not None
-    ]
+    heads, head_size = layer.heads
+    tiers = (*layer.prefix, layer.first, layer.rest)
     return Size(
         tokens_kept=tokens_kept,
         tokens_read=read,
-        bytes_tiers=nbytes(tier_arrays),
-        bytes_window=nbytes(layer.window),
+        bytes_tiers=nbytes([tier.stored for tier in tiers if tier is not None]),
+        bytes_window=nbytes(layer.method.inflow.waiting(layer)),
         bytes_held=nbytes(layer),
         bytes_bfloat16=2 * read * heads * head_size * _BFLOAT16_BYTES,
     )
 
 
 def _tokens_kept(layer: LayerCache, cache: KVCache) -> int:
-    if isinstance(layer.window, KiviWindow):
-        return int(np.sum(jax.device_get(cache.lengths)))
-    parts = [part for part in (layer.segment, layer.retained, layer.window) if part is not None]
-    own = sum(int(np.sum(jax.device_get(part.length))) for part in parts)
+    own = int(np.sum(jax.device_get(layer.method.inflow.held(layer, cache.lengths))))
     # Every fork keeps the shared tokens.
     shared = sum(int(jax.device_get(part.length)[0]) for part in layer.prefix)
     return own + shared * cache.lengths.shape[0]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.config import check_types
+from minikv_jax.checks import check_types
 from minikv_jax.errors import ConfigError
 
 

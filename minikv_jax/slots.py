@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from minikv_jax import inputs, segments
+from minikv_jax import inputs
 from minikv_jax.cache import KVCache, LayerCache
 from minikv_jax.errors import ConfigError
+from minikv_jax.inflow import repeated
 
 
 def insert(cache: KVCache, slot: int | Int[Array, ""], prefix: KVCache) -> KVCache:
@@ -82,18 +83,6 @@ def fork(cache: KVCache, count: int) -> KVCache:
             f"{'a fork' if any(layer.prefix for layer in cache.layers) else 'a cache'} of {cache.lengths.shape[0]}."
         )
 
-    def repeated(tree):
-        return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), tree)
-
-    if cache.config.evict != "never" or cache.config.window_style == "kivi":
-        return repeated(cache)
-    layers = tuple(_forked(layer, repeated, count, cache.config.generated_capacity) for layer in cache.layers)
-    return KVCache(layers, repeated(cache.lengths), repeated(cache.room), cache.config)
-
-
-def _forked(layer: LayerCache, repeated, count: int, room: int) -> LayerCache:
-    shared = tuple(part for part in (layer.segment, layer.retained) if part is not None)
-    # New tokens still come through the window, which starts with what the prompt left in it.
-    rows = room if layer.window is None else room + layer.window.capacity
-    own = segments.empty_like(getattr(layer, layer.growing), count, rows)
-    return LayerCache(own, layer.config, repeated(layer.window), units=repeated(layer.units), prefix=shared)
+    room = cache.config.generated_capacity
+    layers = tuple(layer.method.inflow.forked(layer, count, room) for layer in cache.layers)
+    return KVCache(layers, *repeated((cache.lengths, cache.room), count), cache.config)

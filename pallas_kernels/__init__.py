@@ -10,9 +10,10 @@ from pallas_kernels.packed_decode.api import (
     decode_attention,
     dense_decode_attention,
     packed_decode_attention,
+    partial_attention,
 )
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor, dequantize, pack, unpack
-from pallas_kernels.partial import Partial, merge_partials
+from pallas_kernels.partial import Partial, merge_partials, with_sinks
 from pallas_kernels.two_pass_attention.api import two_pass_attention
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "packed_append",
     "packed_decode_attention",
     "packed_write",
+    "partial_attention",
     "two_pass_attention",
     "unpack",
+    "with_sinks",
 ]

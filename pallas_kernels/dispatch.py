@@ -1,5 +1,6 @@
 """Choice of an implementation, the way `jax.nn.dot_product_attention` and tokamax do it."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -47,3 +48,27 @@ def first_that_accepts(
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
     raise NotImplementedError(f"{operation}: no implementation accepts these arguments. " + "; ".join(reasons))
+
+
+def without_soft_cap(kernel: Callable) -> Callable:
+    """A kernel that bounds no logits, as an implementation that declines to."""
+
+    @functools.wraps(kernel)
+    def run(*args, soft_cap: float | None, **kwargs):
+        if soft_cap is not None:
+            raise NotImplementedError(f"soft_cap={soft_cap}: this kernel bounds no logits")
+        return kernel(*args, **kwargs)
+
+    return run
+
+
+def check_softmax(soft_cap: float | None, sinks: jax.Array | None, query_heads: int) -> None:
+    """Refuses what is no bound of logits, and sinks of other heads.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap={soft_cap}: give None or a number above 0.")
+    if sinks is not None and sinks.shape != (query_heads,):
+        raise ValueError(f"sinks {sinks.shape} must be [N]={(query_heads,)}.")

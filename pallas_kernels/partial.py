@@ -35,3 +35,17 @@ def merge_partials(partials: Sequence[Partial]) -> tuple[Float[Array, "B T N H"]
     nothing = total == 0
     output = jnp.where(nothing[..., None], 0.0, output / jnp.where(nothing, 1.0, total)[..., None])
     return output, jnp.where(nothing, -jnp.inf, reference + jnp.log(jnp.where(nothing, 1.0, total)))
+
+
+def with_sinks(
+    output: Float[Array, "B T N H"], lse: Float[Array, "B T N"], sinks: Float[Array, "N"]
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attention, and its log-sum-exp, beside one more key a head that has this logit and no value."""
+    whole = jnp.logaddexp(lse, sinks.astype(jnp.float32)[None, None])
+    share = jnp.exp(lse - whole)[..., None]
+    return (output.astype(jnp.float32) * share).astype(output.dtype), whole
+
+
+def capped(logits: Float[Array, "..."], soft_cap: float | None) -> Float[Array, "..."]:
+    """Logits bounded by c tanh(x / c); None: as they are."""
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)

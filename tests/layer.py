@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from minikv_jax import allocate
-from minikv_jax.cache import LayerCache, QueryStatistics, Shape, compress, read_token
+from minikv_jax.cache import LayerCache, QueryStatistics, Shape
+from minikv_jax.compress import compress
 from minikv_jax.config import CacheConfig
+from minikv_jax.layer import read_token
 from pallas_kernels import two_pass_attention
 
 
@@ -27,12 +29,14 @@ def run(config: CacheConfig, query, key, value, lengths, stream, layer: int = 0,
     config = config.replace(
         prompt_capacity=config.prompt_capacity or key.shape[1], generated_capacity=stream[0].shape[0]
     )
+    method = config.of_layer(layer)
     _, scores, _ = two_pass_attention(
-        query, key, value, query_lengths=lengths, key_value_lengths=lengths, score_rows=config.score_rows
+        query, key, value, query_lengths=lengths, key_value_lengths=lengths, score_rows=method.score_rows
     )
     budget = allocate.budgets(config, layer, layers, lengths, key.shape[1])
     queries = QueryStatistics.of(query, key.shape[2], jnp.arange(key.shape[1]) < lengths[:, None])
-    prompt = compress(key, value, scores, queries, lengths, budget, config, Shape.of(config, layer, layers))
+    shape = Shape.of(config, layer, layers)
+    prompt = compress(key, value, scores, queries, lengths, budget, method, shape, config.dtype)
     accept = jnp.ones(lengths.shape, bool)
 
     def step(state, token):

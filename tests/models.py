@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 from minikv_jax import decode_step, presets
+from minikv_jax.block import Block
 from minikv_jax.config import CacheConfig
+from minikv_jax.kivi import Ring
 from minikv_jax.models import ModelConfig
 from minikv_jax.models.llama import Llama
 
@@ -29,16 +31,21 @@ MODEL = Llama(CONFIG, rngs=nnx.Rngs(params=0))
 
 def with_codes(config: CacheConfig, **changes) -> CacheConfig:
     """The method with changes to the codec of every tier that holds codes."""
-    tiers = {"codec": config.codec, "retained": config.retained}
+    tiers = {"codec": config.method.codec, "rest": config.method.rest}
     coded = {name: codec for name, codec in tiers.items() if codec is not None and not codec.dense}
     return config.replace(**{name: dataclasses.replace(codec, **changes) for name, codec in coded.items()})
 
 
 def small(config: CacheConfig) -> CacheConfig:
     """The method with groups of 8 and a window of 16, so that small prompts are encoded."""
-    if config.window is None:
+    inflow = config.method.inflow
+    if isinstance(inflow, Block):
+        smaller = dataclasses.replace(inflow, window=16, keeps=inflow.keeps // 8)
+    elif isinstance(inflow, Ring):
+        smaller = Ring(16)
+    else:
         return config
-    return with_codes(config, key_group=8, value_group=8).replace(window=16, window_keeps=config.window_keeps // 8)
+    return with_codes(config, key_group=8, value_group=8).replace(inflow=smaller)
 
 
 METHODS = {name: small(preset()) for name, preset in presets.METHODS.items()}

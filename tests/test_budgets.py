@@ -16,7 +16,7 @@ best = jax.jit(rank.best, static_argnums=3)
 
 def test_pyramid_of_the_paper():
     config = presets.minikv_pyramid()
-    shares = [allocate.heavy_share(config.allocation, layer, 32) for layer in range(32)]
+    shares = [allocate.heavy_share(config.method.allocation, layer, 32) for layer in range(32)]
     np.testing.assert_allclose([shares[0], shares[31], np.mean(shares)], [0.464286, 0.035714, 0.25], atol=1e-6)
     np.testing.assert_allclose(shares, reference.pyramid_ratios(0.25, 32, 7))
     heavy = [int(budget.total - budget.recent) for budget in (allocate.budget(config, i, 32, 4096) for i in range(32))]

@@ -42,7 +42,7 @@ def copied(text: str, least: int) -> list:
 def check(config, rows: int):
     """No copy of a layer's keys or values as stored, and no image of them in floats; `rows` are those of one layer."""
     numbers = rows * WIDE.num_kv_heads * WIDE.head_dim
-    bits = 16 if config.codec.dense else config.codec.key_bits
+    bits = 16 if config.method.codec.dense else config.method.codec.key_bits
     stored = numbers if bits == 16 else numbers * bits // 8
     text = compiled(config).as_text()
     assert not copied(text, stored)
@@ -55,7 +55,7 @@ def check(config, rows: int):
 
 @pytest.mark.parametrize("config", [presets.full(), presets.minikv()], ids=lambda config: config.name)
 def test_the_cache_is_neither_copied_nor_unpacked(config):
-    check(config, rows=PROMPT if config.codec.dense else PROMPT // 2)
+    check(config, rows=PROMPT if config.method.codec.dense else PROMPT // 2)
 
 
 def test_a_cache_that_is_not_donated_is_copied():

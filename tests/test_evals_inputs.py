@@ -20,7 +20,7 @@ from test_evals import LAB, _item
 from test_evals_data import _QUESTION, _package, _ruler_lab, _write
 from tiny import Characters, lab, loaded
 
-from minikv_jax import ConfigError, MiniKVError, PromptError, outputs, presets
+from minikv_jax import Allocation, Codec, ConfigError, MiniKVError, PromptError, outputs, presets
 from minikv_jax.bench import cpu, tables, timing
 from minikv_jax.evals import (
     calibrate,
@@ -497,9 +497,9 @@ def test_calibration_needs_a_method_that_can_be_exchanged_and_loses_something(mo
     with pytest.raises(ConfigError, match="as minikv_plus has"):
         calibrate.calibrate(lab(), presets.minikv(), 0, 0)
     monkeypatch.setattr(calibrate, "_records", calibrate._texts)
-    same = presets.full().replace(
-        precise=(0,), precise_codec=presets.full().codec, brief=(0,), brief_allocation=presets.full().allocation
-    )
+    full = presets.full()
+    all_the_same = full.method.replace(codec=Codec(key_group=32), allocation=Allocation(heavy=1.0, recent=0.5))
+    same = full.replace(layers=((0, all_the_same),))
     with pytest.raises(ConfigError, match="nothing to calibrate"):
         calibrate.calibrate(lab(limit=1), same, 1, 0)
 

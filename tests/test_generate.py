@@ -33,8 +33,10 @@ from minikv_jax import (
     stream,
 )
 from minikv_jax.cache import QueryStatistics, Shape
+from minikv_jax.compress import compress_in_pieces
 from minikv_jax.models.llama import Llama
-from minikv_jax.prefill import chunk_rows, compress_layer, sequences_at_once
+from minikv_jax.prefill import sequences_at_once
+from minikv_jax.reading import chunk_rows
 from minikv_jax.sampling import sample
 
 MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
@@ -124,12 +126,12 @@ def test_300_steps_cross_two_flushes_without_a_retrace_and_in_place():
     traced = jax.jit(chex.assert_max_traces(decode_step, n=1), donate_argnames="cache")
     text = tokens(2, 64)
     _, cache = prefill(MODEL, text, jnp.array([64, 40]), config)
-    size, before = nbytes(cache), int(cache.layers[0].segment.length[0])
+    size, before = nbytes(cache), int(cache.layers[0].first.length[0])
     for _ in range(300):
         donated = cache
         logits, cache = traced(MODEL, cache, tokens(2))
         assert all(x.is_deleted() for x in jax.tree.leaves(donated))
-    assert int(cache.layers[0].segment.length[0]) >= before + 2 * 128
+    assert int(cache.layers[0].first.length[0]) >= before + 2 * 128
     assert nbytes(cache) == size and bool(jnp.isfinite(logits).all())
 
 
@@ -139,7 +141,7 @@ def test_minikv_lengths_of_the_paper():
     _, cache = prefill(MODEL, tokens(1, 600), jnp.array([600]), config)
 
     def lengths(cache):
-        return int(cache.layers[0].segment.length[0]), int(cache.layers[0].window.length[0])
+        return int(cache.layers[0].first.length[0]), int(cache.layers[0].flow.length[0])
 
     assert lengths(cache) == (288, 12)
     flushes = []
@@ -180,7 +182,7 @@ def test_a_broken_sequence_stays_alone(method):
     columns = np.arange(CONFIG.vocab_size) != 3
     assert np.isnan(together[0, 0]).all()
     # A method that gives tokens up may come to drop the broken ones; the others stay broken for good.
-    assert config.evict != "never" or np.isnan(together[0]).all()
+    assert not config.method.inflow.grows or np.isnan(together[0]).all()
     np.testing.assert_allclose(together[1][:, columns], alone[0][:, columns], atol=1e-5)
 
 
@@ -358,8 +360,8 @@ def test_a_layer_compressed_in_pieces_is_the_layer(method):
     scores, lengths = jnp.asarray(rng.random((2, 4, 40)), jnp.float32), jnp.array([40, 23])
     queries = QueryStatistics.of(key, 4, jnp.ones((2, 40), bool))
     arguments = key, value, scores, queries, lengths, allocate.budgets(config, 0, 1, lengths, 40)
-    whole = compress_layer(*arguments, config=config, shape=shape)
-    chex.assert_trees_all_close(whole, compress_layer(*arguments, config=config, shape=shape, at_once=40 * 16 * 2))
+    whole, parts = (compress_in_pieces(*arguments, config.method, shape, at_once=n) for n in (1 << 26, 40 * 16 * 2))
+    chex.assert_trees_all_close(whole, parts)
 
 
 @given(length=st.integers(1, 100_000))

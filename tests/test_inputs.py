@@ -36,7 +36,7 @@ from minikv_jax import (
     reset,
     stream,
 )
-from minikv_jax.cache import read_token
+from minikv_jax import layer as layers
 from minikv_jax.models.llama import Llama
 from minikv_jax.sampling import sample
 
@@ -384,20 +384,20 @@ def test_a_layer_fed_past_its_room_says_so(method):
     config = METHODS[method].replace(prompt_capacity=20, generated_capacity=50)
     prompt, _ = draw(draws.rng(), batch=2, tokens=20, steps=1, heads=2, group=2, head_size=16)
     layer = run(config, *prompt, jnp.array([20, 7]), tuple(x[None, :, 0] for x in prompt)).prompt
-    position = jnp.array([20, 7])
+    state = layers.State(layer, jnp.array([20, 7]), jnp.full(2, 1000))
     refused = np.zeros(2, bool)
-    step = jax.jit(read_token)
+    read = jax.jit(layers.step)
     for i in range(400):
         new = (jnp.asarray(x[:, i % 20, None]) for x in prompt)
-        before, (layer, output) = layer, step(layer, *new, position)
+        before, (output, state) = state, read(*new, state)
         bad = np.isnan(output).any(axis=(1, 2, 3))
         assert i >= 1 or not bad.any()
         assert not (refused & ~bad).any()
-        jax.tree.map(lambda x, y, bad=bad: np.testing.assert_array_equal(x[bad], y[bad]), before, layer)
-        refused, position = bad, position + ~bad
+        jax.tree.map(lambda x, y, bad=bad: np.testing.assert_array_equal(x[bad], y[bad]), before, state)
+        refused = bad
     # A method that gives tokens up for good has room for ever.
-    for_ever = config.evict != "never" and config.retained is None
+    for_ever = not config.method.inflow.grows and config.method.rest is None
     assert refused.all() != for_ever
-    assert for_ever or (position >= jnp.array([20, 7]) + 1).all()
-    for tier in (layer.segment, layer.retained):
+    assert for_ever or (state.lengths >= jnp.array([20, 7]) + 1).all()
+    for tier in (state.cache.first, state.cache.rest):
         assert tier is None or (tier.length <= tier.capacity).all()

@@ -27,12 +27,13 @@ from minikv_jax import (
     stream,
 )
 from minikv_jax.cache import LayerCache
+from minikv_jax.evict import Ledger
 from minikv_jax.kivi import KiviWindow
 from minikv_jax.models.llama import Llama
-from minikv_jax.quantize import Codes
 from minikv_jax.sampling import GREEDY, sample
 from minikv_jax.segments import DenseSegment
 from pallas_kernels import PackedTensor
+from pallas_kernels.quantize import Codes
 
 step = jax.jit(decode_step)
 
@@ -123,27 +124,29 @@ def _poison_tier(rng, tier, keys_held=None):
 
 def poisoned_layer(rng, layer: LayerCache, lengths) -> LayerCache:
     """The layer with NaN and drawn bytes wherever it holds no token."""
-    if isinstance(layer.window, KiviWindow):
-        window, packed_keys = layer.window, np.asarray(layer.window.packed_keys)
+    if isinstance(layer.flow, KiviWindow):
+        window, packed_keys = layer.flow, np.asarray(layer.flow.packed_keys)
         size, ring = window.key.shape[2], window.value.shape[2]
         key = _poison_rows(rng, window.key, np.arange(size) < (lengths - packed_keys)[:, None])
         newest = (lengths - 1)[:, None] - ((lengths - 1)[:, None] - np.arange(ring)) % ring
-        value = _poison_rows(rng, window.value, newest >= np.asarray(layer.segment.length)[:, None])
+        value = _poison_rows(rng, window.value, newest >= np.asarray(layer.first.length)[:, None])
         window = KiviWindow(key, value, window.packed_keys)
-        return dataclasses.replace(layer, segment=_poison_tier(rng, layer.segment, packed_keys), window=window)
-    ledger = layer.ledger
-    if ledger is not None:
-        held = np.arange(layer.segment.capacity) < np.asarray(layer.segment.length)[:, None]
+        return dataclasses.replace(layer, first=_poison_tier(rng, layer.first, packed_keys), flow=window)
+    flow = layer.flow
+    if isinstance(flow, Ledger):
+        ledger = flow
+        held = np.arange(layer.first.capacity) < np.asarray(layer.first.length)[:, None]
         held = held[:, : ledger.scores.shape[2]]
         names = [name for name in ("positions", "scores", "friendliness") if getattr(ledger, name) is not None]
         poisoned = {name: _poison_rows(rng, np.asarray(getattr(ledger, name)), held) for name in names}
-        ledger = dataclasses.replace(ledger, **poisoned)
+        flow = dataclasses.replace(ledger, **poisoned)
+    else:
+        flow = _poison_tier(rng, flow)
     return dataclasses.replace(
         layer,
-        segment=_poison_tier(rng, layer.segment),
-        retained=_poison_tier(rng, layer.retained),
-        window=_poison_tier(rng, layer.window),
-        ledger=ledger,
+        first=_poison_tier(rng, layer.first),
+        rest=_poison_tier(rng, layer.rest),
+        flow=flow,
     )
 
 

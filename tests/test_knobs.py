@@ -13,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer import draw, run
 
-from minikv_jax import CacheConfig, Codec, ConfigError, presets, quantize, rank
-from minikv_jax.config import Allocation, Rank
+from minikv_jax import CacheConfig, Codec, ConfigError, presets, rank
+from minikv_jax.basis import Hadamard, Quantized
+from minikv_jax.block import Block
+from minikv_jax.config import Rank
 from minikv_jax.models.shapes import shape_of
 from minikv_jax.report import planned_report
+from pallas_kernels import quantize
 from pallas_kernels.hadamard import hadamard, rotate
 
 PLAIN = presets.minikv(bits=8, group_size=8, residual=16)
@@ -45,10 +48,8 @@ def test_quantised_first_keeps_the_ranges_of_neighbours_that_left():
     # Heads with few enough tokens that groups of 8 break, and an end that fills no group.
     prompt, stream = draw(draws.rng(), 2, 64, 3, 2, 2, 16)
     dense, lengths = presets.minikv(0.3, 0.2, bits=16), np.array([64, 43])
-    codec = presets.minikv(group_size=8).codec
-    with pytest.raises(ConfigError, match="keeps every token"):
-        presets.kivi().replace(quantized_first=codec)
-    plain, coded = (run(c, *prompt, lengths, stream).prompt for c in (dense, dense.replace(quantized_first=codec)))
+    codec = presets.minikv(group_size=8).method.codec
+    plain, coded = (run(c, *prompt, lengths, stream).prompt for c in (dense, dense.replace(basis=(Quantized(codec),))))
     rounded = [np.asarray(x).copy() for x in prompt[1:]]
     for b, length in enumerate(lengths):
         whole = length // 8 * 8
@@ -56,12 +57,12 @@ def test_quantised_first_keeps_the_ranges_of_neighbours_that_left():
         rounded[0][b, :whole] = np.moveaxis(reference.roundtrip_per_token(np.moveaxis(keys, 0, -1), 2, 8), -1, 0)
         rounded[1][b, :whole] = reference.roundtrip_per_token(values, 2, 8)
     for b, head in np.ndindex(2, 2):
-        held = int(plain.segment.length[b])
+        held = int(plain.first.length[b])
         keys = prompt[1][b, :, head]
-        rows = [int(np.abs(keys - row).sum(-1).argmin()) for row in plain.segment.key[b, head, :held]]
-        assert len(set(rows)) == held == int(coded.segment.length[b]) < lengths[b]
-        np.testing.assert_allclose(coded.segment.key[b, head, :held], rounded[0][b, rows, head], atol=1e-4)
-        np.testing.assert_allclose(coded.segment.value[b, head, :held], rounded[1][b, rows, head], atol=1e-4)
+        rows = [int(np.abs(keys - row).sum(-1).argmin()) for row in plain.first.key[b, head, :held]]
+        assert len(set(rows)) == held == int(coded.first.length[b]) < lengths[b]
+        np.testing.assert_allclose(coded.first.key[b, head, :held], rounded[0][b, rows, head], atol=1e-4)
+        np.testing.assert_allclose(coded.first.value[b, head, :held], rounded[1][b, rows, head], atol=1e-4)
 
 
 def test_rotation_helps_where_one_channel_is_loud():
@@ -89,9 +90,7 @@ def test_clipping_never_loses_precision():
 def test_the_balancer_is_the_papers():
     prompt, stream = draw(draws.rng(), 1, 48, 1, 2, 3, 16)
     cache = run(presets.mikv(), *prompt, np.array([48]), stream).prompt
-    np.testing.assert_allclose(
-        cache.retained.balance[0], reference.channel_balancer(prompt[0][0], prompt[1][0]), rtol=1e-5
-    )
+    np.testing.assert_allclose(cache.rest.balance[0], reference.channel_balancer(prompt[0][0], prompt[1][0]), rtol=1e-5)
 
 
 def test_whole_numbered_minima_are_q_hitters():
@@ -109,7 +108,7 @@ def test_sinks_stay(length):
     # Keys that nobody attends to: only the knob can keep them.
     prompt[1][:, :4] = -10 * np.sign(prompt[0].mean(axis=(0, 1, 2))) * np.ones(16)
     config = presets.h2o(0.2, 0.1, sinks=4)
-    ledger = run(config, *prompt, np.array([length]), stream).prompt.ledger
+    ledger = run(config, *prompt, np.array([length]), stream).prompt.flow
     for head in range(2):
         assert {0, 1, 2, 3} <= set(ledger.positions[0, head, : 4 + int(length * 0.2) + int(length * 0.1)].tolist())
 
@@ -135,8 +134,6 @@ def test_scores_are_normalised_pooled_and_weighted():
 
 def test_budgets_per_head_are_refused():
     with pytest.raises(ConfigError, match="no memory freed"):
-        Allocation(per_head=True)
-    with pytest.raises(ConfigError, match="no memory freed"):
         presets.by_name("minikv", per_head=True)
 
 
@@ -146,15 +143,15 @@ def test_budgets_per_head_are_refused():
         (lambda: Rank(by="age"), "by='age'"),
         (lambda: Rank(by="attention", pooling=4), "pooling=4"),
         (lambda: presets.snapkv(window=0), "window=0"),
-        (lambda: presets.mikv(retained_bits=16, balance=False), "retained"),
+        (lambda: presets.mikv(retained_bits=16, balance=False), "second tier"),
         (lambda: presets.mikv(ratio=0.0), "budget=0.0"),
         (lambda: presets.kivi(key_bits=16), "key_bits=16"),
         (lambda: presets.kivi(group_size=32, residual=100), "window=100"),
         (lambda: presets.minikv(metadata_dtype="int8"), "int8"),
         (lambda: presets.minikv(clip=(1.5,)), "clip"),
-        (lambda: presets.kivi(rotate=True, balance=True), "balance and rotate_keys"),
-        (lambda: presets.h2o().replace(exact_sinks=True), "exact_sinks"),
-        (lambda: presets.full().replace(rotate_keys=True), "Rotation needs a tier"),
+        (lambda: presets.kivi(rotate=True, balance=True), "balance and rotation"),
+        (lambda: presets.h2o().replace(inflow=Block(exact_sinks=True)), "encoded together"),
+        (lambda: presets.full().replace(basis=(Hadamard(),)), "Rotation needs a tier"),
         (lambda: Codec(2, 2, 16, 16, "channels", key_feedback="all"), "key_feedback"),
         (lambda: Codec(2, 2, 16, 16, key_feedback="yes"), "'none' or 'prompt' or 'all'"),
         (lambda: presets.h2o(heavy=-3), "heavy=-3"),

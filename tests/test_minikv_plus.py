@@ -16,12 +16,12 @@ from hypothesis.extra import numpy as hnp
 from layer import draw, run
 from models import CONFIG, tokens, with_codes
 
-from minikv_jax import Codec, ConfigError, prefill, presets, quantize, segments
+from minikv_jax import Codec, ConfigError, codec, prefill, presets
 from minikv_jax.config import Rank
 from minikv_jax.models.llama import Llama
 from minikv_jax.models.shapes import shape_of
 from minikv_jax.report import planned_report
-from pallas_kernels import two_pass_attention
+from pallas_kernels import quantize, two_pass_attention
 from pallas_kernels.hadamard import rotate
 
 PLUS = presets.minikv_plus(group_size=8, residual=16)
@@ -52,12 +52,13 @@ def test_its_cache_weighs_two_and_a_quarter_bits():
 @pytest.mark.parametrize("length", [3, 9, 24, 31])
 def test_the_newest_tokens_stay_as_they_came(length):
     prompt, stream = draw(draws.rng(), 1, 40, 60, 2, 2, 16)
-    seen = run(PLUS.replace(exact_sinks=False), *prompt, np.array([length]), stream)
+    plain = PLUS.replace(inflow=dataclasses.replace(PLUS.method.inflow, exact_sinks=False))
+    seen = run(plain, *prompt, np.array([length]), stream)
     key = np.concatenate([prompt[1][0, :length], stream[1][:, 0]])
     for layer, count in ((seen.prompt, length), (seen.after, length + len(stream[1]))):
-        window = int(layer.window.length[0])
+        window = int(layer.flow.length[0])
         assert min(count, 8) <= window < 16
-        held = turn(layer.window.key * layer.units.key[..., None, None])[0, :, :window]
+        held = turn(layer.flow.key * layer.frames[1].key[..., None, None])[0, :, :window]
         np.testing.assert_allclose(held, key[count - window : count].swapaxes(0, 1), atol=1e-4)
 
 
@@ -68,17 +69,17 @@ def test_sinks_stay_as_they_came_and_stretch_no_group():
     # Sinks of the first sequence came with its prompt; the second had two tokens, so two more are new ones.
     key = np.concatenate([prompt[1][1, :2], stream[1][:2, 1]])
     expected = np.stack([prompt[1][0, :4], key]).swapaxes(1, 2)
-    units = quiet.prompt.units.key[..., None, None]
+    units = quiet.prompt.frames[1].key[..., None, None]
     for layer, known in ((quiet.prompt, (4, 2)), (quiet.after, (4, 4))):
         for b, rows in enumerate(known):
-            held = turn(layer.window.key * units)[b, :, :rows]
+            held = turn(layer.flow.key * units)[b, :, :rows]
             np.testing.assert_allclose(held, expected[b, :, :rows], atol=1e-4)
     loud = [np.array(x) for x in prompt]
     loud[1][0, :4] *= 100
     loud[2][0, :4] *= 100
     again = run(PLUS, *loud, lengths, stream)
     for packed in ("keys", "values"):
-        before, after = (getattr(x.after.segment, packed) for x in (quiet, again))
+        before, after = (getattr(x.after.first, packed) for x in (quiet, again))
         np.testing.assert_array_equal(before.scale, after.scale)
 
 
@@ -88,13 +89,13 @@ TIERS = presets.minikv_plus(group_size=8, residual=16, important=0.3)
 @jax.jit
 def _values(segment):
     codes = (quantize.from_packed(x) for x in (segment.keys, segment.values))
-    return segments.decode(segment.codec, *codes, None)[1]
+    return codec.decode(segment.codec, *codes, None)[1]
 
 
 def _held(segment, layer, b):
     """A tier's values of sequence b as they came, [K, tokens, H]."""
     value = np.asarray(turn(_values(segment)))[b, :, : int(segment.length[b])]
-    return value * np.asarray(layer.units.value)[b, :, None, None]
+    return value * np.asarray(layer.frames[1].value)[b, :, None, None]
 
 
 def test_the_most_attended_tokens_have_four_bits_and_the_others_two():
@@ -108,19 +109,19 @@ def test_the_most_attended_tokens_have_four_bits_and_the_others_two():
         between = max(length - 4 - 8, 0) // 8 * 8
         important = min(int(0.3 * length), between) // 8 * 8
         layer = seen.prompt
-        found = [int(part.length[b]) for part in (layer.segment, layer.retained, layer.window)]
+        found = [int(part.length[b]) for part in (layer.first, layer.rest, layer.flow)]
         assert found == [important, between - important, length - between]
         for head in range(2):
             best = np.sort(4 + np.argsort(-np.asarray(scores)[b, head, 4 : 4 + between], kind="stable")[:important])
             rest = np.setdiff1d(np.arange(4, 4 + between), best)
-            for tier, rows, most in ((layer.segment, best, 0.15), (layer.retained, rest, 0.6)):
+            for tier, rows, most in ((layer.first, best, 0.15), (layer.rest, rest, 0.6)):
                 value, expected = _held(tier, layer, b)[head], prompt[2][b, rows, head]
                 assert value.shape == expected.shape
                 assert np.linalg.norm(value - expected) <= most * np.linalg.norm(expected)
         # What windows encode joins the others, and so needs what feedback goes by.
-        assert seen.prompt.segment.coupling is None and seen.prompt.retained.coupling is not None
+        assert seen.prompt.first.coupling is None and seen.prompt.rest.coupling is not None
         after, encoded = seen.after, max(length + 30 - 4 - 8, 0) // 8 * 8
-        assert [int(after.segment.length[b]), int(after.retained.length[b])] == [important, encoded - important]
+        assert [int(after.first.length[b]), int(after.rest.length[b])] == [important, encoded - important]
 
 
 @pytest.mark.slow
@@ -141,8 +142,8 @@ def test_two_fine_tiers_answer_like_the_full_cache():
     [
         (lambda: presets.minikv_plus(heavy=0.25, important=0.1), "leave heavy"),
         (lambda: presets.minikv_plus(important=0.1, precise=(1,)), "in one tier"),
-        (lambda: TIERS.replace(retained=Codec()), "fewer than 16 bits"),
-        (lambda: TIERS.replace(retained=Codec(2, 2, 16, 16)), "same groups"),
+        (lambda: TIERS.replace(rest=Codec()), "fewer than 16 bits"),
+        (lambda: TIERS.replace(rest=Codec(2, 2, 16, 16)), "same groups"),
         (lambda: TIERS.replace(rank=Rank(by="attention", attention_weight=0.5)), "by attention alone"),
     ],
 )
@@ -228,11 +229,12 @@ def test_keys_of_new_tokens_go_by_the_prompts_queries():
     new = draws.array(rng.standard_normal((2, 2, 64, 16)))
 
     def lost(segment):
-        codes = jax.jit(segments.encode_new_keys)(segment, new)
+        coupling = None if segment.coupling is None else quantize.unfold(segment.coupling)
+        codes = jax.jit(codec.encode_keys, static_argnums=0)(segment.codec, new, segment.balance, coupling)
         error = turn(decode(codes, 8, "tokens") - new)
         return np.square(np.asarray(error) @ narrow.T).mean()
 
-    assert lost(layer.segment) < 0.9 * lost(dataclasses.replace(layer.segment, coupling=None))
+    assert lost(layer.first) < 0.9 * lost(dataclasses.replace(layer.first, coupling=None))
 
 
 def test_feedback_without_queries_is_rounding():

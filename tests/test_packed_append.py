@@ -14,17 +14,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikv_jax import quantize, segments
-from minikv_jax.config import Codec
+from minikv_jax import codec as codec_of
+from minikv_jax import segments
+from minikv_jax.codec import Codec
+from pallas_kernels import packed_rows, quantize
 from pallas_kernels.hadamard import rotate
 from pallas_kernels.packed_append import triton as implementation
 from pallas_kernels.packed_append.api import Options, Rotation, Run, packed_append, packed_write
-from pallas_kernels.packed_append.triton import Appended
+from pallas_kernels.packed_append.arguments import Appended
+from pallas_kernels.rows import put_row
 
 # Compiled once for all tests of a shape.
 build = jax.jit(segments.build, static_argnums=(0, 4, 5))
-encode_new_keys, encode_values = jax.jit(segments.encode_new_keys), jax.jit(segments.encode_values, static_argnums=0)
-write_codes, turn = jax.jit(segments.write_codes), jax.jit(rotate)
+encode_values = jax.jit(codec_of.encode_values, static_argnums=0)
+write_codes, turn = jax.jit(packed_rows.write_codes), jax.jit(rotate)
+
+
+@jax.jit
+def encode_new_keys(segment, key):
+    """New keys as the segment stores them."""
+    coupling = None if segment.coupling is None else quantize.unfold(segment.coupling)
+    return codec_of.encode_keys(segment.codec, key, segment.balance, coupling)
+
+
 CODECS = {
     "2-bit": Codec(2, 2, 16, 16),
     "KIVI's groups": Codec(2, 2, 32, 32),
@@ -73,7 +85,7 @@ def expected_write(packed, key, value):
 def expected_append(new, accept, window, filled, packed, length, first, keeps) -> Appended:
     b, heads, rows, _ = window[0].shape
     slot = jnp.broadcast_to(filled[:, None], (b, heads))
-    window = [segments.put_row(x, slot, y, accept) for x, y in zip(window, new)]
+    window = [put_row(x, slot, y, accept) for x, y in zip(window, new)]
     full = accept & (filled + 1 == rows)
     start = jnp.full((b,), first, jnp.int32)
     count = rows - first - keeps

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from minikv_jax import quantize
-from pallas_kernels import dequantize
+from pallas_kernels import dequantize, quantize
 from pallas_kernels.packed_decode.layout import pack, unpack
 
 # Compiled once for all tests of a shape.

@@ -18,7 +18,10 @@ import jaxtyping
 CHECKED = (
     *(
         f"minikv_jax.{name}"
-        for name in ["allocate", "cache", "kivi", "quantize", "rank", "report", "segments", "models.llama"]
+        for name in [
+            *("allocate", "append", "basis", "block", "cache", "choose", "codec", "compress", "evict", "inflow"),
+            *("kivi", "rank", "reading", "report", "segments", "models.llama"),
+        ]
     ),
     "pallas_kernels",
 )

@@ -48,6 +48,7 @@ from flax import nnx
 from minikv_jax import allocate, nbytes, outputs, presets, program
 from minikv_jax.bench.timing import copy_bandwidth, environment, matching, read_results, traced_kernels, write_results
 from minikv_jax.cache import KVCache, Shape
+from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import CacheConfig
 from minikv_jax.decode import decode_loop
 from minikv_jax.errors import ConfigError, MiniKVError
@@ -55,8 +56,9 @@ from minikv_jax.models import load_model, open_checkpoint
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.llama import Llama
 from minikv_jax.models.shapes import shape_of
-from minikv_jax.prefill import chunk_rows, compress_layer, embed, logits_at, prefill, read_layer
+from minikv_jax.prefill import prefill
 from minikv_jax.processes import Workers
+from minikv_jax.reading import chunk_rows, embed, logits_at, read_layer
 from minikv_jax.report import planned_report
 from minikv_jax.sampling import Sampling, sample
 
@@ -416,17 +418,17 @@ def _layer_seconds(model: Llama, config: CacheConfig, tokens, lengths) -> dict:
     """Seconds of the first layer and of its compression, with the programs that `prefill` has compiled."""
     rows, layers = chunk_rows(*tokens.shape), model.config.num_layers
     config = config.replace(prompt_capacity=tokens.shape[1])
-    largest = Shape.largest(config, layers)
+    largest, method = Shape.largest(config, layers), config.of_layer(0)
     budget = allocate.budgets(config, 0, layers, lengths, tokens.shape[1])
     times = []
     for _ in range(3):
         x = jax.block_until_ready(embed(model, tokens, rows))
         start = time.perf_counter()
         _, *attended = jax.block_until_ready(
-            read_layer(model.layers[0], x, lengths, rows, score_rows=config.score_rows, sliding_window=None)
+            read_layer(model.layers[0], x, lengths, rows, score_rows=method.score_rows, sliding_window=None)
         )
         middle = time.perf_counter()
-        jax.block_until_ready(compress_layer(*attended, lengths, budget, config=config, shape=largest))
+        jax.block_until_ready(compress_in_pieces(*attended, lengths, budget, method, largest, config.dtype))
         times.append((middle - start, time.perf_counter() - middle))
     layer, compression = (statistics.median(x) for x in zip(*times[1:]))
     return {"layer_ms": 1e3 * layer, "compression_share": compression / (layer + compression)}

@@ -21,15 +21,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import allocate, presets
-from minikv_jax.cache import LayerCache, Shape, read_tokens
+from minikv_jax.cache import LayerCache, Shape
+from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import CacheConfig
 from minikv_jax.errors import ConfigError
 from minikv_jax.evals.engine import figures, fitted, read_layers
 from minikv_jax.evals.records import CODES, counts, question, record, rng_of
 from minikv_jax.evals.task import Lab, padded
 from minikv_jax.evals.texts import passages
-from minikv_jax.models.llama import Llama, LlamaLayer
-from minikv_jax.prefill import checked, compress_layer
+from minikv_jax.layer import read_tokens
+from minikv_jax.model import Layer, Model
+from minikv_jax.prefill import checked
 
 _LINES = (10, 20, 50, 100, 200, 400, 800)
 _QUESTIONS = 8
@@ -64,14 +66,15 @@ class _Reading:
 def calibrate(
     lab: Lab, config: CacheConfig, precise: int, brief: int, progress: Callable[[int, int], None] | None = None
 ) -> LayerChoice:
-    """Finds the layers for `CacheConfig.precise` and `CacheConfig.brief`.
+    """Finds the layers that are worth more bits, and those that lose little by fewer tokens.
 
     The loss is the mean KL from the full cache's predictions, of answers about records and of texts, each divided by
     what it is when no layer is precise or brief.
 
     Args:
         lab: model, tokenizer, and settings: `limit` records and as many texts of `lengths[0]` tokens.
-        config: a method whose `precise_codec` and `brief_allocation` say what these layers would have.
+        config: a method whose layers have each a codec and an allocation of their own: those of precise layers, and of
+            brief ones.
         precise, brief: numbers of layers to choose; none is both.
         progress: called with (finished, all) exchanges.
 
@@ -79,7 +82,8 @@ def calibrate(
         ConfigError: more layers than there are, or a method without the two.
     """
     layers = lab.model.config.num_layers
-    if config.precise_codec is None or config.brief_allocation is None:
+    own = config.of_layer(0)
+    if own.codec == config.method.codec or own.allocation == config.method.allocation:
         raise ConfigError("Calibration needs a method with a precise codec and a brief allocation, as minikv_plus has.")
     if min(precise, brief) < 0 or precise + brief > layers:
         raise ConfigError(f"{precise} precise and {brief} brief layers of {layers}: give fewer.")
@@ -150,11 +154,11 @@ class _Walk:
 
     @classmethod
     def of(cls, lab: Lab, config: CacheConfig, reading: _Reading) -> "_Walk":
-        plain = config.replace(precise=(), precise_codec=None, brief=(), brief_allocation=None)
+        plain, own = config.replace(layers=()), config.of_layer(0)
         kinds = {
             "plain": plain,
-            "precise": plain.replace(codec=config.precise_codec),
-            "brief": plain.replace(allocation=config.brief_allocation),
+            "precise": plain.replace(codec=own.codec),
+            "brief": plain.replace(allocation=own.allocation),
             "full": presets.full(),
         }
         room = reading.follows.shape[1]
@@ -169,7 +173,7 @@ class _Walk:
             for name, kind in kinds.items():
                 budget = allocate.budgets(kind, i, layers, lengths, tokens.shape[1])
                 shape = Shape.of(kind, i, layers)
-                caches[i][name] = compress_layer(*attended, lengths, budget, config=kind, shape=shape)
+                caches[i][name] = compress_in_pieces(*attended, lengths, budget, kind.method, shape, kind.dtype)
         walk = cls(reading, lengths, kinds, caches, [], jnp.zeros(()), 1.0)
         walk.full = walk.through(lab.model, dict.fromkeys(range(layers), "full"))
         for layer in caches:
@@ -182,7 +186,7 @@ class _Walk:
             )
         return walk
 
-    def through(self, model: Llama, chosen: dict[int, str], keep: bool = False) -> Float[Array, "B F D"]:
+    def through(self, model: Model, chosen: dict[int, str], keep: bool = False) -> Float[Array, "B F D"]:
         """Hidden states after all layers, where those in `chosen` have that kind of cache and the others are plain."""
         layers = len(self.caches)
         first = min(chosen, default=0) if self.before else 0
@@ -195,7 +199,7 @@ class _Walk:
             x = _through(model.layers[i], x, self.caches[i][kind], self.lengths, counts)
         return x
 
-    def loss(self, model: Llama, chosen: dict[int, str], keep: bool = False) -> float:
+    def loss(self, model: Model, chosen: dict[int, str], keep: bool = False) -> float:
         """KL of the predictions that count, over that of the plain caches."""
         hidden = self.through(model, chosen, keep)
         targets = np.roll(self.reading.follows, -1, axis=1)
@@ -203,7 +207,7 @@ class _Walk:
 
 
 @jax.jit
-def _through(layer: LlamaLayer, x, cache: LayerCache, position, counts) -> Float[Array, "B F D"]:
+def _through(layer: Layer, x, cache: LayerCache, position, counts) -> Float[Array, "B F D"]:
     """The layer over tokens that go on from its cache, read at once."""
     tokens = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     query, key, value = layer.before_attention(x, position[:, None] + tokens)

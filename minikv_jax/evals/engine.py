@@ -25,13 +25,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import allocate
-from minikv_jax.cache import KVCache, LayerCache, Shape, read_token
+from minikv_jax.cache import KVCache, LayerCache, Shape, nbytes
+from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import CacheConfig
+from minikv_jax.layer import read_token
+from minikv_jax.model import Model
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.models.llama import Llama
-from minikv_jax.prefill import checked, chunk_rows, compress_layer, embed, logits_at, read_layer
+from minikv_jax.prefill import checked
+from minikv_jax.reading import chunk_rows, embed, logits_at, read_layer
 from minikv_jax.report import planned_layer, planned_report
-from minikv_jax.segments import DenseSegment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Prompt:
     caches: dict[str, KVCache]
 
 
-def read_layers(model: Llama, tokens, lengths, rows: Sequence[int | str]) -> Iterator[dict[int | str, tuple]]:
+def read_layers(model: Model, tokens, lengths, rows: Sequence[int | str]) -> Iterator[dict[int | str, tuple]]:
     """What each layer gives in turn, for each way to count scores: its result, and all that is compressed of it."""
     at_once = chunk_rows(*tokens.shape)
     x = embed(model, tokens, at_once)
@@ -54,7 +56,7 @@ def read_layers(model: Llama, tokens, lengths, rows: Sequence[int | str]) -> Ite
 
 
 def read_prompt(
-    model: Llama, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], methods: Mapping[str, CacheConfig]
+    model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], methods: Mapping[str, CacheConfig]
 ) -> Prompt:
     """`prefill` for several methods at the price of one pass (two, where some rank by all rows and some by the last).
 
@@ -72,7 +74,7 @@ def read_prompt(
             x, *attended = _of(read, config)
             budget = allocate.budgets(config, i, layers, lengths, tokens.shape[1])
             own = config.of_layer(i)
-            held[name].append(compress_layer(*attended, lengths, budget, config=own, shape=largest[name]))
+            held[name].append(compress_in_pieces(*attended, lengths, budget, own, largest[name], config.dtype))
     caches = {}
     for name, config in methods.items():
         room = jnp.full(lengths.shape, config.generated_capacity, jnp.int32)
@@ -95,7 +97,7 @@ _RUN = 16
 
 
 def fitted(
-    model: Llama, prompts: Sequence[Sequence[int]], room: int, step: int
+    model: Model, prompts: Sequence[Sequence[int]], room: int, step: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
     """Prompts padded to a multiple of `step` tokens, or as near as the model's positions let, and their lengths."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -109,7 +111,7 @@ def fitted(
 
 
 def read_follows(
-    model: Llama,
+    model: Model,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     methods: Mapping[str, CacheConfig],
@@ -144,7 +146,7 @@ def read_follows(
             budget = allocate.budgets(config, i, layers, lengths, tokens.shape[1])
             shape = Shape(*(tokens.shape[1] + config.generated_capacity + 1,) * 2)
             program = config.of_layer(i).program
-            cache = compress_layer(*attended, lengths, budget, config=program, shape=shape)
+            cache = compress_in_pieces(*attended, lengths, budget, program, shape, config.dtype)
             x[name] = [_read_runs(model.layers[i], *run, cache) for run in zip(x[name], places, counted)]
     return {name: [jnp.concatenate(runs, axis=1) for runs in found] for name, found in x.items()}
 
@@ -158,7 +160,7 @@ def _read_runs(layer, runs, places, counted, cache: LayerCache) -> list:
 
 
 @jax.jit
-def _embedded(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def _embedded(model: Model, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     return model.embed(tokens)
 
 
@@ -179,7 +181,7 @@ def _read_on_layer(layer, x, cache: LayerCache, position, counted: Bool[Array, "
 
 
 def read_on(
-    model: Llama, cache: KVCache, tokens: Int[Array, "B T"], counts: Int[Array, "B"]
+    model: Model, cache: KVCache, tokens: Int[Array, "B T"], counts: Int[Array, "B"]
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """What a `decode_step` a token leaves: hidden states before the last norm, and the cache.
 
@@ -199,7 +201,7 @@ def read_on(
 
 
 def attention_errors(
-    model: Llama, full: KVCache, caches: Mapping[str, KVCache], tokens: Int[Array, "B T"]
+    model: Model, full: KVCache, caches: Mapping[str, KVCache], tokens: Int[Array, "B T"]
 ) -> dict[str, np.ndarray]:
     """Relative error of each layer's attention output, [B, layers], when all layers get the full cache's inputs."""
     counted = jnp.ones(tokens.shape, bool)
@@ -214,7 +216,7 @@ def attention_errors(
     return {name: np.stack(jax.device_get(found), axis=1) for name, found in errors.items()}
 
 
-def received(model: Llama, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], rows: int | str) -> np.ndarray:
+def received(model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], rows: int | str) -> np.ndarray:
     """Attention that each token receives from all of a prompt's rows or from its last ones, [B, layers, K, T]."""
     scores = [read[rows][3] for read in read_layers(model, tokens, lengths, [rows])]
     return np.stack(jax.device_get(scores), axis=1)
@@ -225,13 +227,13 @@ def _size(x: Float[Array, "B T N H"]) -> Float[Array, "B"]:
 
 
 @jax.jit
-def best(model: Llama, x: Float[Array, "B T D"], index: Int[Array, "B"]) -> Int[Array, "B"]:
+def best(model: Model, x: Float[Array, "B T D"], index: Int[Array, "B"]) -> Int[Array, "B"]:
     """The most likely token after the one at `index` of each sequence, from hidden states."""
     return jnp.argmax(logits_at(model, x, index), axis=-1).astype(jnp.int32)
 
 
 def write_on(
-    model: Llama, cache: KVCache, first: Int[Array, "B"], most: int, ends: Sequence[int] = ()
+    model: Model, cache: KVCache, first: Int[Array, "B"], most: int, ends: Sequence[int] = ()
 ) -> tuple[np.ndarray, KVCache]:
     """Greedy decoding: [B, most] tokens of which `first` is the first; after one of `ends` a sequence repeats it."""
     token, written = first, [first]
@@ -267,7 +269,7 @@ class Figures:
 
 
 @jax.jit
-def _figures(model: Llama, hidden, reference, targets):
+def _figures(model: Model, hidden, reference, targets):
     def one(token):
         x, y, target = token
         log_p, log_q = (jax.nn.log_softmax(model.logits(z[None, None])[0, 0]) for z in (y, x))
@@ -280,7 +282,7 @@ def _figures(model: Llama, hidden, reference, targets):
     return [x.reshape(targets.shape) for x in found]
 
 
-def figures(model: Llama, hidden, reference, targets: Int[Array, "B T"]) -> Figures:
+def figures(model: Model, hidden, reference, targets: Int[Array, "B T"]) -> Figures:
     """Compares next-token distributions; `reference` are the full cache's hidden states."""
     return Figures(*map(np.asarray, jax.device_get(_figures(model, hidden, reference, targets))))
 
@@ -313,14 +315,8 @@ def weight_of(model: ModelConfig, config: CacheConfig, prompt: int, generated: i
     """
     config = config.replace(prompt_capacity=prompt, generated_capacity=generated)
     total, layers = planned_report(model, config, prompt, generated).total, model.num_layers
-    made = (
-        planned_layer(config, Shape.of(config, i, layers), model.num_kv_heads, model.head_dim) for i in range(layers)
-    )
-    codes = sum(_bytes_of_codes(part) for x in made for part in (x.segment, x.retained) if part is not None)
+    heads = model.num_kv_heads, model.head_dim
+    made = (planned_layer(config.of_layer(i), Shape.of(config, i, layers), *heads, config.dtype) for i in range(layers))
+    codes = sum(nbytes(part.codes) for x in made for part in (x.first, x.rest) if part is not None)
     bits = 16 / total.bytes_bfloat16
     return Weight(total.bytes_held, total.bits_per_element, total.bytes_tiers * bits, codes * bits)
-
-
-def _bytes_of_codes(part) -> int:
-    arrays = (part.key, part.value) if isinstance(part, DenseSegment) else (part.keys.codes, part.values.codes)
-    return sum(x.size * x.dtype.itemsize for x in arrays)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from minikv_jax import presets
+from minikv_jax.basis import Quantized
 from minikv_jax.config import CacheConfig
 from minikv_jax.errors import ConfigError
 from minikv_jax.evals.task import Settings
@@ -185,7 +186,7 @@ def _growing(model: ModelConfig, settings: Settings) -> Settings:
 
 def _minikv_choices(model: ModelConfig, settings: Settings) -> dict[str, CacheConfig]:
     """MiniKV with one knob turned, and the two orders of quantising and selecting, all new tokens dense in both."""
-    group = presets.minikv().codec.token_group
+    group = presets.minikv().method.codec.token_group
     never_full = (settings.new_tokens // group + 2) * group
     turned = _lines(
         "full",
@@ -207,7 +208,7 @@ def _minikv_choices(model: ModelConfig, settings: Settings) -> dict[str, CacheCo
         "minikv:sinks=4",
         f"minikv:residual={never_full}",
     )
-    quantized_first = presets.minikv(bits=16).replace(quantized_first=presets.minikv().codec)
+    quantized_first = presets.minikv(bits=16).replace(basis=(Quantized(presets.minikv().method.codec),))
     return turned(model, settings) | {"minikv:bits=16, quantised first": quantized_first}
 
 

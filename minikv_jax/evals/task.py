@@ -12,7 +12,7 @@ from minikv_jax.chat import as_message
 from minikv_jax.config import CacheConfig
 from minikv_jax.errors import ConfigError, PromptError, shortened
 from minikv_jax.evals.engine import Weight
-from minikv_jax.models.llama import Llama
+from minikv_jax.model import Model
 
 _CUT = "\u241f"  # a character that no text has
 _MOST_TOKENS = 1 << 22
@@ -75,7 +75,7 @@ class Settings:
 class Lab:
     """A model, its tokenizer, and what the run asks for."""
 
-    model: Llama
+    model: Model
     tokenizer: Any
     settings: Settings
 

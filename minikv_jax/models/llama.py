@@ -8,7 +8,6 @@ order; that is what a CPU can do at full bandwidth, and a GPU does not mind.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.errors import ConfigError
 from minikv_jax.models.config import ModelConfig, RopeScaling
 
 
@@ -129,19 +127,3 @@ class Llama(nnx.Module):
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         h = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
         return jnp.matmul(h, self.head[...], preferred_element_type=jnp.float32)
-
-
-type Params = Llama | tuple[Any, Any]
-
-
-def as_model(params: Any) -> Llama:
-    """The model: as it is, or merged from the graph definition and state that `nnx.split` made of it.
-
-    Raises:
-        ConfigError: neither of both.
-    """
-    if isinstance(params, Llama):
-        return params
-    if isinstance(params, tuple | list) and len(params) == 2 and isinstance(params[0], nnx.GraphDef):
-        return nnx.merge(*params)
-    raise ConfigError(f"The model is a {type(params).__name__}: give a Llama, as `load` does, or nnx.split(model).")

@@ -3,13 +3,13 @@
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import Implementation, first_that_accepts
-from pallas_kernels.packed_append import triton
-from pallas_kernels.packed_append.triton import Appended, Options, Rotation, Run
+from pallas_kernels.packed_append import triton, xla
+from pallas_kernels.packed_append.arguments import Appended, Options, Rotation, Run
 from pallas_kernels.packed_decode.layout import PackedTensor
 
-_APPEND = {"triton": triton.packed_append}
-_WRITE = {"triton": triton.packed_write}
-_DEFAULT = ("triton",)
+_APPEND = {"triton": triton.packed_append, "xla": xla.packed_append}
+_WRITE = {"triton": triton.packed_write, "xla": xla.packed_write}
+_DEFAULT = ("triton", "xla")
 PLAIN = Options()
 
 
@@ -47,20 +47,21 @@ def packed_append(
         keeps: rows that stay dense when the others are encoded, at most half of those behind `first`; static.
         options: `key_clip` and `value_clip` are shrink factors of a group's range to try beside 1; the one with the
             smallest squared error is kept. `key_factor` [B, K, H] multiplies keys before they are encoded.
-            `key_coupling` [B, K, H / 2, H], a folded triangle (`minikv_jax.quantize.fold`) in the metadata's dtype,
-            says how the rounding error of each channel of a key is added to later ones.
+            `key_coupling` [B, K, H / 2, H], a folded triangle (`pallas_kernels.quantize.fold`) in the metadata's dtype,
+            says how the rounding error of each channel of a key is added to later ones. With `integer_zero` a minimum
+            is a whole number of scales (Q-Hitter).
         rotation: the new rows, and the `query` [B, 1, N, H] with them, are as a model gives them, and those held are
             rotated (`pallas_kernels.hadamard.rotate`) and in units of their head, `key_unit` and `value_unit` [B, K],
             powers of two.
-        implementation: None or "triton". There is no other: what XLA does well here depends on the device, see
-            `minikv_jax.cache`.
+        implementation: None, "triton", "xla", or a sequence of names to try; None is Triton on a CUDA device where it
+            accepts the formats, else XLA.
 
     Returns:
         What changed, and with `rotation` the query as it meets the keys held: rotated, times their unit.
 
     Raises:
         ValueError: shapes that contradict each other.
-        NotImplementedError: no implementation takes this device or these formats; the message says why.
+        NotImplementedError: a named implementation cannot run these arguments.
     """
     b, heads, window, h = window_key.shape
     if window_key.shape != window_value.shape or not new_key.shape == new_value.shape == (b, heads, 1, h):
@@ -100,7 +101,7 @@ def packed_write(
 
     Raises:
         ValueError: shapes that contradict each other.
-        NotImplementedError: no implementation takes this device or these formats; the message says why.
+        NotImplementedError: a named implementation cannot run these arguments.
     """
     for run in (key, value):
         _check(keys, values, options, run.rows.shape, run.first, run.start, run.when)

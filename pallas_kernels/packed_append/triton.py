@@ -36,47 +36,16 @@ warp makes an address and a conversion of each byte for itself, for each eight c
 instructions.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import triton_call
+from pallas_kernels.packed_append.arguments import Appended, Options, Rotation, Run
 from pallas_kernels.packed_decode.layout import PackedTensor
 from pallas_kernels.packed_decode.triton import decline_format, kinds, knows_float8
 
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-class Run(NamedTuple):
-    """Rows `first` .. `first + count` of dense rows, to become tokens `start` and on where `when`; `count` static."""
-
-    rows: Float[Array, "B K R H"]
-    first: Int[Array, "B"]
-    start: Int[Array, "B"]
-    when: Bool[Array, "B"]
-    count: int
-
-
-class Rotation(NamedTuple):
-    """What is rotated on arrival beside the new rows, and the units of those held; see `api.packed_append`."""
-
-    query: Float[Array, "B 1 N H"]
-    key_unit: Float[Array, "B K"]
-    value_unit: Float[Array, "B K"]
-
-
-class Appended(NamedTuple):
-    """Window and segment after a token has arrived, and its query if that was rotated."""
-
-    window_key: Float[Array, "B K W H"]
-    window_value: Float[Array, "B K W H"]
-    window_length: Int[Array, "B"]
-    keys: PackedTensor
-    values: PackedTensor
-    length: Int[Array, "B"]
-    query: Float[Array, "B 1 N H"] | None = None
 
 
 def decline(rows: tuple[Array, ...], keys: PackedTensor, values: PackedTensor, key_count: int) -> str | None:
@@ -88,19 +57,12 @@ def decline(rows: tuple[Array, ...], keys: PackedTensor, values: PackedTensor, k
     return decline_format(keys, values)
 
 
-def _require(rows, keys: PackedTensor, values: PackedTensor, key_count: int) -> None:
+def _require(rows, keys: PackedTensor, values: PackedTensor, key_count: int, options: Options) -> None:
     reason = decline(rows, keys, values, key_count) or triton_call.decline()
+    if options.integer_zero:
+        reason = "minima that are whole numbers of scales have no kernel"
     if reason is not None:
         raise NotImplementedError(reason)
-
-
-class Options(NamedTuple):
-    """What is more than plain encoding; see `api.packed_append`."""
-
-    key_clip: tuple[float, ...] = ()
-    value_clip: tuple[float, ...] = ()
-    key_factor: Float[Array, "B K H"] | None = None
-    key_coupling: Float[Array, "B K half H"] | None = None
 
 
 def constants(keys: PackedTensor, values: PackedTensor, options: Options, float8: bool) -> dict:
@@ -171,7 +133,7 @@ def packed_append(
     count = window - first - keeps
     if window_key.dtype != window_value.dtype:
         raise NotImplementedError(f"windows of {window_key.dtype} and {window_value.dtype}: those of one dtype run")
-    _require(rows, keys, values, count)
+    _require(rows, keys, values, count, options)
     from pallas_kernels.packed_append import _triton_kernels as kernels
 
     changed = [window_key, window_value, *_arrays(keys, values)]
@@ -215,7 +177,7 @@ def packed_write(
     options: Options,
 ) -> tuple[PackedTensor, PackedTensor]:
     b, heads, _, h = key.rows.shape
-    _require((key.rows, value.rows), keys, values, key.count)
+    _require((key.rows, value.rows), keys, values, key.count, options)
     from pallas_kernels.packed_append import _triton_kernels as kernels
 
     changed = _arrays(keys, values)

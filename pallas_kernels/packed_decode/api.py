@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Implementation, first_that_accepts
+from pallas_kernels.dispatch import Implementation, check_softmax, first_that_accepts, without_soft_cap
 from pallas_kernels.hadamard import rotate_back
 from pallas_kernels.packed_decode import triton, xla
 from pallas_kernels.packed_decode.layout import PackedTensor
-from pallas_kernels.partial import Partial, merge_partials
+from pallas_kernels.partial import Partial, merge_partials, with_sinks
 
 
 def _mosaic_gpu(*args, **kwargs):
@@ -21,11 +21,11 @@ def _mosaic_gpu(*args, **kwargs):
 
 
 _PACKED = {
-    "mosaic_gpu": _mosaic_gpu,
-    "triton": triton.packed_decode_attention,
+    "mosaic_gpu": without_soft_cap(_mosaic_gpu),
+    "triton": without_soft_cap(triton.packed_decode_attention),
     "xla": xla.packed_decode_attention,
 }
-_DENSE = {"triton": triton.dense_decode_attention, "xla": xla.dense_decode_attention}
+_DENSE = {"triton": without_soft_cap(triton.dense_decode_attention), "xla": xla.dense_decode_attention}
 _DEFAULT = ("triton", "xla")
 
 
@@ -49,6 +49,7 @@ def packed_decode_attention(
     *,
     scale: float | None = None,
     return_logits: bool = False,
+    soft_cap: float | None = None,
     implementation: Implementation = None,
 ) -> Partial | tuple[Partial, Float[Array, "B T N S"]]:
     """Partial attention over packed keys and values: every query sees the first `lengths` tokens of its sequence.
@@ -64,6 +65,7 @@ def packed_decode_attention(
         scale: of the logits; default H ** -0.5.
         return_logits: also return the scaled logits of every token, float32; beyond a length they mean nothing. With
             the log-sum-exp of all segments they are the attention row that H2O and MiKV add up.
+        soft_cap: c bounds logits x by c tanh(x / c), before anything else sees them; "xla" alone does so.
         implementation: None, "triton", "mosaic_gpu" (Hopper, 2 bits), "xla", or a sequence of names to try; None is
             Triton on a CUDA device where it accepts the format, else XLA.
 
@@ -75,7 +77,7 @@ def packed_decode_attention(
         NotImplementedError: a named implementation cannot run these arguments.
     """
     part = _checked_packed(Part(query, keys, values, lengths))
-    return _dispatch("packed_decode_attention", _PACKED, implementation, part, scale, return_logits)
+    return _dispatch("packed_decode_attention", _PACKED, implementation, part, scale, return_logits, soft_cap)
 
 
 def dense_decode_attention(
@@ -86,6 +88,7 @@ def dense_decode_attention(
     *,
     scale: float | None = None,
     return_logits: bool = False,
+    soft_cap: float | None = None,
     implementation: Implementation = None,
 ) -> Partial | tuple[Partial, Float[Array, "B T N S"]]:
     """Partial attention over dense keys and values; query t of a sequence sees the first `lengths[b, t]` rows.
@@ -97,6 +100,7 @@ def dense_decode_attention(
         lengths: visible rows, per sequence, per query or per query and key/value head; 0 <= length <= S.
         scale: of the logits; default H ** -0.5.
         return_logits: as in `packed_decode_attention`.
+        soft_cap: c bounds logits x by c tanh(x / c), before anything else sees them; "xla" alone does so.
         implementation: None, "triton", "xla", or a sequence of names to try, as in `packed_decode_attention`.
 
     Returns:
@@ -107,7 +111,13 @@ def dense_decode_attention(
         NotImplementedError: a named implementation cannot run these arguments.
     """
     part = _checked_dense(Part(query, key, value, lengths))
-    return _dispatch("dense_decode_attention", _DENSE, implementation, part, scale, return_logits)
+    return _dispatch("dense_decode_attention", _DENSE, implementation, part, scale, return_logits, soft_cap)
+
+
+def partial_attention(part: Part, **options) -> Partial | tuple[Partial, Float[Array, "B T N S"]]:
+    """Partial attention over one segment, packed or dense; options are those of the two functions above."""
+    attend = packed_decode_attention if isinstance(part.keys, PackedTensor) else dense_decode_attention
+    return attend(*part, **options)
 
 
 def decode_attention(
@@ -116,6 +126,8 @@ def decode_attention(
     scale: float | None = None,
     return_logits: bool = False,
     rotated: Float[Array, "B K"] | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Array, ...]:
     """Softmax attention over several segments as one: what `merge_partials` makes of their partials.
@@ -129,6 +141,8 @@ def decode_attention(
         return_logits: also return the logits of the first part, as `packed_decode_attention` does.
         rotated: values are held rotated (`pallas_kernels.hadamard.rotate`) in these units of their head: the output is
             rotated back, and times them. H is then a power of two.
+        soft_cap: as `packed_decode_attention`.
+        sinks: [N] logits that take a share of each query's attention and have no value; part of the log-sum-exp.
         implementation: None, "triton", "xla", or a sequence of names to try. None is Triton for all segments together
             where it accepts them, else each segment by what suits it.
 
@@ -147,17 +161,21 @@ def decode_attention(
         raise ValueError(f"all queries must be alike, not {[(p.query.shape, str(p.query.dtype)) for p in parts]}.")
     if rotated is not None:
         _check_rotated(rotated, parts[0])
+    check_softmax(soft_cap, sinks, parts[0].query.shape[2])
     together = {
-        "triton": triton.decode_attention,
+        "triton": without_soft_cap(triton.decode_attention),
         "xla": lambda *args, **options: _one_by_one(*args, **options, implementation="xla"),
         "one by one": _one_by_one,
     }
     default = ("triton", "one by one")
     scale = parts[0].query.shape[-1] ** -0.5 if scale is None else scale
-    return first_that_accepts(
+    output, lse, *logits = first_that_accepts(
         "decode_attention", together, implementation, default,
-        parts, scale=scale, return_logits=return_logits, rotated=rotated,
+        parts, scale=scale, return_logits=return_logits, rotated=rotated, soft_cap=soft_cap,
     )  # fmt: skip
+    if sinks is not None:
+        output, lse = with_sinks(output, lse, sinks)
+    return output, lse, *logits
 
 
 def _one_by_one(
@@ -166,13 +184,14 @@ def _one_by_one(
     scale: float,
     return_logits: bool,
     rotated: Float[Array, "B K"] | None,
+    soft_cap: float | None,
     implementation: Implementation = None,
 ):
     partials, logits = [], None
     for i, part in enumerate(parts):
-        attend = packed_decode_attention if isinstance(part.keys, PackedTensor) else dense_decode_attention
         wanted = return_logits and i == 0
-        partial = attend(*part, scale=scale, return_logits=wanted, implementation=implementation)
+        options = {"scale": scale, "return_logits": wanted, "soft_cap": soft_cap, "implementation": implementation}
+        partial = partial_attention(part, **options)
         partials.append(partial[0] if wanted else partial)
         logits = partial[1] if wanted else logits
     output, lse = merge_partials(partials)
@@ -188,9 +207,12 @@ def _check_rotated(units: Array, part: Part) -> None:
         raise ValueError(f"rotated {units.shape} must be [B, K] of query {part.query.shape}, whose H is a power of 2.")
 
 
-def _dispatch(name: str, implementations, chosen: Implementation, part: Part, scale: float | None, return_logits: bool):
+def _dispatch(name: str, implementations, chosen: Implementation, part: Part, scale, return_logits: bool, soft_cap):
+    check_softmax(soft_cap, None, part.query.shape[2])
     scale = part.query.shape[-1] ** -0.5 if scale is None else scale
-    return first_that_accepts(name, implementations, chosen, _DEFAULT, *part, scale=scale, return_logits=return_logits)
+    return first_that_accepts(
+        name, implementations, chosen, _DEFAULT, *part, scale=scale, return_logits=return_logits, soft_cap=soft_cap
+    )
 
 
 def _checked_packed(part: Part) -> Part:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor, dequantize_blocks
-from pallas_kernels.partial import Partial
+from pallas_kernels.partial import Partial, capped
 from pallas_kernels.rows import row_numbers
 
 # Float32 numbers of one chunk, per tensor. A loop over chunks costs a CPU more than it saves until a chunk is this big.
@@ -39,6 +39,7 @@ def _attend(
     capacity: int,
     chunk: int,
     return_logits: bool,
+    soft_cap: float | None,
 ) -> tuple[Array, ...]:
     """Running softmax over chunks of tokens; row m of a sequence sees its first `visible` tokens.
 
@@ -52,7 +53,7 @@ def _attend(
         tokens = read(start)
         position = start + row_numbers(chunk, axes=3)
         seen = (position >= i * chunk)[:, :, None] & (position[:, :, None] < visible[..., None])
-        logits = tokens.logits(query)
+        logits = capped(tokens.logits(query), soft_cap)
         every = [jax.lax.dynamic_update_slice_in_dim(x, logits, start, axis=-1) for x in every]
         logits = jnp.where(seen, logits, -jnp.inf)
         new_maximum = jnp.maximum(maximum, logits.max(axis=-1))
@@ -109,6 +110,7 @@ def packed_decode_attention(
     *,
     scale: float,
     return_logits: bool,
+    soft_cap: float | None = None,
 ) -> Partial | tuple[Partial, Array]:
     b, t, _n, h = query.shape
     heads = keys.codes.shape[1]
@@ -129,7 +131,7 @@ def packed_decode_attention(
 
     rows = _rows(query, heads, scale)
     visible = jnp.broadcast_to(lengths.reshape(b, -1, 1), rows.shape[:-1])
-    return _partial(_attend(rows, read, visible, keys.capacity, chunk, return_logits), t)
+    return _partial(_attend(rows, read, visible, keys.capacity, chunk, return_logits, soft_cap), t)
 
 
 def dense_decode_attention(
@@ -140,6 +142,7 @@ def dense_decode_attention(
     *,
     scale: float,
     return_logits: bool,
+    soft_cap: float | None = None,
 ) -> Partial | tuple[Partial, Array]:
     b, t, n, h = query.shape
     _, heads, capacity, _ = key.shape
@@ -161,4 +164,4 @@ def dense_decode_attention(
     rows = _rows(query, heads, scale).astype(key.dtype)
     lengths = jnp.broadcast_to(lengths.reshape(*lengths.shape, *(1,) * (3 - lengths.ndim)), (b, t, heads))
     visible = jnp.repeat(jnp.swapaxes(lengths, 1, 2), n // heads, axis=2)
-    return _partial(_attend(rows, read, visible, capacity, chunk, return_logits), t)
+    return _partial(_attend(rows, read, visible, capacity, chunk, return_logits, soft_cap), t)

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Implementation, first_that_accepts
+from pallas_kernels.dispatch import Implementation, check_softmax, first_that_accepts, without_soft_cap
+from pallas_kernels.partial import with_sinks
 from pallas_kernels.two_pass_attention import xla
 
 
@@ -28,7 +29,27 @@ def _xla(query, key, value, query_lengths, key_value_lengths, query_offset, **kw
     return xla.two_pass_attention(query, key, value, query_lengths, key_value_lengths, query_offset, **kwargs)
 
 
-_IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "triton": _triton, "xla": _xla}
+def _without_sinks(kernel):
+    """A kernel that knows no sinks: they take their share of the output afterwards, but not of the scores."""
+
+    def run(*args, sinks, score_rows, **kwargs):
+        if sinks is not None and score_rows != 0:
+            raise NotImplementedError("sinks with scores: this kernel sums attention without them")
+        output, scores, lse = kernel(*args, score_rows=score_rows, **kwargs)
+        if sinks is None:
+            return output, scores, lse
+        output, whole = with_sinks(output, lse, sinks)
+        # Rows of padding see nothing, no sink either.
+        return output, scores, jnp.where(jnp.isneginf(lse), lse, whole)
+
+    return run
+
+
+_IMPLEMENTATIONS = {
+    "mosaic_gpu": _without_sinks(without_soft_cap(_mosaic_gpu)),
+    "triton": _without_sinks(without_soft_cap(_triton)),
+    "xla": _xla,
+}
 # An implementation declines devices that it cannot run on, so a CPU always gets "xla".
 _DEFAULT = ("mosaic_gpu", "triton", "xla")
 
@@ -45,6 +66,8 @@ def two_pass_attention(
     is_causal: bool = True,
     sliding_window: int | None = None,
     score_rows: str | int = "all",
+    soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S"], Float[Array, "B T N"]]:
     """Attention output, attention received per key, and log-sum-exp, in memory linear in T and S.
@@ -65,6 +88,8 @@ def two_pass_attention(
         is_causal: a row sees only columns at or before its position.
         sliding_window: a row sees only the last this many columns up to its position; None: all.
         score_rows: "all", or W: only each sequence's last W rows add to the scores (0: none, scores are zero).
+        soft_cap: c bounds logits x by c tanh(x / c); "xla" alone does so.
+        sinks: [N] logits that take a share of each row's attention and have no value; with scores "xla" alone.
         implementation: None (the first that runs here), "mosaic_gpu" (Hopper), "triton" (CUDA from Ampere on), "xla",
             or a sequence of names to try.
 
@@ -83,6 +108,7 @@ def two_pass_attention(
         raise ValueError(f"score_rows={score_rows!r}: give 'all' or a number of rows >= 0.")
     if sliding_window is not None and (sliding_window < 1 or not is_causal):
         raise ValueError(f"sliding_window={sliding_window} needs is_causal=True and at least 1 column.")
+    check_softmax(soft_cap, sinks, n)
     # Kernels derive addresses from lengths.
     query_lengths, key_value_lengths = (
         None if lengths is None else jnp.clip(lengths, 0, x.shape[1])
@@ -103,4 +129,6 @@ def two_pass_attention(
         is_causal=is_causal,
         sliding_window=sliding_window,
         score_rows=score_rows,
+        soft_cap=soft_cap,
+        sinks=sinks,
     )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.partial import capped
 from pallas_kernels.rows import below, row_numbers
 
 # Float32 logits of one block of rows, all heads: bounds the memory, stays within a CPU's caches for short prompts.
@@ -25,13 +26,15 @@ def _block_rows(batch_heads: int, keys: int, rows: int) -> int:
     return min(max(block, 16), 256, rows)
 
 
-def _block(query, key, value, position, row_counts, row_valid, key_lengths, scale, is_causal, sliding_window):
+def _block(
+    query, key, value, position, row_counts, row_valid, key_lengths, scale, is_causal, sliding_window, soft_cap, sinks
+):
     """One block of rows. query [B, K, G, R, H]; key, value [B, K, S, H]; position [B, R]; masks [B, R]."""
     b, k, g, r, h = query.shape
     # The group's rows together are one matrix per key/value head: a third of the time of separate products on a CPU.
     merged = query.reshape(b, k, g * r, h)
     logits = jnp.einsum("bkmh,bksh->bkms", merged, key, preferred_element_type=jnp.float32) * scale
-    logits = logits.reshape(b, k, g, r, -1)
+    logits = capped(logits.reshape(b, k, g, r, -1), soft_cap)
     column = row_numbers(key.shape[2], axes=3)
     seen = below(key_lengths, key.shape[2])[:, None] & row_valid[:, :, None]
     if is_causal:
@@ -40,9 +43,14 @@ def _block(query, key, value, position, row_counts, row_valid, key_lengths, scal
         seen &= column > position[:, :, None] - sliding_window
     logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
     maximum = logits.max(axis=-1)
+    if sinks is not None:  # one more key, of the rows that are there
+        sinks = jnp.where(row_valid[:, None, None], sinks.reshape(1, k, g, 1), -jnp.inf)
+        maximum = jnp.maximum(maximum, sinks)
     reference = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
     p = jnp.exp(logits - reference[..., None])
     total = p.sum(axis=-1)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - reference)
     inverse = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
     merged_p = p.reshape(b, k, g * r, -1)
     output = jnp.einsum("bkms,bksh->bkmh", merged_p.astype(value.dtype), value, preferred_element_type=jnp.float32)
@@ -66,6 +74,8 @@ def two_pass_attention(
     is_causal: bool,
     sliding_window: int | None,
     score_rows: int | str,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S"], Float[Array, "B T N"]]:
     b, t, n, h = query.shape
     _, s, heads, _ = key.shape
@@ -106,7 +116,7 @@ def two_pass_attention(
             ]
             output, lse, column_sums = _block(
                 rows[0], key[:, :, :reach], value[:, :, :reach], *rows[1:], key_value_lengths, scale, is_causal,
-                sliding_window,
+                sliding_window, soft_cap, sinks,
             )  # fmt: skip
             return sums + column_sums, (output, lse)
 

@@ -1,0 +1,207 @@
+"""Bases: linear maps of a head's channels in which a layer holds keys and values, and the way back.
+
+A basis is a static value. What it learns of a prompt (`fit`) is its state, a pytree or None, which the layer carries.
+A method names its bases in the order in which keys and values go through them.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minikv_jax.checks import require
+from minikv_jax.codec import Codec, through
+from pallas_kernels.hadamard import rotate, rotate_back, times_unit
+from pallas_kernels.rows import below
+
+
+class Units(NamedTuple):
+    """What one in a layer's keys and values stands for: a power of two for each head, float32."""
+
+    key: Float[Array, "B K"]
+    value: Float[Array, "B K"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """The identity; a basis overrides what it changes."""
+
+    def check(self, codecs: tuple[Codec, ...]) -> None:
+        """Refuses, by ConfigError, codecs that cannot hold what is in this basis."""
+
+    def takes(self, head_size: int) -> bool:
+        """Whether heads of this size can be held in it."""
+        return True
+
+    def fit(self, key: Float[Array, "B K T H"], value: Float[Array, "B K T H"], first: int) -> Any:
+        """The state for a prompt. Rows before `first` are held, but never encoded."""
+
+    def hold(
+        self, state: Any, key: Float[Array, "B K T H"], value: Float[Array, "B K T H"], lengths: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]:
+        """Keys and values of a prompt as they are held."""
+        return key, value
+
+    def moment(self, moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:
+        """Of queries, up to a factor, the moment they have when they meet the keys held."""
+        return moment
+
+    def take_in(
+        self,
+        state: Any,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K H"],
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """New tokens' keys and values as they are held, and queries as they meet the keys held."""
+        return query, key, value
+
+    def give_back(self, state: Any, output: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        """The attention's output for the values as they came."""
+        return output
+
+
+@dataclasses.dataclass(frozen=True)
+class Hadamard(Basis):
+    """The Hadamard rotation, which spreads outlier channels (QuaRot, arXiv 2404.00456, section 3).
+
+    Attributes:
+        keys: rotate keys, and the queries that meet them.
+        values: rotate values; the output is rotated back.
+    """
+
+    keys: bool = True
+    values: bool = True
+
+    def check(self, codecs: tuple[Codec, ...]) -> None:
+        require(
+            not self.keys or not any(codec.balance for codec in codecs),
+            "balance and rotation both even out channels of keys, and the rotation would undo the balance: choose one.",
+        )
+        require(any(not codec.dense for codec in codecs), "Rotation needs a tier of fewer than 16 bits.")
+
+    def takes(self, head_size: int) -> bool:
+        return head_size & (head_size - 1) == 0
+
+    def hold(self, state, key, value, lengths):
+        return _rotated(key, self.keys), _rotated(value, self.values)
+
+    def moment(self, moment):
+        once = _rotated(moment, self.keys)
+        return jnp.swapaxes(_rotated(jnp.swapaxes(once, -1, -2), self.keys), -1, -2)
+
+    def take_in(self, state, query, key, value):
+        if self.keys and self.values:  # one product for all three: a launch costs more than its work
+            heads = query.shape[2], query.shape[2] + key.shape[2]
+            together = _rotated(jnp.concatenate((query, key, value), axis=2), True)
+            return tuple(jnp.split(together, heads, axis=2))
+        return _rotated(query, self.keys), _rotated(key, self.keys), _rotated(value, self.values)
+
+    def give_back(self, state, output):
+        if not self.values:
+            return output
+        b, _, n, _ = output.shape
+        return rotate_back(output, jnp.ones((b, n), jnp.float32))
+
+
+def _rotated(x: Float[Array, "... H"], wanted: bool) -> Float[Array, "... H"]:
+    return rotate(x).astype(x.dtype) if wanted else x
+
+
+@dataclasses.dataclass(frozen=True)
+class PowersOfTwo(Basis):
+    """Units of each head in which the prompt's largest number lies from 16 to 32.
+
+    Metadata of 8 bits has little range. In these units scales of the loudest groups and of some hundred times quieter
+    ones are held to their last digit, and later tokens may be fourteen times as loud as the prompt: after a prompt of a
+    few tokens they often are several times as loud.
+    """
+
+    def fit(self, key, value, first):
+        # Rows that are never encoded may be louder than all others.
+        return Units(*(_power(x[:, :, first:]) for x in (key, value)))
+
+    def hold(self, state, key, value, lengths):
+        return tuple(x / unit[..., None, None].astype(x.dtype) for x, unit in zip((key, value), state))
+
+    def take_in(self, state, query, key, value):
+        query = times_unit(query, state.key)
+        return query, times_unit(key, 1 / state.key), times_unit(value, 1 / state.value)
+
+    def give_back(self, state, output):
+        return times_unit(output, state.value)
+
+
+def _power(x: Float[Array, "B K T H"]) -> Float[Array, "B K"]:
+    largest = jnp.abs(x).max(axis=(2, 3), initial=0).astype(jnp.float32)
+    exponent = jnp.clip(jnp.frexp(largest)[1] - 5, -60, 60)
+    return jnp.where(largest > 0, jnp.ldexp(jnp.float32(1), exponent), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized(Basis):
+    """A codec that a prompt's keys and values go through before any tokens are chosen.
+
+    The tiers hold what it gives back, so that dense ones have the numbers (not the bytes) of a cache that quantises
+    first and then selects codes, whose groups keep the ranges of neighbours that left.
+
+    Attributes:
+        codec: the codec; tokens at a prompt's end that fill none of its groups stay as they are.
+    """
+
+    codec: Codec
+
+    def takes(self, head_size: int) -> bool:
+        return self.codec.fits(head_size)
+
+    def hold(self, state, key, value, lengths):
+        tokens, group = key.shape[2], self.codec.token_group
+        more = ((0, 0), (0, 0), (0, -tokens % group), (0, 0))
+        back = through(self.codec, jnp.pad(key, more), jnp.pad(value, more))
+        whole = below(lengths // group * group, tokens)[:, None, :, None]
+        return tuple(jnp.where(whole, new[:, :, :tokens].astype(x.dtype), x) for x, new in zip((key, value), back))
+
+
+def fit(
+    bases: tuple[Basis, ...],
+    key: Float[Array, "B K T H"],
+    value: Float[Array, "B K T H"],
+    lengths: Int[Array, "B"],
+    first: int,
+) -> tuple[tuple[Any, ...], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
+    """The states of all bases, and a prompt's keys and values as they are held."""
+    states = []
+    for basis in bases:
+        states.append(basis.fit(key, value, first))
+        key, value = basis.hold(states[-1], key, value, lengths)
+    return tuple(states), key, value
+
+
+def take_in(bases: tuple[Basis, ...], states: tuple[Any, ...], query, key, value):
+    """`Basis.take_in` of all bases."""
+    for basis, state in zip(bases, states):
+        query, key, value = basis.take_in(state, query, key, value)
+    return query, key, value
+
+
+def give_back(bases: tuple[Basis, ...], states: tuple[Any, ...], output: Float[Array, "B T N H"]):
+    """`Basis.give_back` of all bases."""
+    for basis, state in reversed(list(zip(bases, states))):
+        output = basis.give_back(state, output)
+    return output
+
+
+def rotated_units(
+    bases: tuple[Basis, ...], states: tuple[Any, ...], batch: int, heads: int
+) -> tuple[Units | None, Units | None]:
+    """What kernels do themselves: the units of keys and values, where both are rotated and nothing else is done to
+    them; and those of values, where these are. None where a kernel cannot do it."""
+    plain = all(isinstance(basis, Hadamard | PowersOfTwo | Quantized) for basis in bases)
+    rotations = [basis for basis in bases if isinstance(basis, Hadamard)]
+    if not plain or len(rotations) != 1 or not isinstance(bases[0], Hadamard):
+        return None, None
+    found = [state for state in states if isinstance(state, Units)]
+    units = found[0] if found else Units(*[jnp.ones((batch, heads), jnp.float32)] * 2)
+    both = units if rotations[0].keys and rotations[0].values else None
+    return both, units if rotations[0].values else None

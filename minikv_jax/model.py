@@ -1,0 +1,80 @@
+"""What a whole model must answer for `prefill`, `decode_step`, `extend` and all that is built on them.
+
+A model is a pytree with these attributes; `models/llama.py` has ours. To use a cache inside a model of one's own,
+`layer.py` needs nothing of this.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Array, Float, Int
+
+from minikv_jax.errors import ConfigError
+
+
+class Sizes(Protocol):
+    """A model's sizes."""
+
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    sliding_window: int | None
+
+
+@runtime_checkable
+class Layer(Protocol):
+    """One decoder layer: what it does on either side of attention."""
+
+    config: Sizes
+
+    def before_attention(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Query, key and value of every token, query and key with rotary embedding."""
+        ...
+
+    def after_attention(self, x: Float[Array, "B T D"], attention: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """The layer's result."""
+        ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A decoder-only transformer."""
+
+    config: Sizes
+    layers: Sequence[Layer]
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first layer takes; ids outside the vocabulary may give anything."""
+        ...
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """float32 logits of what the last layer gave."""
+        ...
+
+
+type Params = Model | tuple[Any, Any]
+
+
+def as_model(params: Any) -> Model:
+    """The model: as it is, or merged from the graph definition and state that `nnx.split` made of it.
+
+    Raises:
+        ConfigError: neither of both.
+    """
+    if isinstance(params, tuple | list) and len(params) == 2:
+        from flax import nnx  # a model of another kind needs no flax
+
+        if isinstance(params[0], nnx.GraphDef):
+            return nnx.merge(*params)
+    missing = [name for name in ("config", "layers", "embed", "logits") if not hasattr(params, name)]
+    if missing:
+        raise ConfigError(
+            f"The model is a {type(params).__name__} without {', '.join(missing)}: give a Llama, as `load` does, "
+            "nnx.split(model), or a model as minikv_jax.model describes it."
+        )
+    return params

@@ -1,0 +1,177 @@
+"""Prompts through one layer of a model: what comes before its cache is made."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minikv_jax.cache import QueryStatistics
+from minikv_jax.compress import starts
+from minikv_jax.model import Layer, Model
+from pallas_kernels import two_pass_attention
+from pallas_kernels.rows import row_numbers
+
+# Rows of all sequences together that a layer works on at once, outside of attention: what bounds MLP activations.
+# Enough for the products to run at full rate.
+_ROWS = 4096
+# Rows of all sequences together whose queries and attention exist at once, 512 MiB for 4096 channels: few calls of
+# attention, for each reads all keys before it, yet no more memory than the weights' tenth that a peak may have.
+ATTENDED_ROWS = 1 << 15
+
+
+class Chunks(NamedTuple):
+    """Rows of each sequence that are worked on at once, by one call of attention and by the products around it."""
+
+    attention: int
+    products: int
+
+
+def chunk_rows(batch: int, tokens: int) -> Chunks:
+    """The rows of a [batch, tokens] prompt to work on at once: all, or even shares.
+
+    Products take a multiple of 128 rows, attention a multiple of what products take.
+    """
+    products, attention = (max(most // batch // 128, 1) * 128 for most in (_ROWS, ATTENDED_ROWS))
+    if tokens <= products:
+        return Chunks(tokens, tokens)
+    share = -(-tokens // -(-tokens // attention))
+    pieces = -(-share // products)
+    products = -(-share // pieces // 128) * 128
+    return Chunks(pieces * products, products)
+
+
+def read_layer(
+    layer: Layer,
+    x: Float[Array, "B T D"],
+    lengths: Int[Array, "B"],
+    rows: Chunks,
+    score_rows: int | str,
+    sliding_window: int | None,
+) -> tuple[Array, Array, Array, Array, QueryStatistics]:
+    """One layer over the whole prompt. Jitted on its own: called outside `jit`, it compiles once for all layers.
+
+    x is donated, except while a gradient is traced, which needs it again.
+
+    One chunk is one piece of work; of more, each chunk's result takes its rows' place in x. Nothing but keys, values, x
+    and scores is ever as long as the prompt.
+
+    Args:
+        layer: the layer.
+        x: [B, T, D] what the layer before gave, a whole number of chunks as from `embed`.
+        lengths: [B] true lengths; rows behind them are padding.
+        rows: of `chunk_rows`.
+        score_rows: "all", or the last so many queries of each sequence, whose attention is summed.
+        sliding_window: keys that a query sees, None for all before it.
+
+    Returns:
+        x after the layer, and what `compress_layer` takes: keys and values [B, T, K, H], scores [B, K, T] in float32
+        and the queries' statistics.
+    """
+    read = _read_layer if isinstance(x, jax.core.Tracer) else _read_layer_in_place
+    return read(layer, x, lengths, rows, score_rows, sliding_window)
+
+
+def _read_whole_layer(layer: Layer, x, lengths, rows: Chunks, score_rows, sliding_window):
+    if rows.products < x.shape[1]:
+        return _read_layer_in_chunks(layer, x, lengths, rows, score_rows, sliding_window)
+    positions = jnp.broadcast_to(row_numbers(x.shape[1], axes=2), x.shape[:2])
+    query, key, value = layer.before_attention(x, positions)
+    attention, scores, _ = two_pass_attention(
+        query,
+        key,
+        value,
+        query_lengths=lengths,
+        key_value_lengths=lengths,
+        score_rows=score_rows,
+        sliding_window=sliding_window,
+    )
+    counted = positions < lengths[:, None]
+    queries = QueryStatistics.of(query, key.shape[2], counted)
+    return layer.after_attention(x, attention), key, value, scores, queries
+
+
+_STATIC = ("rows", "score_rows", "sliding_window")
+_read_layer = jax.jit(_read_whole_layer, static_argnames=_STATIC)
+_read_layer_in_place = jax.jit(_read_whole_layer, static_argnames=_STATIC, donate_argnames="x")
+
+
+def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sliding_window):
+    b, tokens, _ = x.shape
+    config = layer.config
+    heads, head_size = config.num_kv_heads, config.head_dim
+    pieces = starts(rows.attention, rows.products)
+
+    def rows_of(whole, start):
+        return jax.lax.dynamic_slice_in_dim(whole, start, rows.products, axis=1)
+
+    def put(whole, part, start):
+        return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, axis=1)
+
+    def attend(query, key, value, first, counts, score_rows):
+        # Keys after a chunk's rows are zeros so far, and causal attention does not look at them.
+        return two_pass_attention(
+            query,
+            key,
+            value,
+            query_lengths=counts,
+            query_offset=jnp.broadcast_to(first, (b,)).astype(jnp.int32),
+            score_rows=score_rows,
+            sliding_window=sliding_window,
+        )
+
+    def chunk(state, first):
+        x, key, value, scores, queries = state
+
+        def before(state, start):
+            query, key, value, queries = state
+            positions = jnp.broadcast_to(first + start + row_numbers(rows.products, axes=2), (b, rows.products))
+            present = positions < lengths[:, None]
+            new = layer.before_attention(rows_of(x, first + start), positions)
+            queries = queries.join(QueryStatistics.of(new[0], heads, present))
+            # Zeros instead of padding: the attention then needs no lengths of keys, and makes no cleaned copy.
+            new = [jnp.where(present[..., None, None], y, 0) for y in new]
+            key, value = (put(whole, y, first + start) for whole, y in zip((key, value), new[1:]))
+            return (put(query, new[0], start), key, value, queries), None
+
+        query = jnp.zeros_like(x, shape=(b, rows.attention, config.num_heads, head_size))
+        (query, key, value, queries), _ = jax.lax.scan(before, (query, key, value, queries), pieces)
+        counts = jnp.clip(lengths - first, 0, rows.attention)
+        attention, received, _ = attend(query, key, value, first, counts, "all" if score_rows == "all" else 0)
+
+        def after(x, start):
+            part = layer.after_attention(rows_of(x, first + start), rows_of(attention, start))
+            return put(x, part, first + start), None
+
+        x, _ = jax.lax.scan(after, x, pieces)
+        return (x, key, value, scores + received, queries), None
+
+    last = score_rows not in ("all", 0)
+    if last:  # each sequence's last rows may lie in different chunks: they are asked on their own, when all keys exist
+        first = jnp.maximum(lengths - score_rows, 0)
+        positions = first[:, None] + row_numbers(score_rows, axes=2)
+        their_x = jnp.take_along_axis(x, positions[..., None], axis=1, mode="clip")
+        their_query, _, _ = layer.before_attention(their_x, positions)
+
+    empty = jnp.zeros_like(x, shape=(b, tokens, heads, head_size))
+    none = functools.partial(jnp.zeros_like, x, jnp.float32)
+    queries = QueryStatistics(none((b, heads, head_size)), none((b, heads, head_size, head_size)))
+    state = x, empty, empty, none((b, heads, tokens)), queries
+    (x, key, value, scores, queries), _ = jax.lax.scan(chunk, state, starts(tokens, rows.attention))
+    if last:
+        _, scores, _ = attend(their_query, key, value, first, jnp.minimum(lengths, score_rows), "all")
+    return x, key, value, scores, queries
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def embed(model: Model, tokens: Int[Array, "B T"], rows: Chunks) -> Float[Array, "B padded D"]:
+    """Embeddings of [B, T] tokens, padded to whole chunks."""
+    return model.embed(jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % rows.attention))))
+
+
+@jax.jit
+def logits_at(model: Model, x: Float[Array, "B T D"], index: Int[Array, "B"]) -> Float[Array, "B V"]:
+    """float32 next-token logits of each sequence at its row `index` of the last layer's x."""
+    last = jnp.take_along_axis(x, index[:, None, None], axis=1, mode="clip")
+    return model.logits(last)[:, 0]
