@@ -8,8 +8,7 @@ KVCache
     frames   of the method's bases          what each has learnt of the prompt
     prefix   (Segment, ...)                 what forked sequences share
 
-Every array of two or more axes starts with [B, K], every other one with [B]: batch and key/value heads. Only `prefix`
-has a batch of 1.
+What the axes of these arrays are is said by `axes` alone. Only `prefix` has a batch of 1.
 """
 
 import dataclasses
@@ -67,6 +66,20 @@ class KVCache:
     lengths: Int[Array, "B"]
     room: Int[Array, "B"]
     config: CacheConfig = dataclasses.field(metadata={"static": True})
+
+
+def axes(x: Array | jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
+    """What each axis of an array of a cache is: "batch", "heads" (of keys and values), or None for all others.
+
+    Arrays of one axis are counters, one number a sequence; all others start with batch and heads. Slots, shardings and
+    pieces of work go by this and by nothing else.
+    """
+    return ("batch",) if x.ndim == 1 else ("batch", "heads", *(None,) * (x.ndim - 2))
+
+
+def is_counter(x: Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether an array of a cache holds one number a sequence."""
+    return axes(x) == ("batch",)
 
 
 def nbytes(cache: Any) -> int:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax import basis, rank, segments
 from minikv_jax.allocate import Budget
-from minikv_jax.cache import LayerCache, Prompt, QueryStatistics, Shape
+from minikv_jax.cache import LayerCache, Prompt, QueryStatistics, Shape, is_counter
 from minikv_jax.config import Method
 from minikv_jax.segments import DenseSegment
 from pallas_kernels.rows import below
@@ -95,9 +95,9 @@ def compress_in_pieces(
             scores, queries = jax.tree.map(lambda x: some(x, 1), arrays[2:])
             return compress(key, value, scores, queries, lengths, budget, **static)
 
-        # What has heads has them second; the rest is the same for all of them.
+        # Each part is a layer of some heads, in front of whose axes is that of the parts; counters are all alike.
         parts = jax.lax.map(one, starts(heads, together))
-        return jax.tree.map(lambda x: _joined_heads(x) if x.ndim > 2 else x[0], parts)
+        return jax.tree.map(lambda x: x[0] if is_counter(x[0]) else _joined_heads(x), parts)
 
     if b == 1 or key.size <= at_once:
         return some_heads(arrays, lengths, budget)

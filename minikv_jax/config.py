@@ -240,28 +240,33 @@ class CacheConfig:
         """The method of a layer."""
         return dict(self.layers).get(layer, self.method)
 
-    def checked(self, head_size: int, layers: int, longest: int) -> "CacheConfig":
-        """The config with its prompt capacity filled in.
-
-        Args:
-            head_size: of keys and values.
-            layers: that the model has.
-            longest: prompt that will be read.
+    def for_prompts(self, longest: int) -> "CacheConfig":
+        """The config with its prompt capacity filled in, for prompts up to so many tokens.
 
         Raises:
-            PromptError: a prompt longer than the capacity.
-            ConfigError: heads that a method cannot hold, or a method for a layer that is not there.
+            PromptError: the capacity is smaller.
         """
         capacity = self.prompt_capacity or longest
         if longest > capacity:
             raise PromptError(
                 f"A prompt of {longest} tokens is longer than prompt_capacity={capacity}: shorten it or raise that."
             )
+        return self.replace(prompt_capacity=capacity)
+
+    def check_model(self, head_size: int, layers: int) -> None:
+        """Refuses models that a method cannot run in.
+
+        Args:
+            head_size: of keys and values.
+            layers: that the model has.
+
+        Raises:
+            ConfigError: heads that some method cannot hold, or a method for a layer that is not there.
+        """
         for method in self.methods:
             self._check_head(method, head_size)
         beyond = [i for i, _ in self.layers if i >= layers]
         require(not beyond, f"This model has {layers} layers, counted from 0, and none numbered {beyond}.")
-        return self.replace(prompt_capacity=capacity)
 
     def _check_head(self, method: Method, head_size: int) -> None:
         group = head_size & -head_size

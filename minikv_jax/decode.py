@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import inputs
-from minikv_jax.cache import KVCache, LayerCache
+from minikv_jax.cache import KVCache, LayerCache, is_counter
 from minikv_jax.config import Method
 from minikv_jax.layer import read_token
 from minikv_jax.model import Layer, Params, as_model
@@ -135,7 +135,7 @@ def _counted_once(cache: KVCache) -> KVCache:
     A loop copies each number that it carries once a step: for 32 layers that took as long as attending to a window.
     """
     layers = [
-        layer if i == first else jax.tree.map(lambda x: None if x.ndim == 1 else x, layer)
+        layer if i == first else jax.tree.map(lambda x: None if is_counter(x) else x, layer)
         for i, (layer, first) in enumerate(zip(cache.layers, _first_alike(cache)))
     ]
     return dataclasses.replace(cache, layers=tuple(layers))

@@ -12,6 +12,7 @@ all layers, as `decode_step` and `extend` do.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -104,7 +105,8 @@ def prefill(
     longest = key.shape[1]
     lengths = inputs.row_counts(lengths, key.shape[0], longest, least=1)
     config = config if window is None else local(config, window)
-    config = config.checked(key.shape[3], layers, longest)
+    config = config.for_prompts(longest)
+    config.check_model(key.shape[3], layers)
     method = config.of_layer(layer)
     output, scores, _ = two_pass_attention(
         query, key, value, query_lengths=lengths, key_value_lengths=lengths, scale=scale, soft_cap=soft_cap,
@@ -144,12 +146,17 @@ def spec(
     """
     if config.prompt_capacity is None:
         raise ConfigError("A state without a prompt must know its prompt_capacity: set it in the config.")
-    rows = jax.ShapeDtypeStruct((batch, config.prompt_capacity, heads, head_size), dtype)
-    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    rows = batch, config.prompt_capacity, heads, head_size
+    return _spec(rows, jnp.dtype(dtype), config, layer, layers, window)
 
+
+# Engines ask for a state of every layer before every prompt.
+@functools.lru_cache(maxsize=1024)
+def _spec(shape: tuple[int, ...], dtype: jnp.dtype, config: CacheConfig, layer: int, layers: int, window) -> State:
     def state(query, key, value, lengths):
         return prefill(query, key, value, lengths, config, layer=layer, layers=layers, window=window)[1]
 
+    rows, lengths = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     return jax.eval_shape(state, rows, rows, rows, lengths)
 
 

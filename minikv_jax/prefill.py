@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax import allocate, inputs
 from minikv_jax.cache import KVCache, LayerCache, Shape
-from minikv_jax.compress import compress, compress_in_pieces, cut, even_share
+from minikv_jax.compress import compress, compress_in_pieces, cut
 from minikv_jax.config import CacheConfig
 from minikv_jax.errors import ConfigError, PromptError
 from minikv_jax.model import Model, Params, as_model
-from minikv_jax.reading import ATTENDED_ROWS, chunk_rows, embed, logits_at, read_layer
+from minikv_jax.reading import chunk_rows, embed, logits_at, read_layer, sequences_at_once
 
 
 def bucket(tokens: Int[Array, "B T"], limit: int | None = None) -> Int[Array, "B padded"]:
@@ -132,12 +132,6 @@ def _counted_from(progress: Callable[[int, int], None] | None, group: int, group
     return None if progress is None else lambda done, layers: progress(group * layers + done, groups * layers)
 
 
-def sequences_at_once(batch: int, tokens: int) -> int:
-    """Sequences of a [batch, tokens] prompt that are read through all layers before others: as many as fill one call of
-    attention. Hidden states of more would only wait for their turn, two bytes a channel of every token."""
-    return even_share(batch, max(min(ATTENDED_ROWS // max(tokens, 1), batch), 1))
-
-
 def _prefill(model: Model, tokens, lengths, cache_config: CacheConfig, progress) -> tuple[Array, KVCache]:
     layers = model.config.num_layers
     largest = Shape.largest(cache_config, layers)
@@ -200,7 +194,7 @@ def checked(model: Model, longest: int, config: CacheConfig) -> CacheConfig:
     """
     if not isinstance(config, CacheConfig):
         raise ConfigError(f"The method is a {type(config).__name__}: give a CacheConfig, as presets.minikv().")
-    config = config.checked(model.config.head_dim, model.config.num_layers, longest)
+    config = config.for_prompts(longest)
     total = config.prompt_capacity + config.generated_capacity
     limit = model.config.max_position_embeddings
     if total > limit:
@@ -214,6 +208,7 @@ def checked(model: Model, longest: int, config: CacheConfig) -> CacheConfig:
             f"This model attends to the last {window} tokens only; a cache for {total} tokens would need masking by "
             f"position, which compressed rows do not have. Keep prompt and answer within {window} tokens."
         )
+    config.check_model(model.config.head_dim, model.config.num_layers)
     return config
 
 

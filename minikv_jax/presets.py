@@ -233,28 +233,9 @@ def minikv_plus(
     """
     if keeps is None:
         keeps = residual // 2 if group_size > 0 and residual % (2 * group_size) == 0 else 0
-    mild = (0.95, 0.9, 0.85)
-    codec = Codec(
-        key_bits,
-        value_bits,
-        group_size,
-        group_size if value_group is None else value_group,
-        metadata_dtype="float8_e4m3fn",
-        key_clip=mild,
-        value_clip=mild,
-        key_feedback=feedback,
-    )
-    if not 0 <= brief_share <= 1:
-        raise ConfigError(f"brief_share={brief_share} is a share of the prompt: give a number from 0.0 to 1.0.")
-    half = float(brief_share) / 2
-    everything = float(heavy) + float(recent) >= 1
-    if important and not everything:
-        raise ConfigError(
-            f"important={important} keeps the other tokens too: leave heavy={heavy} and recent={recent} at 1 together."
-        )
-    if important and (precise or brief):
-        raise ConfigError("precise and brief layers keep their tokens in one tier: leave important at 0 with them.")
-    finer = dataclasses.replace(codec, key_bits=4, value_bits=4)
+    groups = {"key_group": group_size, "value_group": group_size if value_group is None else value_group}
+    mild = {"key_clip": (0.95, 0.9, 0.85), "value_clip": (0.95, 0.9, 0.85)}
+    codec = Codec(key_bits, value_bits, **groups, **mild, metadata_dtype="float8_e4m3fn", key_feedback=feedback)
     method = Method(
         rank=Rank(by="attention"),
         allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks),
@@ -263,12 +244,36 @@ def minikv_plus(
         inflow=Block(residual, keeps, exact_sinks=True),
     )
     if important:
-        first = Allocation(heavy=float(important), recent=0.0, sinks=sinks)
-        method = method.replace(rank=Rank(by="window", window=256), allocation=first, codec=finer, rest=codec)
-    shorter = Allocation(heavy=half, recent=half, sinks=sinks) if brief else None
-    layers = {i: method.replace(codec=finer) for i in precise}
-    layers |= {i: layers.get(i, method).replace(allocation=shorter) for i in brief}
-    return CacheConfig("minikv_plus", method, tuple(sorted(layers.items(), key=lambda item: item[0])))
+        method = _important_apart(method, float(important), not (precise or brief))
+    return CacheConfig("minikv_plus", method, _own_layers(method, precise, brief, float(brief_share)))
+
+
+def _finer(codec: Codec) -> Codec:
+    return dataclasses.replace(codec, key_bits=4, value_bits=4)
+
+
+def _important_apart(method: Method, share: float, alike: bool) -> Method:
+    """The method with a share of the prompt in a tier of 4 bits, and all other tokens in the tier that it has."""
+    kept = method.allocation
+    require(
+        kept.keeps_everything,
+        f"important={share} keeps the other tokens too: leave heavy={kept.heavy} and recent={kept.recent} at 1 "
+        "together.",
+    )
+    require(alike, "precise and brief layers keep their tokens in one tier: leave important at 0 with them.")
+    first = Allocation(heavy=share, recent=0.0, sinks=kept.sinks)
+    rank = Rank(by="window", window=256)
+    return method.replace(rank=rank, allocation=first, codec=_finer(method.codec), rest=method.codec)
+
+
+def _own_layers(method: Method, precise: tuple[int, ...], brief: tuple[int, ...], share: float):
+    """The layers of the method that are precise, brief or both."""
+    require(0 <= share <= 1, f"brief_share={share} is a share of the prompt: give a number from 0.0 to 1.0.")
+    layers = {i: method.replace(codec=_finer(method.codec)) for i in precise}
+    for i in brief:
+        shorter = Allocation(heavy=share / 2, recent=share / 2, sinks=method.allocation.sinks)
+        layers[i] = layers.get(i, method).replace(allocation=shorter)
+    return tuple(sorted(layers.items(), key=lambda item: item[0]))
 
 
 @_method

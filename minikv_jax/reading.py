@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.cache import QueryStatistics
-from minikv_jax.compress import starts
+from minikv_jax.compress import even_share, starts
 from minikv_jax.model import Layer, Model
 from pallas_kernels import two_pass_attention
 from pallas_kernels.rows import row_numbers
@@ -18,7 +18,7 @@ from pallas_kernels.rows import row_numbers
 _ROWS = 4096
 # Rows of all sequences together whose queries and attention exist at once, 512 MiB for 4096 channels: few calls of
 # attention, for each reads all keys before it, yet no more memory than the weights' tenth that a peak may have.
-ATTENDED_ROWS = 1 << 15
+_ATTENDED_ROWS = 1 << 15
 
 
 class Chunks(NamedTuple):
@@ -33,13 +33,19 @@ def chunk_rows(batch: int, tokens: int) -> Chunks:
 
     Products take a multiple of 128 rows, attention a multiple of what products take.
     """
-    products, attention = (max(most // batch // 128, 1) * 128 for most in (_ROWS, ATTENDED_ROWS))
+    products, attention = (max(most // batch // 128, 1) * 128 for most in (_ROWS, _ATTENDED_ROWS))
     if tokens <= products:
         return Chunks(tokens, tokens)
     share = -(-tokens // -(-tokens // attention))
     pieces = -(-share // products)
     products = -(-share // pieces // 128) * 128
     return Chunks(pieces * products, products)
+
+
+def sequences_at_once(batch: int, tokens: int) -> int:
+    """Sequences of a [batch, tokens] prompt that are read through all layers before others: as many as fill one call of
+    attention. Hidden states of more would only wait for their turn, two bytes a channel of every token."""
+    return even_share(batch, max(min(_ATTENDED_ROWS // max(tokens, 1), batch), 1))
 
 
 def read_layer(
@@ -149,10 +155,7 @@ def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sl
 
     last = score_rows not in ("all", 0)
     if last:  # each sequence's last rows may lie in different chunks: they are asked on their own, when all keys exist
-        first = jnp.maximum(lengths - score_rows, 0)
-        positions = first[:, None] + row_numbers(score_rows, axes=2)
-        their_x = jnp.take_along_axis(x, positions[..., None], axis=1, mode="clip")
-        their_query, _, _ = layer.before_attention(their_x, positions)
+        their_query, first = _last_queries(layer, x, lengths, score_rows)
 
     empty = jnp.zeros_like(x, shape=(b, tokens, heads, head_size))
     none = functools.partial(jnp.zeros_like, x, jnp.float32)
@@ -162,6 +165,14 @@ def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sl
     if last:
         _, scores, _ = attend(their_query, key, value, first, jnp.minimum(lengths, score_rows), "all")
     return x, key, value, scores, queries
+
+
+def _last_queries(layer: Layer, x, lengths, count: int) -> tuple[Float[Array, "B count N H"], Int[Array, "B"]]:
+    """Queries of each sequence's last rows, and the first of these rows."""
+    first = jnp.maximum(lengths - count, 0)
+    positions = first[:, None] + row_numbers(count, axes=2)
+    their_x = jnp.take_along_axis(x, positions[..., None], axis=1, mode="clip")
+    return layer.before_attention(their_x, positions)[0], first
 
 
 @functools.partial(jax.jit, static_argnames="rows")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from minikv_jax import inputs
-from minikv_jax.cache import KVCache, LayerCache
+from minikv_jax.cache import KVCache, LayerCache, is_counter
 from minikv_jax.errors import ConfigError
 from minikv_jax.inflow import repeated
 
@@ -59,7 +59,7 @@ def reset(cache: KVCache, slot: int | Int[Array, ""]) -> KVCache:
 
     # Counters alone decide what is read; rows of an empty sequence need no clearing.
     def without_tokens(layer: LayerCache) -> LayerCache:
-        own = jax.tree.map(lambda x: emptied(x) if x.ndim == 1 else x, layer.own)
+        own = jax.tree.map(lambda x: emptied(x) if is_counter(x) else x, layer.own)
         return dataclasses.replace(own, prefix=layer.prefix)
 
     layers = tuple(map(without_tokens, cache.layers))

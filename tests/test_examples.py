@@ -91,3 +91,9 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
     for source in sources:
         exec(compile(source, "minikv_colab.ipynb", "exec"), scope)
     assert 0 < scope["faithful"]["minikv"] <= 1 and len(scope["answers"]["minikv"]) == 4
+
+
+@pytest.mark.slow  # .ci/run runs it beside the suite
+def test_weights_of_others_give_what_our_own_model_gives(capsys):
+    load("jax_llm_llama3").main()
+    assert capsys.readouterr().out.count("logits differ by") == 2

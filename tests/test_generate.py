@@ -35,8 +35,7 @@ from minikv_jax import (
 from minikv_jax.cache import QueryStatistics, Shape
 from minikv_jax.compress import compress_in_pieces
 from minikv_jax.models.llama import Llama
-from minikv_jax.prefill import sequences_at_once
-from minikv_jax.reading import chunk_rows
+from minikv_jax.reading import chunk_rows, sequences_at_once
 from minikv_jax.sampling import sample
 
 MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
@@ -295,7 +294,7 @@ def test_every_kind_of_model_runs_every_kind_of_cache(architecture, method):
 def in_chunks_of(monkeypatch, rows: int, attended: int):
     """Reads prompts in pieces of so many rows, and so many in a call of attention."""
     for name, value in (("_ROWS", rows), ("_ATTENDED_ROWS", attended)):
-        monkeypatch.setattr(sys.modules["minikv_jax.prefill"], name, value)
+        monkeypatch.setattr(sys.modules["minikv_jax.reading"], name, value)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +322,7 @@ def test_a_prompt_read_in_chunks_of_rows_is_the_prompt(method, rows, attended, m
 def test_sequences_read_one_group_after_the_other_are_the_batch(method, monkeypatch):
     text, lengths, later, config = tokens(4, 60), jnp.array([60, 21, 33, 4]), tokens(4, 4), METHODS[method]
     whole, expected = follow(config, text, lengths, later)
-    monkeypatch.setattr(sys.modules["minikv_jax.prefill"], "_ATTENDED_ROWS", 3 * 60)  # of 4 sequences 2 at once
+    monkeypatch.setattr(sys.modules["minikv_jax.reading"], "_ATTENDED_ROWS", 3 * 60)  # of 4 sequences 2 at once
     in_groups, cache = follow(config, text, lengths, later)
     assert nearly_equal(whole, in_groups)
     chex.assert_trees_all_equal_shapes_and_dtypes(cache, expected)

@@ -18,6 +18,7 @@ from minikv_jax import (
     CacheConfig,
     Codec,
     ConfigError,
+    Method,
     MiniKVError,
     PromptError,
     Rank,
@@ -37,6 +38,10 @@ from minikv_jax import (
     stream,
 )
 from minikv_jax import layer as layers
+from minikv_jax.append import Append
+from minikv_jax.block import Block
+from minikv_jax.evict import Evict
+from minikv_jax.kivi import Ring
 from minikv_jax.models.llama import Llama
 from minikv_jax.sampling import sample
 
@@ -307,15 +312,23 @@ def test_nan_becomes_no_token(sampling):
 
 
 TWO_BITS = {"key_bits": 2, "value_bits": 2}
+ANY = {"name": "x", "method": FULL.method}
 FIELDS = [
-    (CacheConfig, "generated_capacity", 1.5, {"name": "x"}),
-    (CacheConfig, "prompt_capacity", True, {"name": "x"}),
-    (CacheConfig, "generated_capacity", 0, {"name": "x"}),
-    (CacheConfig, "window", 16.0, {"name": "x"}),
-    (CacheConfig, "evict", "sometimes", {"name": "x"}),
-    (CacheConfig, "dtype", "float64", {"name": "x"}),
-    (CacheConfig, "codec", "dense", {"name": "x"}),
-    (CacheConfig, "precise", [1], {"name": "x"}),
+    (CacheConfig, "generated_capacity", 1.5, ANY),
+    (CacheConfig, "prompt_capacity", True, ANY),
+    (CacheConfig, "generated_capacity", 0, ANY),
+    (CacheConfig, "dtype", "float64", ANY),
+    (CacheConfig, "method", "minikv", {"name": "x"}),
+    (CacheConfig, "layers", (1,), ANY),
+    (CacheConfig, "layers", ((-1, FULL.method),), ANY),
+    (Method, "codec", "dense", {"inflow": Append()}),
+    (Method, "inflow", "append", {}),
+    (Method, "basis", (Codec(),), {"inflow": Append()}),
+    (Block, "window", 16.0, {}),
+    (Block, "keeps", 9, {"window": 16}),
+    (Block, "exact_sinks", 1, {}),
+    (Ring, "window", 0, {}),
+    (Evict, "when", "sometimes", {}),
     (Codec, "key_bits", 2.0, {"value_bits": 2}),
     (Codec, "metadata_dtype", "float32", TWO_BITS),
     (Codec, "key_clip", (float("nan"),), TWO_BITS),

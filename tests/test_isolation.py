@@ -22,7 +22,6 @@ from minikv_jax import (
     insert,
     prefill,
     presets,
-    quantize,
     reset,
     stream,
 )
@@ -32,7 +31,7 @@ from minikv_jax.kivi import KiviWindow
 from minikv_jax.models.llama import Llama
 from minikv_jax.sampling import GREEDY, sample
 from minikv_jax.segments import DenseSegment
-from pallas_kernels import PackedTensor
+from pallas_kernels import PackedTensor, quantize
 from pallas_kernels.quantize import Codes
 
 step = jax.jit(decode_step)

@@ -129,3 +129,12 @@ def test_tables_of_results(tmp_path):
 def test_help_names_every_command():
     result = CliRunner().invoke(cli.app, ["--help"])
     assert result.exit_code == 0 and all(name in result.output for name in ("generate", "compare", "methods"))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_guide_to_ones_own_model_runs(number):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_model.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(examples) == 2 and sum(bool(line) for line in examples[0].splitlines()) <= 15
+    result = subprocess.run([sys.executable, "-c", examples[number]], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert number == 1 or result.stdout.startswith("(2, 1, 8, 64)")

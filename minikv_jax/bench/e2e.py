@@ -47,7 +47,7 @@ from flax import nnx
 
 from minikv_jax import allocate, nbytes, outputs, presets, program
 from minikv_jax.bench.timing import copy_bandwidth, environment, matching, read_results, traced_kernels, write_results
-from minikv_jax.cache import KVCache, Shape
+from minikv_jax.cache import KVCache, Shape, is_counter
 from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import CacheConfig
 from minikv_jax.decode import decode_loop
@@ -214,7 +214,7 @@ def cache_counters(shape: ModelConfig, config: CacheConfig, batch: int, prompt: 
 
     @jax.jit
     def counters(tiny, tokens, lengths):
-        return [x for x in jax.tree.leaves(prefill(tiny, tokens, lengths, config)[1]) if x.ndim == 1]
+        return [x for x in jax.tree.leaves(prefill(tiny, tokens, lengths, config)[1]) if is_counter(x)]
 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         tokens, lengths = jnp.zeros((1, prompt), jnp.int32), jnp.full((1,), prompt, jnp.int32)
@@ -228,7 +228,7 @@ def synthetic_cache(like: KVCache, counters: Sequence[np.ndarray]) -> KVCache:
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     filled = []
     for i, (path, x) in enumerate(leaves):
-        if x.ndim == 1:
+        if is_counter(x):
             filled.append(jnp.asarray(next(counted)))
         elif ".coupling" in jax.tree_util.keystr(path):  # random ones let errors grow without end
             filled.append(jnp.zeros(x.shape, x.dtype))

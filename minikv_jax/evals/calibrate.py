@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax import allocate, presets
 from minikv_jax.cache import LayerCache, Shape
+from minikv_jax.codec import Codec
 from minikv_jax.compress import compress_in_pieces
-from minikv_jax.config import CacheConfig
+from minikv_jax.config import Allocation, CacheConfig
 from minikv_jax.errors import ConfigError
 from minikv_jax.evals.engine import figures, fitted, read_layers
 from minikv_jax.evals.records import CODES, counts, question, record, rng_of
@@ -73,8 +74,8 @@ def calibrate(
 
     Args:
         lab: model, tokenizer, and settings: `limit` records and as many texts of `lengths[0]` tokens.
-        config: a method whose layers have each a codec and an allocation of their own: those of precise layers, and of
-            brief ones.
+        config: a method some of whose layers have a codec of their own, which is that of precise layers, and some an
+            allocation, which is that of brief ones.
         precise, brief: numbers of layers to choose; none is both.
         progress: called with (finished, all) exchanges.
 
@@ -82,8 +83,7 @@ def calibrate(
         ConfigError: more layers than there are, or a method without the two.
     """
     layers = lab.model.config.num_layers
-    own = config.of_layer(0)
-    if own.codec == config.method.codec or own.allocation == config.method.allocation:
+    if None in _exchanged(config):
         raise ConfigError("Calibration needs a method with a precise codec and a brief allocation, as minikv_plus has.")
     if min(precise, brief) < 0 or precise + brief > layers:
         raise ConfigError(f"{precise} precise and {brief} brief layers of {layers}: give fewer.")
@@ -106,6 +106,14 @@ def calibrate(
     last = sorted((i for i in range(layers) if i not in first), key=lambda i: harm[i])[:brief]
     chosen = dict.fromkeys(first, "precise") | dict.fromkeys(last, "brief")
     return LayerChoice(gain, harm, tuple(sorted(first)), tuple(sorted(last)), loss(chosen))
+
+
+def _exchanged(config: CacheConfig) -> tuple[Codec | None, Allocation | None]:
+    """The codec and the allocation that some layers have instead of the method's."""
+    plain, own = config.method, [method for _, method in config.layers]
+    finer = (method.codec for method in own if method.codec != plain.codec)
+    shorter = (method.allocation for method in own if method.allocation != plain.allocation)
+    return next(finer, None), next(shorter, None)
 
 
 def _records(lab: Lab) -> _Reading:
@@ -154,11 +162,11 @@ class _Walk:
 
     @classmethod
     def of(cls, lab: Lab, config: CacheConfig, reading: _Reading) -> "_Walk":
-        plain, own = config.replace(layers=()), config.of_layer(0)
+        plain, (finer, shorter) = config.replace(layers=()), _exchanged(config)
         kinds = {
             "plain": plain,
-            "precise": plain.replace(codec=own.codec),
-            "brief": plain.replace(allocation=own.allocation),
+            "precise": plain.replace(codec=finer),
+            "brief": plain.replace(allocation=shorter),
             "full": presets.full(),
         }
         room = reading.follows.shape[1]
