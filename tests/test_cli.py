@@ -301,7 +301,7 @@ def test_answers_are_the_same_with_64_bit_numbers():
     command = [
         "compare",
         "--methods",
-        "full,minikv,minikv_plus",
+        "minikv_plus",
         "--max-new-tokens",
         6,
         "--json",
@@ -310,7 +310,7 @@ def test_answers_are_the_same_with_64_bit_numbers():
     narrow, wide = (minikv(*command, JAX_ENABLE_X64=flag) for flag in "01")
     assert (narrow.returncode, wide.returncode, wide.stderr) == (0, 0, "")
     texts = [{answer["method"]: answer["text"] for answer in json.loads(x.stdout)} for x in (narrow, wide)]
-    assert texts[0] == texts[1] and len(texts[0]) == 3
+    assert texts[0] == texts[1] and len(texts[0]) == 1
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------

@@ -181,4 +181,6 @@ def test_the_command_chooses_the_layers_that_pay_most(tmp_path, monkeypatch):
     assert 0 < found["loss"] < 1 + max(harm)
     assert f"minikv_plus:group_size=8,residual=16,precise=[{found['precise'][0]}]" in done.output
     (config,) = presets.parse(done.output.split("\n")[0]).values()
-    assert config.precise == tuple(found["precise"]) and config.brief == tuple(found["brief"])
+    own = dict(config.layers)
+    assert sorted(own) == sorted([*found["precise"], *found["brief"]])
+    assert all((own[i].codec != config.method.codec) == (i in found["precise"]) for i in own)
