@@ -65,6 +65,11 @@ def _own_draws(request):
     draws.begin(request.node.nodeid)
 
 
+@pytest.fixture(autouse=True)
+def _few_programs():
+    environment.forget_programs_when_many()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item, call):
     suite = dict(item.user_properties).get("suite")

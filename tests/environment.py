@@ -30,3 +30,16 @@ def forget_old_programs() -> None:
     """Drawn shapes leave programs that no other run asks for: above a gigabyte all are removed."""
     if PROGRAMS.exists() and sum(path.stat().st_size for path in PROGRAMS.iterdir()) > 1 << 30:
         shutil.rmtree(PROGRAMS)
+
+
+# A process may have 65,530 mappings (vm.max_map_count), each compiled program takes some, and LLVM dies without one.
+_MOST_MAPPINGS = 30_000
+
+
+def forget_programs_when_many() -> None:
+    """Lets a worker's compiled programs go before there are too many for one process."""
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
