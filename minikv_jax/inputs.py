@@ -4,6 +4,7 @@ Concrete values are read and refused with one error. Traced values cannot be rea
 concerns is given a length of 0 (or a slot nothing is written to), which reads nothing, stores nothing and answers NaN.
 """
 
+import dataclasses
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -251,17 +252,20 @@ def check_cache(model: "Model", cache: "KVCache") -> None:
             )
 
 
-def same_kind(cache: "KVCache", prefix: "KVCache") -> None:
-    """Refuses two caches whose sequences cannot stand in one another's place: other methods, models or dtypes.
+def same_kind(cache: "KVCache", prefix: "KVCache") -> "KVCache":
+    """The prefix as a sequence of the cache; refuses one of another method or model, or with other rows.
+
+    Capacities as such need not be the same: rows are what a sequence is held in, and its room comes with it.
 
     Raises:
         ConfigError: naming the first difference.
     """
-    if prefix.config != cache.config:
+    capacities = {"prompt_capacity": None, "generated_capacity": 1}
+    if prefix.config.replace(**capacities) != cache.config.replace(**capacities):
         raise ConfigError(
-            f"The prefix was made with {prefix.config}, the cache with {cache.config}: give both the same method, "
-            "prompt_capacity and generated_capacity."
+            f"The prefix was made with {prefix.config}, the cache with {cache.config}: give both the same method."
         )
+    prefix = dataclasses.replace(prefix, config=cache.config)
     ours, theirs = (jax.tree_util.tree_flatten_with_path(x) for x in (cache, prefix))
     if ours[1] != theirs[1]:
         raise ConfigError("The prefix has other parts than the cache: it was made by another model or is a fork.")
@@ -269,5 +273,6 @@ def same_kind(cache: "KVCache", prefix: "KVCache") -> None:
         if (x.shape[1:], x.dtype) != (y.shape[1:], y.dtype):
             raise ConfigError(
                 f"The prefix holds {y.dtype} {y.shape[1:]} at {jax.tree_util.keystr(path)}, the cache {x.dtype} "
-                f"{x.shape[1:]}: they were made by different models."
+                f"{x.shape[1:]}: give both the same model, prompt_capacity and generated_capacity."
             )
+    return prefix

@@ -218,8 +218,8 @@ def minikv_plus(
         recent: share of the prompt kept because it is newest.
         key_bits: 3 halves what error is left, for half a bit.
         value_bits: of values.
-        group_size: tokens (keys) or channels (values) that share a scale.
-        value_group: the channels, where they differ: a short window needs small groups of tokens only.
+        group_size: tokens that share a scale of keys; with a short window it must be small.
+        value_group: channels that share a scale of values; by default `group_size`.
         residual: tokens of the window, whose older ones are encoded when it is full.
         sinks: first tokens that stay dense.
         keeps: newest tokens that always stay dense; by default half of the window, where that is whole groups.

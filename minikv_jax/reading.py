@@ -117,15 +117,9 @@ def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sl
 
     def attend(query, key, value, first, counts, score_rows):
         # Keys after a chunk's rows are zeros so far, and causal attention does not look at them.
-        return two_pass_attention(
-            query,
-            key,
-            value,
-            query_lengths=counts,
-            query_offset=jnp.broadcast_to(first, (b,)).astype(jnp.int32),
-            score_rows=score_rows,
-            sliding_window=sliding_window,
-        )
+        offset = jnp.broadcast_to(first, (b,)).astype(jnp.int32)
+        options = {"score_rows": score_rows, "sliding_window": sliding_window}
+        return two_pass_attention(query, key, value, query_lengths=counts, query_offset=offset, **options)
 
     def chunk(state, first):
         x, key, value, scores, queries = state

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax.codec import Codec, coupling, decode, encode_keys, encode_values, layouts
 from pallas_kernels import Part, Partial, partial_attention, quantize
 from pallas_kernels.packed_append.api import Options as AppendOptions
+from pallas_kernels.packed_append.xla import encode_new_keys, encode_new_values
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 from pallas_kernels.packed_rows import take_codes, write_codes
 from pallas_kernels.quantize import Codes
@@ -132,8 +133,7 @@ class PackedSegment:
 
     def put(self, slot: Int[Array, "B K"], key, value, accept: Bool[Array, "B"]) -> "PackedSegment":
         """Encodes one token [B, K, 1, H] per head into its slot, for the sequences that accept it."""
-        coupling = None if self.coupling is None else quantize.unfold(self.coupling)
-        codes = encode_keys(self.codec, key, self.balance, coupling), encode_values(self.codec, value)
+        codes = encode_new_keys(key, self.keys, self.options), encode_new_values(value, self.values, self.options)
         return self._put_codes(slot, *codes, accept)
 
     def _put_codes(self, start, keys: Codes, values: Codes, accept: Bool[Array, "B"]) -> "PackedSegment":

@@ -18,19 +18,18 @@ def insert(cache: KVCache, slot: int | Int[Array, ""], prefix: KVCache) -> KVCac
     Args:
         cache: of B sequences.
         slot: 0 <= slot < B; a traced one outside of that changes nothing.
-        prefix: of one sequence, from `prefill` of the same model with the same method and capacities.
+        prefix: of one sequence, from `prefill` of the same model with the same method, in as many rows.
 
     Raises:
         ConfigError: a slot that the cache does not have; a prefix of several sequences, or of another model, method or
-            capacity.
+            number of rows.
     """
     slot = inputs.slot_of(slot, cache)
     if prefix.lengths.shape != (1,):
         raise ConfigError(f"insert takes a prefix of one sequence, not of {prefix.lengths.shape[0]}.")
     if any(layer.prefix for layer in (*cache.layers, *prefix.layers)):
         raise ConfigError("A forked cache shares its prefix between all slots: insert into a cache of its own.")
-    inputs.same_kind(cache, prefix)
-    return jax.tree.map(lambda x, y: _put(x, y, slot), cache, prefix)
+    return jax.tree.map(lambda x, y: _put(x, y, slot), cache, inputs.same_kind(cache, prefix))
 
 
 def _put(x: Array, new: Array, slot: int | Int[Array, ""]) -> Array:

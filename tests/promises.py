@@ -19,7 +19,7 @@ def made() -> set[tuple[str, str]]:
     """(promise, `file.py::test`) of every test that makes one, from the sources."""
     return {
         (text, f"{path.name}::{test.name}")
-        for path in TESTS.glob("test_*.py")
+        for path in TESTS.rglob("test_*.py")
         for test in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(test, ast.FunctionDef)
         for text in _promises(test)

@@ -223,8 +223,11 @@ def test_a_slot_that_is_not_there_is_refused(change, cache, one):
 
 
 OTHERS = {
-    "fewer key/value heads": (Llama(CONFIG.replace(num_kv_heads=1), rngs=nnx.Rngs(params=0)), "different models"),
-    "another head size": (Llama(CONFIG.replace(head_dim=8), rngs=nnx.Rngs(params=0)), "different models"),
+    "fewer key/value heads": (
+        Llama(CONFIG.replace(num_kv_heads=1), rngs=nnx.Rngs(params=0)),
+        "give both the same model",
+    ),
+    "another head size": (Llama(CONFIG.replace(head_dim=8), rngs=nnx.Rngs(params=0)), "give both the same model"),
     "another dtype": (Llama(CONFIG, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(params=0)), "bfloat16"),
     "more layers": (Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0)), "other parts"),
 }

@@ -118,7 +118,7 @@ def test_what_does_not_fit_together_is_refused():
     config = roomy("minikv")
     _, cache = prefill(MODEL, tokens(2, 8), jnp.array([8, 8]), config)
     _, one = prefill(MODEL, tokens(1, 8), jnp.array([8]), config)
-    _, other = prefill(MODEL, tokens(1, 8), jnp.array([8]), config.replace(generated_capacity=41))
+    _, other = prefill(MODEL, tokens(1, 8), jnp.array([8]), config.replace(generated_capacity=400))
     for call, match in [
         (lambda: insert(cache, 0, cache), "one sequence"),
         (lambda: insert(cache, 0, other), "generated_capacity"),
@@ -133,6 +133,17 @@ def test_what_does_not_fit_together_is_refused():
     with pytest.raises(PromptError, match="sequences"):
         extend(MODEL, one, tokens(2, 4), jnp.array([4, 4]))
     assert CONFIG.vocab_size == cache_logits(one).shape[1]
+
+
+def test_room_comes_with_the_sequence_that_is_inserted():
+    config = METHODS["full"].replace(prompt_capacity=48, generated_capacity=20)
+    _, one = prefill(MODEL, tokens(1, 40), jnp.array([40]), config.replace(prompt_capacity=40, generated_capacity=28))
+    cache = insert(empty_cache(MODEL, config, 2), 1, one)
+    assert cache.room.tolist() == [0, 28]
+    later = tokens(2, 29)
+    logits, _ = decode(cache, later)
+    alone, _ = decode(one, later[1:])
+    assert nearly_equal(logits[1, :28], alone[0, :28]) and np.isnan(logits[1, 28]).all()
 
 
 def cache_logits(cache):

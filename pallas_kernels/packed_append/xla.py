@@ -20,7 +20,7 @@ def _per_head(x: Int[Array, "B"], heads: int) -> Int[Array, "B K"]:
     return jnp.broadcast_to(x[:, None], (x.shape[0], heads))
 
 
-def encode_keys(rows: Float[Array, "B K S H"], keys: PackedTensor, options: Options) -> Codes:
+def encode_new_keys(rows: Float[Array, "B K S H"], keys: PackedTensor, options: Options) -> Codes:
     """Rows as `keys` are stored; with feedback between channels where there is a coupling."""
     if options.key_factor is not None:
         rows = rows.astype(jnp.float32) * options.key_factor[:, :, None]
@@ -31,7 +31,7 @@ def encode_keys(rows: Float[Array, "B K S H"], keys: PackedTensor, options: Opti
     return quantize.encode_with_feedback(rows, coupling, keys.bits, keys.group_size, dtype, clip)
 
 
-def encode_values(rows: Float[Array, "B K S H"], values: PackedTensor, options: Options) -> Codes:
+def encode_new_values(rows: Float[Array, "B K S H"], values: PackedTensor, options: Options) -> Codes:
     """Rows as `values` are stored."""
     dtype = values.scale.dtype.name
     return quantize.encode(
@@ -82,8 +82,8 @@ def packed_append(
     def flush(window_key, window_value, window_length, keys, values, length):
         start = _per_head(length, heads)
         count = jnp.where(full, last - first, 0)
-        new_keys = encode_keys(window_key[:, :, first:last], keys, options)
-        new_values = encode_values(window_value[:, :, first:last], values, options)
+        new_keys = encode_new_keys(window_key[:, :, first:last], keys, options)
+        new_values = encode_new_values(window_value[:, :, first:last], values, options)
         return (
             _moved(window_key, full, first, keeps),
             _moved(window_value, full, first, keeps),
@@ -117,9 +117,9 @@ def packed_write(
         return jnp.take_along_axis(run.rows, rows[:, None, :, None], axis=2, mode="clip")
 
     def write_keys(keys):
-        return write_codes(keys, encode_keys(taken(key), keys, options), _per_head(key.start, heads), key.when)
+        return write_codes(keys, encode_new_keys(taken(key), keys, options), _per_head(key.start, heads), key.when)
 
     # Keys fill whole windows, rarely; a value leaves in every step.
     keys = jax.lax.cond(key.when.any(), write_keys, lambda keys: keys, keys)
-    codes = encode_values(taken(value), values, options)
+    codes = encode_new_values(taken(value), values, options)
     return keys, write_codes(values, codes, _per_head(value.start, heads), value.when)
