@@ -28,10 +28,11 @@ from minikv_jax.errors import ConfigError
 from minikv_jax.evict import Evict
 from minikv_jax.segments import Segment
 from pallas_kernels import (
+    Part,
     Partial,
     decode_attention,
-    dense_decode_attention,
     merge_partials,
+    partial_attention,
     two_pass_attention,
     with_sinks,
 )
@@ -319,7 +320,7 @@ def read_tokens(
     if logits is not None:
         layer = _scored(layer, logits, lse, counted)
         seen = (tokens[None] <= tokens[:, None])[None] & counted[:, :, None] & below(counts, len(tokens))[:, None]
-        _, fresh = dense_decode_attention(query, key, value, counts, return_logits=True, **softmax)
+        _, fresh = partial_attention(Part(query, key, value, counts), return_logits=True, **softmax)
         scores = received(fresh, lse, seen, key.shape[1])
 
     def store(layer, token):
@@ -361,8 +362,10 @@ def attend(
         if rotated is None:
             output = basis.give_back(method.bases, frames, output)
         return output, lse, logits[0] if scored else None
-    first = segments.attention(query, layer.first, return_logits=scored, **softmax)
-    first, logits = first if scored else (first, None)
+    if scored:
+        first, logits = segments.attention(query, layer.first, return_logits=True, **softmax)
+    else:
+        first, logits = segments.attention(query, layer.first, **softmax), None
     others = [segments.attention(query, part, **softmax) for part in parts[1:]]
     others += [_shared_attention(query, part, **softmax) for part in layer.prefix]
     output, lse = merge_partials([first, *others, *also])
