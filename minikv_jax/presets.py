@@ -7,13 +7,13 @@ import json
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, cast
 
 from minikv_jax.append import Append
 from minikv_jax.basis import Basis, Hadamard
 from minikv_jax.block import Block
 from minikv_jax.checks import check_types, require
-from minikv_jax.codec import Codec
+from minikv_jax.codec import Codec, MetadataDtype
 from minikv_jax.config import Allocation, Amount, CacheConfig, Method, Rank
 from minikv_jax.errors import ConfigError, shortened
 from minikv_jax.evict import Evict
@@ -38,7 +38,7 @@ def _method[**P](preset: Callable[P, CacheConfig]) -> Callable[P, CacheConfig]:
         for name, value in values.items():
             if isinstance(value, int) and abs(value) > _MOST:
                 raise ConfigError(f"{name}={shortened(value)}: no number here is above {_MOST}.")
-        return preset(**values)
+        return cast(Callable[..., CacheConfig], preset)(**values)
 
     METHODS[preset.__name__] = checked
     return checked
@@ -75,7 +75,9 @@ def _giving_up(each_step: bool) -> Inflow:
 
 
 @_method
-def snapkv(budget: Amount = 2048, window: int = 32, pooling: int = 5, pool: str = "avg") -> CacheConfig:
+def snapkv(
+    budget: Amount = 2048, window: int = 32, pooling: int = 5, pool: Literal["avg", "max"] = "avg"
+) -> CacheConfig:
     """SnapKV (arXiv 2404.14469, Listing 1): what the prompt's last queries attend to, pooled, and those last tokens."""
     rank = Rank(by="window", window=window, pooling=pooling, pool=pool)
     return CacheConfig(
@@ -84,7 +86,9 @@ def snapkv(budget: Amount = 2048, window: int = 32, pooling: int = 5, pool: str 
 
 
 @_method
-def pyramidkv(budget: int = 2048, window: int = 32, pooling: int = 5, pool: str = "avg", beta: int = 20) -> CacheConfig:
+def pyramidkv(
+    budget: int = 2048, window: int = 32, pooling: int = 5, pool: Literal["avg", "max"] = "avg", beta: int = 20
+) -> CacheConfig:
     """PyramidKV (arXiv 2406.02069, section 3.2): SnapKV with budgets that fall from layer to layer."""
     rank = Rank(by="window", window=window, pooling=pooling, pool=pool)
     kept = Allocation(budget=budget, recent=window, pyramid_beta=beta)
@@ -113,7 +117,7 @@ def kivi(
     residual: int = 128,
     balance: bool = False,
     rotate: bool = False,
-    metadata_dtype: str = "float16",
+    metadata_dtype: MetadataDtype = "float16",
     clip: tuple[float, ...] = (),
 ) -> CacheConfig:
     """KIVI (arXiv 2402.02750, section 4): every token; keys per channel, values per token, the newest dense."""
@@ -142,7 +146,7 @@ def minikv(
     value_norm: bool = False,
     balance: bool = False,
     rotate: bool = False,
-    metadata_dtype: str = "float16",
+    metadata_dtype: MetadataDtype = "float16",
     clip: tuple[float, ...] = (),
     per_head: bool = False,
 ) -> CacheConfig:
@@ -204,7 +208,7 @@ def minikv_plus(
     precise: tuple[int, ...] = (),
     brief: tuple[int, ...] = (),
     brief_share: float = 0.5,
-    feedback: str = "all",
+    feedback: Literal["none", "prompt", "all"] = "all",
 ) -> CacheConfig:
     """MiniKV's cache with what measurement adds to it: every token in 2.25 bits, or fewer tokens in fewer bytes.
 
@@ -233,9 +237,11 @@ def minikv_plus(
     """
     if keeps is None:
         keeps = residual // 2 if group_size > 0 and residual % (2 * group_size) == 0 else 0
-    groups = {"key_group": group_size, "value_group": group_size if value_group is None else value_group}
-    mild = {"key_clip": (0.95, 0.9, 0.85), "value_clip": (0.95, 0.9, 0.85)}
-    codec = Codec(key_bits, value_bits, **groups, **mild, metadata_dtype="float8_e4m3fn", key_feedback=feedback)
+    mild = (0.95, 0.9, 0.85)
+    codec = Codec(
+        key_bits, value_bits, group_size, group_size if value_group is None else value_group,
+        metadata_dtype="float8_e4m3fn", key_clip=mild, value_clip=mild, key_feedback=feedback,
+    )  # fmt: skip
     method = Method(
         rank=Rank(by="attention"),
         allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks),
@@ -284,7 +290,7 @@ def mikv(
     retained_bits: int = 2,
     balance: bool = True,
     persistent: bool = False,
-    metadata_dtype: str = "float16",
+    metadata_dtype: MetadataDtype = "float16",
 ) -> CacheConfig:
     """MiKV (arXiv 2402.18096, section 3): no token is dropped; important ones stay precise, the others take 2 bits.
 
@@ -297,14 +303,15 @@ def mikv(
         persistent: fixes the choice after the prompt and keeps new tokens important; else each step demotes one.
         metadata_dtype: of scales and minima.
     """
-    half = {"key_group": "half_head", "value_group": "half_head", "key_axis": "channels"}
-    half["metadata_dtype"] = metadata_dtype
+    half = functools.partial(
+        Codec, key_group="half_head", value_group="half_head", key_axis="channels", metadata_dtype=metadata_dtype
+    )
     everything = ratio >= 1
     method = Method(
         rank=Rank(by="attention"),
         allocation=Allocation(budget=float(ratio), recent=float(recent)),
-        codec=Codec() if bits == 16 else Codec(bits, bits, **half),
-        rest=None if everything else Codec(retained_bits, retained_bits, **half, balance=balance),
+        codec=Codec() if bits == 16 else half(bits, bits),
+        rest=None if everything else half(retained_bits, retained_bits, balance=balance),
         inflow=_giving_up(not (persistent or everything)),
     )
     return CacheConfig("mikv", method)
