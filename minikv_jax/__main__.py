@@ -1,7 +1,7 @@
 """`minikv`, and `python -m minikv_jax`: the way to `cli.py`, whose imports take time in which signals may come."""
 
 # What `signal` is made of, without its enums, whose import takes as long as Python's own start.
-import _signal  # pyright: ignore[reportMissingImports]
+import _signal  # pyright: ignore[reportMissingImports]  # no stub has it
 import os
 
 

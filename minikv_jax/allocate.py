@@ -1,6 +1,6 @@
 """Budgets: how many prompt tokens each layer's first tier takes."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +61,8 @@ def budget(config: CacheConfig, layer: int, layers: int, prompt: np.ndarray | in
     total = np.maximum(total, recent)
     if all(isinstance(x, float) for x in (allocation.heavy, allocation.recent)) and allocation.budget is None:
         total = np.minimum(total, prompt + allocation.sinks)
-    return Budget(total.astype(np.int32), recent.astype(np.int32))
+    # NumPy's arrays, which do as JAX's where the lengths are known.
+    return Budget(cast(Array, total.astype(np.int32)), cast(Array, recent.astype(np.int32)))
 
 
 def _pyramidkv(allocation, layer, layers, prompt, total, recent):

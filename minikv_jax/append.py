@@ -55,7 +55,7 @@ def one_by_one(method: Method) -> None:
 
 def second_tier(prompt: Prompt, choice: Choice, method: Method) -> Segment | None:
     """What the first tier leaves of a prompt, if the method has a second one."""
-    if method.rest is None:
+    if method.rest is None or choice.chosen is None:
         return None
     tokens, capacity = prompt.key.shape[2], prompt.shape.rest
     present = below(prompt.lengths, tokens)[:, None]

@@ -95,7 +95,8 @@ class Hadamard(Basis):
         if self.keys and self.values:  # one product for all three: a launch costs more than its work
             heads = query.shape[2], query.shape[2] + key.shape[2]
             together = _rotated(jnp.concatenate((query, key, value), axis=2), True)
-            return tuple(jnp.split(together, heads, axis=2))
+            query, key, value = jnp.split(together, heads, axis=2)
+            return query, key, value
         return _rotated(query, self.keys), _rotated(key, self.keys), _rotated(value, self.values)
 
     def give_back(self, state, output):
@@ -123,7 +124,8 @@ class PowersOfTwo(Basis):
         return Units(*(_power(x[:, :, first:]) for x in (key, value)))
 
     def hold(self, state, key, value, lengths):
-        return tuple(x / unit[..., None, None].astype(x.dtype) for x, unit in zip((key, value), state))
+        key, value = (x / unit[..., None, None].astype(x.dtype) for x, unit in zip((key, value), state))
+        return key, value
 
     def take_in(self, state, query, key, value):
         query = times_unit(query, state.key)
@@ -160,7 +162,8 @@ class Quantized(Basis):
         more = ((0, 0), (0, 0), (0, -tokens % group), (0, 0))
         back = through(self.codec, jnp.pad(key, more), jnp.pad(value, more))
         whole = below(lengths // group * group, tokens)[:, None, :, None]
-        return tuple(jnp.where(whole, new[:, :, :tokens].astype(x.dtype), x) for x, new in zip((key, value), back))
+        key, value = (jnp.where(whole, new[:, :, :tokens].astype(x.dtype), x) for x, new in zip((key, value), back))
+        return key, value
 
 
 def fit(

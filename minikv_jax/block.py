@@ -1,6 +1,7 @@
 """MiniKV's inflow (arXiv 2411.18077, Algorithm 1): a dense window of the newest tokens, encoded when full."""
 
 import dataclasses
+from typing import cast
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -109,7 +110,8 @@ class Block(Inflow):
         """The window of `held` tokens [B, K, T, H] in text order: exact sinks, and those behind the encoded ones."""
         row = row_numbers(sinks + self.window, axes=3)
         row = jnp.where(row < sinks, row, row + encoded[:, None, None])
-        return DenseSegment(*(gather(x, row).astype(dtype) for x in (key, value)), held - encoded)
+        key, value = (gather(x, row).astype(dtype) for x in (key, value))
+        return DenseSegment(key, value, held - encoded)
 
     def has_row(self, layer, position):
         window, tier = layer.flow, _tier(layer)
@@ -121,7 +123,8 @@ class Block(Inflow):
         if units is None:
             return super().take_in(layer, query, key, value, position, accept)
         key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-        return self._append(layer, key, value, accept, Rotation(query, *units))
+        layer, turned = self._append(layer, key, value, accept, Rotation(query, *units))
+        return layer, cast(Array, turned)  # None only without a rotation
 
     def arrive(self, layer, key, value, position, accept, score=0.0):
         return self._append(layer, key, value, accept)[0]
@@ -157,4 +160,4 @@ class Block(Inflow):
 
 def _tier(layer: LayerCache) -> PackedSegment:
     """The tier that windows are encoded into."""
-    return layer.first if layer.rest is None else layer.rest
+    return cast(PackedSegment, layer.first if layer.rest is None else layer.rest)  # `Block.check` refuses others

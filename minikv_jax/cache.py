@@ -12,7 +12,7 @@ What the axes of these arrays are is said by `axes` alone. Only `prefix` has a b
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -118,8 +118,8 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, config: CacheConfig, layer: int, layers: int) -> "Shape":
         """That of a layer, of a config with its capacities."""
-        method, prompt = config.of_layer(layer), config.prompt_capacity
-        totals = allocate.budget(config, layer, layers, np.arange(prompt + 1)).total
+        method, prompt = config.of_layer(layer), cast(int, config.prompt_capacity)
+        totals = np.asarray(allocate.budget(config, layer, layers, np.arange(prompt + 1)).total)
         kept = allocate.most_kept(totals)
         left = allocate.most_left(totals) if method.rest is not None else 0
         return cls(*method.inflow.rows(method, kept, left, int(totals[-1]), config))

@@ -72,4 +72,5 @@ def survival(key, value, valid, method: Method) -> Float[Array, "B K T"]:
     coded = codec.through(method.codec, key, value)
     valid = jnp.broadcast_to(valid, key.shape[:3])
     errors = (jnp.linalg.norm(a - b.astype(jnp.float32), axis=-1) for a, b in zip(coded, (key, value)))
-    return (2 - sum(rank.to_unit(error, valid) for error in errors)) / 2
+    of_key, of_value = (rank.to_unit(error, valid) for error in errors)
+    return (2 - (of_key + of_value)) / 2

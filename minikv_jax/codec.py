@@ -13,6 +13,7 @@ from pallas_kernels.quantize import Codes
 
 # Consecutive numbers that share a scale: a count, or a part of the head.
 type GroupSize = int | Literal["half_head", "head"]
+type MetadataDtype = Literal["float16", "bfloat16", "float8_e4m3fn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Codec:
     key_group: GroupSize = 16
     value_group: GroupSize = 16
     key_axis: GroupAxis = "tokens"
-    metadata_dtype: Literal["float16", "bfloat16", "float8_e4m3fn"] = "float16"
+    metadata_dtype: MetadataDtype = "float16"
     balance: bool = False
     key_clip: tuple[float, ...] = ()
     value_clip: tuple[float, ...] = ()
@@ -93,17 +94,23 @@ class Codec:
 
     def fits(self, head_size: int) -> bool:
         """Whether the groups over channels divide a head."""
-        groups = [self.value_group] + ([self.key_group] if self.key_axis == "channels" else [])
+        groups = (self.value_group, self.key_group) if self.key_axis == "channels" else (self.value_group,)
         return self.dense or not any(head_size % group_size(group, head_size) for group in groups)
 
 
 def group_size(size: GroupSize, head_size: int) -> int:
     """Numbers in a group of a head of `head_size` channels."""
-    return {"head": head_size, "half_head": head_size // 2}.get(size, size)
+    if isinstance(size, int):
+        return size
+    return {"head": head_size, "half_head": head_size // 2}[size]
 
 
-def layouts(codec: Codec, head_size: int):
-    """(bits, group size, group axis, tokens last) of keys and of values."""
+# (bits, group size, group axis, tokens last) of keys or of values.
+type Layout = tuple[int, int, GroupAxis, bool]
+
+
+def layouts(codec: Codec, head_size: int) -> tuple[Layout, Layout]:
+    """Those of keys and of values."""
     key_group, value_group = (group_size(x, head_size) for x in (codec.key_group, codec.value_group))
     return (
         (codec.key_bits, key_group, codec.key_axis, False),

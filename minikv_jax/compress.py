@@ -1,6 +1,7 @@
 """From one layer's prompt to its cache."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +48,8 @@ def compress(
     key, value = (jnp.where(present[..., None, None], x, 0) for x in (key, value))
     if method.keeps_all_as_it_is:
         # Filled up before it is turned: one pass makes the segment, and nothing as large lies beside it.
-        rows = (jnp.swapaxes(segments.fit(x.astype(dtype), shape.first, axis=1), 1, 2) for x in (key, value))
-        return LayerCache(DenseSegment(*rows, jnp.array(lengths)), method)
+        key, value = (jnp.swapaxes(segments.fit(x.astype(dtype), shape.first, axis=1), 1, 2) for x in (key, value))
+        return LayerCache(DenseSegment(key, value, jnp.array(lengths)), method)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     scores = rank.refine(scores, value, lengths, budget.recent, method.rank)
     frames, key, value = basis.fit(method.bases, key, value, lengths, method.first_encoded)
@@ -75,7 +76,7 @@ def compress_in_pieces(
     Arguments are those of `compress`; `at_once` bounds the numbers of the keys in one piece of work.
     """
     arrays = key, value, scores, queries
-    static = {"method": method, "shape": shape, "dtype": dtype}
+    static: dict[str, Any] = {"method": method, "shape": shape, "dtype": dtype}
     b, tokens, heads, head_size = key.shape
     if method.keeps_all_as_it_is:  # one pass over each
         return compress(*arrays, lengths, budget, **static)
@@ -84,7 +85,7 @@ def compress_in_pieces(
         together = max(at_once // (arrays[0].shape[0] * tokens * head_size), 1)
         # Q-Hitter's mix looks at all heads of a layer.
         if together >= heads or method.rank.attention_weight < 1:
-            return compress(*arrays, lengths, budget, **static)
+            return compress(*arrays, lengths=lengths, budget=budget, **static)
         together = even_share(heads, together)
 
         def one(first):

@@ -15,6 +15,7 @@ from minikv_jax.checks import check_types, require
 from minikv_jax.codec import Codec
 from minikv_jax.errors import PromptError
 from minikv_jax.inflow import Inflow
+from pallas_kernels.two_pass_attention.common import ScoreRows
 
 # A share of the prompt (float, int(N * share) tokens) or a number of tokens (int).
 type Amount = float | int
@@ -187,7 +188,7 @@ class Method:
         return self.inflow.first_encoded(self)
 
     @property
-    def score_rows(self) -> int | str:
+    def score_rows(self) -> ScoreRows:
         """Rows of the prompt whose attention is summed (`two_pass_attention`)."""
         if not (self.selects or self.inflow.scored) or self.rank.by == "position":
             return 0
@@ -293,7 +294,7 @@ class CacheConfig:
         return dataclasses.replace(self, name="", method=self.method.program, layers=layers)
 
     @property
-    def score_rows(self) -> int | str:
+    def score_rows(self) -> ScoreRows:
         """Rows of the prompt whose attention some layer's method sums."""
-        rows = [method.score_rows for method in self.methods]
-        return "all" if "all" in rows else max(rows)
+        rows: list[ScoreRows] = [method.score_rows for method in self.methods]
+        return "all" if "all" in rows else max(count for count in rows if count != "all")

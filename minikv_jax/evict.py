@@ -1,7 +1,7 @@
 """Inflows that make room: each step gives up the first tier's lowest token (H2O, arXiv 2306.14048; StreamingLLM)."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class Evict(Inflow):
     grows = False
 
     @property
-    def scored(self) -> bool:
+    def scored(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # here `when` decides
         return self.when == "after"
 
     def __post_init__(self):
@@ -91,14 +91,15 @@ class Evict(Inflow):
 
 def _begun(choice: Choice, prompt: Prompt, method, capacity: int) -> Ledger:
     """The ledger of the chosen tokens."""
-    more = ((0, 0), (0, 0), (0, capacity - choice.rows.shape[2]))
+    rows = cast(Array, choice.rows)  # None only for an inflow that grows
+    more = ((0, 0), (0, 0), (0, capacity - rows.shape[2]))
 
     def of_rows(x: Float[Array, "B K T"]) -> Float[Array, "B K S"]:
-        return jnp.pad(jnp.take_along_axis(x, choice.rows, axis=2, mode="fill", fill_value=0), more)
+        return jnp.pad(jnp.take_along_axis(x, rows, axis=2, mode="fill", fill_value=0), more)
 
     budget, longest = prompt.budget, prompt.key.shape[2]
     return Ledger(
-        jnp.pad(choice.rows, more).astype(jnp.int32),
+        jnp.pad(rows, more).astype(jnp.int32),
         of_rows(prompt.scores),
         None if choice.friendliness is None else of_rows(choice.friendliness),
         jnp.array(budget.total),

@@ -1,6 +1,7 @@
 """Reading onto a cache: more of a prompt, or a next turn, many tokens at once."""
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from minikv_jax.layer import read_tokens
 from minikv_jax.model import Params, as_model
 from minikv_jax.prefill import checked, empty_cache, opened
 from minikv_jax.reading import logits_at
+from minikv_jax.segments import DenseSegment
 from pallas_kernels.rows import below, row_numbers
 
 # Tokens read at once by `extend`: bounds the attention of new tokens among themselves.
@@ -58,7 +60,7 @@ def extend(
         counted = below(counts, chunk.shape[1])
         new, cache, _ = _extend_chunk(params, cache, chunk, counts, counted)
         logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
-    return jnp.where((lengths > 0)[:, None], logits, jnp.nan), cache
+    return jnp.where((lengths > 0)[:, None], cast(Array, logits), jnp.nan), cache  # there is at least one chunk
 
 
 @jax.jit
@@ -112,9 +114,10 @@ def prefill_in_chunks(
         queries = [a.join(b) for a, b in zip(queries, more)] if queries else more
     compressed = []
     for i, layer in enumerate(cache.layers):
-        key, value = (x[:, :, :longest].swapaxes(1, 2) for x in (layer.first.key, layer.first.value))
+        first = cast(DenseSegment, layer.first)
+        key, value = (x[:, :, :longest].swapaxes(1, 2) for x in (first.key, first.value))
         budget = allocate.budgets(cache_config, i, layers, lengths, longest)
         scores, shape = layer.flow.scores[:, :, :longest], Shape.of(cache_config, i, layers)
         read = key, value, scores, queries[i], lengths, budget
         compressed.append(compress_in_pieces(*read, cache_config.of_layer(i), shape, cache_config.dtype))
-    return opened(logits, compressed, lengths, cache_config)
+    return opened(cast(Array, logits), compressed, lengths, cache_config)

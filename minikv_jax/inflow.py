@@ -5,6 +5,9 @@ An inflow is a static value of a method. It makes the layer from a prompt, and i
 """
 
 import dataclasses
+import functools
+import operator
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -79,7 +82,7 @@ class Inflow:
         """The layer with one more token as it is held, whose score so far is `score`."""
         raise NotImplementedError
 
-    def newest(self, layer, position: Int[Array, "B"]) -> list[Segment]:
+    def newest(self, layer, position: Int[Array, "B"]) -> Sequence[Segment]:
         """What to attend to beside the tiers; `position` is that of the newest token."""
         return []
 
@@ -98,7 +101,7 @@ class Inflow:
     def held(self, layer, read: Int[Array, "B"]) -> Int[Array, "B"]:
         """Tokens of its own that each sequence holds, of `read` ones."""
         parts = [part for part in (layer.first, layer.rest, self.waiting(layer)) if part is not None]
-        return sum(part.length for part in parts)
+        return functools.reduce(operator.add, (part.length for part in parts))
 
     def forked(self, layer, count: int, room: int) -> Any:
         """`count` continuations of a layer of one sequence, each with room for so many tokens."""

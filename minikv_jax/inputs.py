@@ -5,18 +5,19 @@ concerns is given a length of 0 (or a slot nothing is written to), which reads n
 """
 
 import dataclasses
-import operator
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from minikv_jax.errors import ConfigError, MiniKVError, PromptError, shortened
 
 if TYPE_CHECKING:
     from minikv_jax.cache import KVCache, LayerCache
+    from minikv_jax.layer import State
     from minikv_jax.model import Model
 
 
@@ -25,7 +26,7 @@ _INT32 = np.iinfo(np.int32)
 
 def is_concrete(x: Any) -> bool:
     """Whether values can be read now: not while a function is traced, nor where another host holds some of them."""
-    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def integers(x: Any, name: str, letters: str, error: type[MiniKVError] = PromptError) -> np.ndarray | Array:
@@ -91,7 +92,7 @@ def token_rows(tokens: Any, lengths: Any, vocabulary: int, least: int) -> tuple[
         raise PromptError(f"lengths {shortened(lengths.tolist())} must be from {least} to the {longest} tokens given.")
     if xp is np and not known.all():
         row, column = np.argwhere(~known)[0]
-        _refuse_token(tokens[row, column], row, vocabulary, f" at {column}")
+        _refuse_token(int(tokens[row, column]), row, vocabulary, f" at {column}")
     accepted = fits & known.all(axis=1)
     return on_device(tokens), on_device(xp.where(accepted, lengths, 0))
 
@@ -158,7 +159,7 @@ def next_tokens(tokens: Any, cache: "KVCache", vocabulary: int) -> tuple[Int[Arr
     return on_device(tokens), has_room & known
 
 
-def with_room(counts: Int[Array, "B"], cache: "KVCache") -> Int[Array, "B"]:
+def with_room(counts: Int[Array, "B"], cache: "KVCache | State") -> Int[Array, "B"]:
     """Numbers of new tokens; 0 for a traced one above its sequence's room.
 
     Raises:
@@ -202,10 +203,10 @@ def count(x: Any, name: str, least: int = 1) -> int:
     Raises:
         ConfigError: no whole number, or one below `least`.
     """
-    whole = None if isinstance(x, bool | np.bool_ | jax.core.Tracer) else getattr(x, "__index__", None)
-    if whole is None or getattr(x, "ndim", 0) or operator.index(x) < least:
+    whole = None if isinstance(x, bool | np.bool_ | Tracer) else getattr(x, "__index__", None)
+    if whole is None or getattr(x, "ndim", 0) or whole() < least:
         raise ConfigError(f"{name}={shortened(x)}: give a whole number of at least {least}.")
-    return operator.index(x)
+    return whole()
 
 
 def key_of(seed: Any) -> Array:

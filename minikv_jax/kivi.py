@@ -69,8 +69,8 @@ class Ring(Inflow):
         # Ring row r holds the newest token t with t % (R + 1) == r.
         last = lengths[:, None] - 1
         newest = last - (last - row_numbers(size + 1, axes=2)) % (size + 1)
-        rows = _rows(prompt.key, packed_keys[:, None] + row_numbers(size, axes=2)), _rows(prompt.value, newest)
-        window = KiviWindow(*(x.astype(prompt.dtype) for x in rows), packed_keys)
+        key = _rows(prompt.key, packed_keys[:, None] + row_numbers(size, axes=2)).astype(prompt.dtype)
+        window = KiviWindow(key, _rows(prompt.value, newest).astype(prompt.dtype), packed_keys)
         return LayerCache(first, method, flow=window)
 
     def has_row(self, layer, position):
@@ -101,7 +101,7 @@ class Ring(Inflow):
         near = first + row_numbers(count, axes=2)
         packed = (jax.tree.map(lambda x: x[row_numbers(x.shape[0])[:, None], :, near].swapaxes(1, 2), x)
                   for x in (segment.keys, segment.values))  # fmt: skip
-        packed_key, _ = codec.decode(segment.codec, *map(quantize.from_packed, packed), segment.balance)
+        packed_key, _ = codec.decode(segment.codec, *map(quantize.from_packed, packed), balance=segment.balance)
         packed_key = _rows(packed_key, tokens - first * BLOCK)
         dense_key = _rows(window.key, tokens - window.packed_keys[:, None])
         is_packed = (tokens < window.packed_keys[:, None])[:, None, :, None]

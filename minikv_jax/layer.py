@@ -7,8 +7,7 @@
 The functions are pure and know no model: importing this module loads neither flax nor transformers. Queries and keys
 come after rotary embedding. A state is one pytree; donate it under `jit`, and it is updated in place.
 
-`read_token` and `read_tokens` are the work itself, on a `LayerCache`, for callers that count tokens and room once for
-all layers, as `decode_step` and `extend` do.
+`read_token` and `read_tokens` are the work itself, for callers that count tokens and room once for all layers.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from minikv_jax import allocate, basis, inputs, segments
+from minikv_jax import allocate, basis, inputs, rank, segments
 from minikv_jax.cache import LayerCache, QueryStatistics, Shape, nbytes
 from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import Allocation, CacheConfig, Method
@@ -28,10 +27,11 @@ from minikv_jax.errors import ConfigError
 from minikv_jax.evict import Evict
 from minikv_jax.segments import Segment
 from pallas_kernels import (
+    Part,
     Partial,
     decode_attention,
-    dense_decode_attention,
     merge_partials,
+    partial_attention,
     two_pass_attention,
     with_sinks,
 )
@@ -319,8 +319,8 @@ def read_tokens(
     if logits is not None:
         layer = _scored(layer, logits, lse, counted)
         seen = (tokens[None] <= tokens[:, None])[None] & counted[:, :, None] & below(counts, len(tokens))[:, None]
-        _, fresh = dense_decode_attention(query, key, value, counts, return_logits=True, **softmax)
-        scores = received(fresh, lse, seen, key.shape[1])
+        _, fresh = partial_attention(Part(query, key, value, counts), return_logits=True, **softmax)
+        scores = rank.received(fresh, lse, seen, key.shape[1])
 
     def store(layer, token):
         k, v, score, i = token
@@ -361,8 +361,10 @@ def attend(
         if rotated is None:
             output = basis.give_back(method.bases, frames, output)
         return output, lse, logits[0] if scored else None
-    first = segments.attention(query, layer.first, return_logits=scored, **softmax)
-    first, logits = first if scored else (first, None)
+    if scored:
+        first, logits = segments.attention(query, layer.first, return_logits=True, **softmax)
+    else:
+        first, logits = segments.attention(query, layer.first, **softmax), None
     others = [segments.attention(query, part, **softmax) for part in parts[1:]]
     others += [_shared_attention(query, part, **softmax) for part in layer.prefix]
     output, lse = merge_partials([first, *others, *also])
@@ -381,20 +383,5 @@ def _shared_attention(query: Float[Array, "B T N H"], prefix: Segment, **softmax
 def _scored(layer: LayerCache, logits: Float[Array, "B T N S"], lse, counted: Bool[Array, "B T"]) -> LayerCache:
     """The layer whose tokens are credited with the attention they just received from the counted queries."""
     held = below(layer.first.length, logits.shape[-1])
-    gained = received(logits, lse, counted[:, :, None] & held[:, None], layer.heads[0])
+    gained = rank.received(logits, lse, counted[:, :, None] & held[:, None], layer.heads[0])
     return layer.method.inflow.add_scores(layer, gained)
-
-
-def received(
-    logits: Float[Array, "B T N S"],
-    lse: Float[Array, "B T N"],
-    seen: Bool[Array, "B T S"],
-    heads: int,
-) -> Float[Array, "B K S"]:
-    """Attention each token received from the queries that saw it, summed over them and over each group.
-
-    `lse` is the log-sum-exp of the queries' whole attention, of these tokens and all others.
-    """
-    p = jnp.where(seen[:, :, None], jnp.exp(logits - lse[..., None]), 0)
-    b, t, n, s = p.shape
-    return p.reshape(b, t, heads, n // heads, s).sum(axis=(1, 3))

@@ -5,7 +5,7 @@ A model is a pytree with these attributes; `models/llama.py` has ours. To use a 
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -13,22 +13,30 @@ from minikv_jax.errors import ConfigError
 
 
 class Sizes(Protocol):
-    """A model's sizes."""
+    """A model's sizes, which nothing changes."""
 
-    vocab_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    sliding_window: int | None
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def sliding_window(self) -> int | None: ...
 
 
 @runtime_checkable
 class Layer(Protocol):
     """One decoder layer: what it does on either side of attention."""
 
-    config: Sizes
+    @property
+    def config(self) -> Sizes: ...
 
     def before_attention(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
@@ -45,8 +53,10 @@ class Layer(Protocol):
 class Model(Protocol):
     """A decoder-only transformer."""
 
-    config: Sizes
-    layers: Sequence[Layer]
+    @property
+    def config(self) -> Sizes: ...
+    @property
+    def layers(self) -> Sequence[Layer]: ...
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first layer takes; ids outside the vocabulary may give anything."""
@@ -77,4 +87,4 @@ def as_model(params: Any) -> Model:
             f"The model is a {type(params).__name__} without {', '.join(missing)}: give a Llama, as `load` does, "
             "nnx.split(model), or a model as minikv_jax.model describes it."
         )
-    return params
+    return cast(Model, params)

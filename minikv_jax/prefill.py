@@ -6,10 +6,12 @@ through `jax.jit` as they are.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import allocate, inputs
@@ -35,15 +37,15 @@ def bucket(tokens: Int[Array, "B T"], limit: int | None = None) -> Int[Array, "B
     Raises:
         PromptError: no whole numbers of shape [B, T].
     """
-    tokens = inputs.integers(tokens, "tokens", "B T")
-    longest = tokens.shape[1]
+    ids = inputs.integers(tokens, "tokens", "B T")
+    longest = ids.shape[1]
     step = max((1 << max(longest - 1, 1).bit_length() - 1) // 8, 16)
     padded = -(-longest // step) * step
     if limit is not None:
         padded = max(min(padded, limit), longest)
     # NumPy's padding is compiled for no length.
-    pad = np.pad if isinstance(tokens, np.ndarray) else jnp.pad
-    return inputs.on_device(pad(tokens, ((0, 0), (0, padded - longest))))
+    pad = np.pad if isinstance(ids, np.ndarray) else jnp.pad
+    return inputs.on_device(pad(ids, ((0, 0), (0, padded - longest))))
 
 
 def forward(params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T V"]:
@@ -62,9 +64,9 @@ def forward(params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] 
         PromptError: ids or lengths out of range, shapes or dtypes that do not fit.
     """
     model = as_model(params)
-    tokens = inputs.integers(tokens, "tokens", "B T")
-    lengths = np.full(tokens.shape[:1], tokens.shape[1], np.int32) if lengths is None else lengths
-    tokens, lengths = inputs.token_rows(tokens, lengths, model.config.vocab_size, least=1)
+    ids = inputs.integers(tokens, "tokens", "B T")
+    counts = np.full(ids.shape[:1], ids.shape[1], np.int32) if lengths is None else lengths
+    tokens, lengths = inputs.token_rows(ids, counts, model.config.vocab_size, least=1)
     rows = chunk_rows(*tokens.shape)
     x = embed(model, tokens, rows)
     for layer in model.layers:
@@ -113,9 +115,9 @@ def prefill(
     batch, together = tokens.shape[0], sequences_at_once(*tokens.shape)
     if together == batch:
         return _prefill(model, tokens, lengths, cache_config, progress)
-    if isinstance(tokens, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
+    if isinstance(tokens, Tracer) or isinstance(lengths, Tracer):
         groups = [x.reshape(-1, together, *x.shape[1:]) for x in (tokens, lengths)]
-        parts = jax.lax.map(lambda group: _prefill(model, *group, cache_config, None), tuple(groups))
+        parts = jax.lax.map(lambda group: _prefill(model, group[0], group[1], cache_config, None), tuple(groups))
         return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), parts)
 
     parts = []
@@ -195,7 +197,7 @@ def checked(model: Model, longest: int, config: CacheConfig) -> CacheConfig:
     if not isinstance(config, CacheConfig):
         raise ConfigError(f"The method is a {type(config).__name__}: give a CacheConfig, as presets.minikv().")
     config = config.for_prompts(longest)
-    total = config.prompt_capacity + config.generated_capacity
+    total = cast(int, config.prompt_capacity) + config.generated_capacity
     limit = model.config.max_position_embeddings
     if total > limit:
         raise PromptError(

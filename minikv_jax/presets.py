@@ -3,22 +3,21 @@
 import dataclasses
 import functools
 import inspect
-import json
-import re
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Literal, cast
 
 from minikv_jax.append import Append
 from minikv_jax.basis import Basis, Hadamard
 from minikv_jax.block import Block
 from minikv_jax.checks import check_types, require
-from minikv_jax.codec import Codec
+from minikv_jax.codec import Codec, MetadataDtype
 from minikv_jax.config import Allocation, Amount, CacheConfig, Method, Rank
 from minikv_jax.errors import ConfigError, shortened
 from minikv_jax.evict import Evict
 from minikv_jax.inflow import Inflow
 from minikv_jax.kivi import Ring
+from minikv_jax.settings import knobs_of, split
 
 METHODS: dict[str, Callable[..., CacheConfig]] = {}
 _MOST = 2**30 - 1  # sizes are 32-bit numbers, and so is twice a size
@@ -38,7 +37,7 @@ def _method[**P](preset: Callable[P, CacheConfig]) -> Callable[P, CacheConfig]:
         for name, value in values.items():
             if isinstance(value, int) and abs(value) > _MOST:
                 raise ConfigError(f"{name}={shortened(value)}: no number here is above {_MOST}.")
-        return preset(**values)
+        return cast(Callable[..., CacheConfig], preset)(**values)
 
     METHODS[preset.__name__] = checked
     return checked
@@ -75,7 +74,9 @@ def _giving_up(each_step: bool) -> Inflow:
 
 
 @_method
-def snapkv(budget: Amount = 2048, window: int = 32, pooling: int = 5, pool: str = "avg") -> CacheConfig:
+def snapkv(
+    budget: Amount = 2048, window: int = 32, pooling: int = 5, pool: Literal["avg", "max"] = "avg"
+) -> CacheConfig:
     """SnapKV (arXiv 2404.14469, Listing 1): what the prompt's last queries attend to, pooled, and those last tokens."""
     rank = Rank(by="window", window=window, pooling=pooling, pool=pool)
     return CacheConfig(
@@ -84,7 +85,9 @@ def snapkv(budget: Amount = 2048, window: int = 32, pooling: int = 5, pool: str 
 
 
 @_method
-def pyramidkv(budget: int = 2048, window: int = 32, pooling: int = 5, pool: str = "avg", beta: int = 20) -> CacheConfig:
+def pyramidkv(
+    budget: int = 2048, window: int = 32, pooling: int = 5, pool: Literal["avg", "max"] = "avg", beta: int = 20
+) -> CacheConfig:
     """PyramidKV (arXiv 2406.02069, section 3.2): SnapKV with budgets that fall from layer to layer."""
     rank = Rank(by="window", window=window, pooling=pooling, pool=pool)
     kept = Allocation(budget=budget, recent=window, pyramid_beta=beta)
@@ -113,7 +116,7 @@ def kivi(
     residual: int = 128,
     balance: bool = False,
     rotate: bool = False,
-    metadata_dtype: str = "float16",
+    metadata_dtype: MetadataDtype = "float16",
     clip: tuple[float, ...] = (),
 ) -> CacheConfig:
     """KIVI (arXiv 2402.02750, section 4): every token; keys per channel, values per token, the newest dense."""
@@ -142,7 +145,7 @@ def minikv(
     value_norm: bool = False,
     balance: bool = False,
     rotate: bool = False,
-    metadata_dtype: str = "float16",
+    metadata_dtype: MetadataDtype = "float16",
     clip: tuple[float, ...] = (),
     per_head: bool = False,
 ) -> CacheConfig:
@@ -204,7 +207,7 @@ def minikv_plus(
     precise: tuple[int, ...] = (),
     brief: tuple[int, ...] = (),
     brief_share: float = 0.5,
-    feedback: str = "all",
+    feedback: Literal["none", "prompt", "all"] = "all",
 ) -> CacheConfig:
     """MiniKV's cache with what measurement adds to it: every token in 2.25 bits, or fewer tokens in fewer bytes.
 
@@ -233,9 +236,11 @@ def minikv_plus(
     """
     if keeps is None:
         keeps = residual // 2 if group_size > 0 and residual % (2 * group_size) == 0 else 0
-    groups = {"key_group": group_size, "value_group": group_size if value_group is None else value_group}
-    mild = {"key_clip": (0.95, 0.9, 0.85), "value_clip": (0.95, 0.9, 0.85)}
-    codec = Codec(key_bits, value_bits, **groups, **mild, metadata_dtype="float8_e4m3fn", key_feedback=feedback)
+    mild = (0.95, 0.9, 0.85)
+    codec = Codec(
+        key_bits, value_bits, group_size, group_size if value_group is None else value_group,
+        metadata_dtype="float8_e4m3fn", key_clip=mild, value_clip=mild, key_feedback=feedback,
+    )  # fmt: skip
     method = Method(
         rank=Rank(by="attention"),
         allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks),
@@ -284,7 +289,7 @@ def mikv(
     retained_bits: int = 2,
     balance: bool = True,
     persistent: bool = False,
-    metadata_dtype: str = "float16",
+    metadata_dtype: MetadataDtype = "float16",
 ) -> CacheConfig:
     """MiKV (arXiv 2402.18096, section 3): no token is dropped; important ones stay precise, the others take 2 bits.
 
@@ -297,14 +302,15 @@ def mikv(
         persistent: fixes the choice after the prompt and keeps new tokens important; else each step demotes one.
         metadata_dtype: of scales and minima.
     """
-    half = {"key_group": "half_head", "value_group": "half_head", "key_axis": "channels"}
-    half["metadata_dtype"] = metadata_dtype
+    half = functools.partial(
+        Codec, key_group="half_head", value_group="half_head", key_axis="channels", metadata_dtype=metadata_dtype
+    )
     everything = ratio >= 1
     method = Method(
         rank=Rank(by="attention"),
         allocation=Allocation(budget=float(ratio), recent=float(recent)),
-        codec=Codec() if bits == 16 else Codec(bits, bits, **half),
-        rest=None if everything else Codec(retained_bits, retained_bits, **half, balance=balance),
+        codec=Codec() if bits == 16 else half(bits, bits),
+        rest=None if everything else half(retained_bits, retained_bits, balance=balance),
         inflow=_giving_up(not (persistent or everything)),
     )
     return CacheConfig("mikv", method)
@@ -331,30 +337,7 @@ def with_settings(name: str, settings: Iterable[str]) -> CacheConfig:
     Raises:
         ConfigError: as `by_name`; a setting without a value, or a knob that is set twice.
     """
-    knobs: dict[str, Any] = {}
-    for setting in settings:
-        knob, _, value = setting.partition("=")
-        if not knob or not value:
-            raise ConfigError(
-                f"{name}: {shortened(setting)} is no setting: write it as knob=value, for example bits=4."
-            )
-        if knob in knobs:
-            raise ConfigError(f"{name}: {shortened(knob)} is set twice: give it once.")
-        knobs[knob] = _value(value)
-    return by_name(name, **knobs)
-
-
-_PYTHON: Mapping[str, Any] = {"True": True, "False": False, "None": None, "()": ()}
-
-
-def _value(text: str) -> Any:
-    """What a setting's text stands for; a text that is neither JSON nor a word of Python's stands for itself."""
-    if text in _PYTHON:
-        return _PYTHON[text]
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    return by_name(name, **knobs_of(name, settings))
 
 
 def parse(methods: str) -> dict[str, CacheConfig]:
@@ -366,7 +349,7 @@ def parse(methods: str) -> dict[str, CacheConfig]:
         ConfigError: as `with_settings`; nothing, or a setting without a method.
     """
     named = [
-        (name + (":" + ",".join(settings) if settings else ""), name, settings) for name, settings in _split(methods)
+        (name + (":" + ",".join(settings) if settings else ""), name, settings) for name, settings in split(methods)
     ]
     return {label: with_settings(name, settings) for label, name, settings in named}
 
@@ -377,23 +360,7 @@ def parse_one(method: str, settings: Iterable[str] = ()) -> dict[str, CacheConfi
     Raises:
         ConfigError: as `parse`; several methods.
     """
-    (name, own), *others = _split(method)
+    (name, own), *others = split(method)
     if others:
         raise ConfigError(f"{shortened(method)} names several methods: give one.")
     return {method: with_settings(name, [*own, *settings])}
-
-
-def _split(methods: str) -> list[tuple[str, list[str]]]:
-    """Names and settings of methods in one line."""
-    found: list[tuple[str, list[str]]] = []
-    for part in re.split(r",(?![^\[]*\])", methods):
-        name, colon, setting = part.strip().partition(":")
-        if colon or "=" not in name:
-            found.append((name, [setting] if colon else []))
-        elif found:
-            found[-1][1].append(name)
-        else:
-            raise ConfigError(
-                f"{shortened(methods)} begins with a setting: write method:knob=value, for example minikv:bits=4."
-            )
-    return found

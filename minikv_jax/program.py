@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from minikv_jax.errors import MiniKVError
 
@@ -58,7 +58,7 @@ def run(program: Callable[[], int | None]) -> NoReturn:
     if sys.stdout is None:
         _leave(_complain("Standard output is closed: give the program something to write to."))
     _fill_descriptors()
-    out = sys.stdout
+    out = cast(io.TextIOWrapper, sys.stdout)
     # Characters that the locale does not have are written as Python writes them.
     sys.stdout = _Output(out.buffer, out.encoding, "backslashreplace", None, out.line_buffering, out.write_through)
     try:

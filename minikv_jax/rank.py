@@ -106,3 +106,18 @@ def in_text_order(chosen: Bool[Array, "B K T"], capacity: int) -> Int[Array, "B 
     place = jnp.where(chosen, jnp.cumsum(chosen, axis=-1) - 1, capacity)
     write = jax.vmap(jax.vmap(lambda rows, place: rows.at[place].set(row_numbers(tokens), mode="drop")))
     return write(jnp.full((*chosen.shape[:-1], capacity), tokens, jnp.int32), place)
+
+
+def received(
+    logits: Float[Array, "B T N S"],
+    lse: Float[Array, "B T N"],
+    seen: Bool[Array, "B T S"],
+    heads: int,
+) -> Float[Array, "B K S"]:
+    """Attention each token received from the queries that saw it, summed over them and over each group.
+
+    `lse` is the log-sum-exp of the queries' whole attention, of these tokens and all others.
+    """
+    p = jnp.where(seen[:, :, None], jnp.exp(logits - lse[..., None]), 0)
+    b, t, n, s = p.shape
+    return p.reshape(b, t, heads, n // heads, s).sum(axis=(1, 3))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.cache import QueryStatistics
@@ -12,6 +13,7 @@ from minikv_jax.compress import even_share, starts
 from minikv_jax.model import Layer, Model
 from pallas_kernels import two_pass_attention
 from pallas_kernels.rows import row_numbers
+from pallas_kernels.two_pass_attention.common import ScoreRows
 
 # Rows of all sequences together that a layer works on at once, outside of attention: what bounds MLP activations.
 # Enough for the products to run at full rate.
@@ -53,7 +55,7 @@ def read_layer(
     x: Float[Array, "B T D"],
     lengths: Int[Array, "B"],
     rows: Chunks,
-    score_rows: int | str,
+    score_rows: ScoreRows,
     sliding_window: int | None,
 ) -> tuple[Array, Array, Array, Array, QueryStatistics]:
     """One layer over the whole prompt. Jitted on its own: called outside `jit`, it compiles once for all layers.
@@ -75,7 +77,7 @@ def read_layer(
         x after the layer, and what `compress_layer` takes: keys and values [B, T, K, H], scores [B, K, T] in float32
         and the queries' statistics.
     """
-    read = _read_layer if isinstance(x, jax.core.Tracer) else _read_layer_in_place
+    read = _read_layer if isinstance(x, Tracer) else _read_layer_in_place
     return read(layer, x, lengths, rows, score_rows, sliding_window)
 
 
@@ -147,17 +149,17 @@ def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sl
         x, _ = jax.lax.scan(after, x, pieces)
         return (x, key, value, scores + received, queries), None
 
-    last = score_rows not in ("all", 0)
-    if last:  # each sequence's last rows may lie in different chunks: they are asked on their own, when all keys exist
-        their_query, first = _last_queries(layer, x, lengths, score_rows)
+    # Each sequence's last rows may lie in different chunks: they are asked on their own, when all keys exist.
+    last = None if score_rows in ("all", 0) else _last_queries(layer, x, lengths, score_rows)
 
     empty = jnp.zeros_like(x, shape=(b, tokens, heads, head_size))
     none = functools.partial(jnp.zeros_like, x, jnp.float32)
     queries = QueryStatistics(none((b, heads, head_size)), none((b, heads, head_size, head_size)))
     state = x, empty, empty, none((b, heads, tokens)), queries
     (x, key, value, scores, queries), _ = jax.lax.scan(chunk, state, starts(tokens, rows.attention))
-    if last:
-        _, scores, _ = attend(their_query, key, value, first, jnp.minimum(lengths, score_rows), "all")
+    if last is not None:
+        their_query, first = last
+        _, scores, _ = attend(their_query, key, value, first, jnp.minimum(lengths, their_query.shape[1]), "all")
     return x, key, value, scores, queries
 
 

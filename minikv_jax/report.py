@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Hashable
 from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generat
     # A plan may go beyond the model's positions.
     roomy = model.replace(max_position_embeddings=max(model.max_position_embeddings, prompt + generated))
     config = config.replace(prompt_capacity=prompt, generated_capacity=generated)
-    config = checked(SimpleNamespace(config=roomy), prompt, config)
+    config = checked(cast(Any, SimpleNamespace(config=roomy)), prompt, config)
     kinds: dict[Hashable, Size] = {}
     sizes = []
     for i in range(model.num_layers):
@@ -101,7 +102,7 @@ def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generat
 
 def _planned_size(model: ModelConfig, config: CacheConfig, i: int) -> Size:
     """What layer `i` weighs with all of its capacity in use."""
-    prompt, generated, layers = config.prompt_capacity, config.generated_capacity, model.num_layers
+    prompt, generated, layers = cast(int, config.prompt_capacity), config.generated_capacity, model.num_layers
     total = int(allocate.budget(config, i, layers, prompt).total)
     method = config.of_layer(i)
     if method.rest is not None:
@@ -135,7 +136,7 @@ def _probed(method: Method, heads: int, head_size: int, dtype: str | None) -> li
     Tracing takes a tenth of a second or more, and fitting a budget asks for many sizes.
     """
 
-    def array(*shape, dtype=jnp.bfloat16):
+    def array(*shape: int, dtype=jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     key = array(1, BLOCK, heads, head_size)

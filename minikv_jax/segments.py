@@ -5,6 +5,7 @@ before they were cached, so attention never needs to know where in the text a ro
 """
 
 import dataclasses
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -55,12 +56,13 @@ class DenseSegment:
 
     def put(self, slot: Int[Array, "B K"], key, value, accept: Bool[Array, "B"]) -> "DenseSegment":
         """Writes one token [B, K, 1, H] per head into its slot, for the sequences that accept it."""
-        rows = (put_row(x, slot, new, accept) for x, new in ((self.key, key), (self.value, value)))
-        return DenseSegment(*rows, self.length)
+        key, value = (put_row(x, slot, new, accept) for x, new in ((self.key, key), (self.value, value)))
+        return DenseSegment(key, value, self.length)
 
     def take(self, slot: Int[Array, "B K"]) -> tuple[Float[Array, "B K 1 H"], Float[Array, "B K 1 H"]]:
         """Key and value of one token per head, as attention sees them."""
-        return tuple(jnp.take_along_axis(x, slot[..., None, None], axis=2) for x in (self.key, self.value))
+        key, value = (jnp.take_along_axis(x, slot[..., None, None], axis=2) for x in (self.key, self.value))
+        return key, value
 
     def move(self, source: Int[Array, "B K"], target: Int[Array, "B K"], accept: Bool[Array, "B"]) -> "DenseSegment":
         """Copies one token per head from slot to slot."""
@@ -69,8 +71,8 @@ class DenseSegment:
     def empty(self, batch: int, capacity: int) -> "DenseSegment":
         """An empty segment of the same kind for `batch` sequences, with room for `capacity` tokens each."""
         heads, head_size = self.heads
-        rows = (jnp.zeros((batch, heads, capacity, head_size), x.dtype) for x in (self.key, self.value))
-        return DenseSegment(*rows, jnp.zeros((batch,), jnp.int32))
+        key, value = (jnp.zeros((batch, heads, capacity, head_size), x.dtype) for x in (self.key, self.value))
+        return DenseSegment(key, value, jnp.zeros((batch,), jnp.int32))
 
     def final(self) -> "DenseSegment":
         """The segment without what only more tokens would need."""
@@ -139,8 +141,8 @@ class PackedSegment:
     def _put_codes(self, start, keys: Codes, values: Codes, accept: Bool[Array, "B"]) -> "PackedSegment":
         """Writes codes of consecutive tokens at token `start` [B, K] of the sequences that accept them."""
         written = (write_codes(x, new, start, accept) for x, new in ((self.keys, keys), (self.values, values)))
-        keys, values = written
-        return dataclasses.replace(self, keys=keys, values=values)
+        packed_keys, packed_values = written
+        return dataclasses.replace(self, keys=packed_keys, values=packed_values)
 
     def _take_codes(self, slot: Int[Array, "B K"]) -> tuple[Codes, Codes]:
         return take_codes(self.keys, slot), take_codes(self.values, slot)
@@ -200,7 +202,8 @@ def build(
     matrix = coupling(codec, balance, moment)
     codes = encode_keys(codec, fit(key, capacity), balance, matrix), encode_values(codec, fit(value, capacity))
     keys, values = (quantize.to_packed(x, *shape) for x, shape in zip(codes, layouts(codec, key.shape[-1])))
-    kept = quantize.fold(matrix).astype(codec.metadata_dtype) if codec.key_feedback == "all" else None
+    later = None if codec.key_feedback != "all" else matrix
+    kept = None if later is None else quantize.fold(later).astype(codec.metadata_dtype)
     return PackedSegment(keys, values, length, balance, kept, codec)
 
 
@@ -210,11 +213,19 @@ def fit(x: Float[Array, "..."], rows: int, axis: int = 2) -> Float[Array, "..."]
     return jnp.pad(x, [(0, rows - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
 
+@overload
 def attention(
-    query: Float[Array, "B T N H"], segment: Segment, return_logits: bool = False, **softmax
+    query: Float[Array, "B T N H"], segment: Segment, *, return_logits: Literal[False] = False, **softmax: Any
+) -> Partial: ...
+@overload
+def attention(
+    query: Float[Array, "B T N H"], segment: Segment, *, return_logits: Literal[True], **softmax: Any
+) -> tuple[Partial, Float[Array, "B T N S"]]: ...
+def attention(
+    query: Float[Array, "B T N H"], segment: Segment, **softmax: Any
 ) -> Partial | tuple[Partial, Float[Array, "B T N S"]]:
-    """Partial attention of the queries over the tokens the segment holds, and their logits where asked for."""
-    return partial_attention(segment.part(query), return_logits=return_logits, **softmax)
+    """Partial attention of the queries over the tokens the segment holds, and with `return_logits` their logits."""
+    return partial_attention(segment.part(query), **softmax)
 
 
 def append(segment: Segment, key: Float[Array, "B K 1 H"], value: Float[Array, "B K 1 H"], accept: Bool[Array, "B"]):

@@ -84,4 +84,5 @@ def fork(cache: KVCache, count: int) -> KVCache:
 
     room = cache.config.generated_capacity
     layers = tuple(layer.method.inflow.forked(layer, count, room) for layer in cache.layers)
-    return KVCache(layers, *repeated((cache.lengths, cache.room), count), cache.config)
+    lengths, left = repeated((cache.lengths, cache.room), count)
+    return KVCache(layers, lengths, left, cache.config)

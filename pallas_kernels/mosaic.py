@@ -34,8 +34,8 @@ def slot_of(step, stages: int) -> jax.Array:
 
 def swizzled(columns: int):
     """Shared memory layout of rows of 16-bit numbers, a multiple of `columns` each, that TMA writes and wgmma reads."""
-    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
-    return tiling, plgpu.SwizzleTransform(2 * columns)  # pyright: ignore[reportAbstractUsage]
+    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]  # JAX leaves a method out
+    return tiling, plgpu.SwizzleTransform(2 * columns)  # pyright: ignore[reportAbstractUsage]  # JAX leaves a method out
 
 
 def loaded(accumulator, in_flight: int) -> jax.Array:

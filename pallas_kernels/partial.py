@@ -32,7 +32,7 @@ def merge_partials(partials: Sequence[Partial]) -> tuple[Float[Array, "B T N H"]
     weights = [jnp.exp(p.maximum - reference) for p in partials]
     total = sum(w * p.total for w, p in zip(weights, partials))
     output = sum(w[..., None] * p.output for w, p in zip(weights, partials))
-    nothing = total == 0
+    nothing = jnp.equal(total, 0)
     output = jnp.where(nothing[..., None], 0.0, output / jnp.where(nothing, 1.0, total)[..., None])
     return output, jnp.where(nothing, -jnp.inf, reference + jnp.log(jnp.where(nothing, 1.0, total)))
 

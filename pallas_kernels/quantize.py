@@ -108,7 +108,7 @@ def _encode(
     if metadata_dtype != "float16" and not integer_zero:
         others.append(grid(low, high, jnp.floor, jnp.ceil))
     scale, zero = grid(low, high)
-    least = error(scale, zero) if others else None
+    least = error(scale, zero) if others else jnp.inf
     for other in others:
         found = error(*other)
         better = found < least

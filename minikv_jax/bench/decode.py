@@ -26,7 +26,7 @@ from minikv_jax.bench.timing import (
     write_results,
 )
 from minikv_jax.errors import ConfigError
-from pallas_kernels.packed_decode.api import Part, decode_attention, packed_decode_attention
+from pallas_kernels.packed_decode.api import Part, decode_attention, partial_attention
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 
 _CACHE_BYTES = 128 << 20  # more than twice the second-level cache: inputs rotate over so much
@@ -109,7 +109,7 @@ def _cudnn(query, key, value):
 
 
 def _packed(query, keys, values, lengths, implementation):
-    part = packed_decode_attention(query, keys, values, lengths, implementation=implementation)
+    part = partial_attention(Part(query, keys, values, lengths), implementation=implementation)
     return part.output / part.total[..., None]
 
 

@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -252,9 +252,9 @@ class _Compilation:
         self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._add)
 
-    def _add(self, event: str, seconds: float, **_) -> None:
+    def _add(self, event: str, duration_secs: float, **_) -> None:
         if event.endswith(("backend_compile_duration", "jaxpr_to_mlir_module_duration")):
-            self.seconds += seconds
+            self.seconds += duration_secs
 
 
 class Setting(NamedTuple):
@@ -304,7 +304,7 @@ def _lower_decode(setting: Setting, steps: int) -> jax.stages.Lowered:
     return decode_loop.lower(setting.model, setting.cache, *arguments, steps + 1, ())
 
 
-def _decode(model: Llama, cache: KVCache, setting: Setting, loop: Callable, case: Case) -> dict:
+def _decode(model: Llama, cache: KVCache, setting: Setting, loop: jax.stages.Compiled, case: Case) -> dict:
     """The decode loop's figures."""
     steps, arguments = case.steps, _decode_arguments(setting)
     times = []
@@ -325,7 +325,7 @@ def _decode(model: Llama, cache: KVCache, setting: Setting, loop: Callable, case
     }
     if "profile" in case.parts:
         kernels = traced_kernels(lambda: jax.block_until_ready(loop(model, cache, *arguments)[0]))
-        row["kernels"] = _by_name(kernels, steps, product_bytes(loop.as_text()))
+        row["kernels"] = _by_name(kernels, steps, product_bytes(cast(str, loop.as_text())))
     return row
 
 
@@ -474,7 +474,7 @@ def rehearse(case: Case, take_turn: Callable[[], None] = lambda: None) -> dict:
     if lowered is not None:
         tuned = _tuned()
         start = time.perf_counter()
-        temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+        temporary = cast(Any, lowered.compile().memory_analysis()).temp_size_in_bytes
         row["decode_compile_s"] = row["decode_lower_s"] + time.perf_counter() - start
         row |= {"decode_products_tuned": _tuned() - tuned, "decode_temporary_bytes": temporary}
     return row | (_rehearse_prefill(setting) if "prefill" in case.parts else {})
@@ -549,11 +549,11 @@ def _child(
         assert process.stdin is not None and process.stdout is not None
         if any(line == _READY for line in process.stdout):
             with turn, contextlib.suppress(BrokenPipeError):
-                start = time.perf_counter()
+                begun = time.perf_counter()
                 os.write(process.stdin.fileno(), b"go\n")
                 output = process.stdout.read()
                 process.wait()
-                seconds = time.perf_counter() - start
+                seconds = time.perf_counter() - begun
         if process.wait() or not output:
             errors.seek(0)
             message = errors.read().strip().splitlines() or ["it ended without a word"]
@@ -596,7 +596,7 @@ def _torch_command(case: Case) -> list[str]:
 
 def _row(case: Case, settings: Mapping[str, str], turn: AbstractContextManager, workers: Workers) -> dict:
     """A case's figures, or {"failed": why not}."""
-    row = {"case": case.name, "model": case.model, "method": case.method}
+    row: dict[str, Any] = {"case": case.name, "model": case.model, "method": case.method}
     if case.method.startswith("transformers"):
         row |= {"implementation": "transformers", "cache": "synthetic", "shape": {"B": case.batch, "S": case.prompt}}
         if "quanto" in case.method and importlib.util.find_spec("optimum") is None:

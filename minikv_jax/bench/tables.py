@@ -100,7 +100,7 @@ def cpu(results: dict) -> str:
 @_of("prefill.json")
 def prefill(results: dict) -> str:
     """Two-pass attention beside cuDNN, and what share of a large product's rate each part reaches."""
-    rows = []
+    rows, rate = [], 0.0
     for row in results["rows"]:
         rate = row["tflops"] / row["share_of_limit"]
         times = [f"{row[name] / 1e3:.2f} ms" for name in ("flash_us", "forward_us", "us")]

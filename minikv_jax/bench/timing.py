@@ -53,6 +53,7 @@ def kernel_seconds(run: Callable[..., object], inputs: Sequence[tuple], repeats:
         jax.block_until_ready(run(*arguments))
 
     def calls():
+        last = None
         for i in range(repeats):
             last = run(*inputs[i % len(inputs)])
         jax.block_until_ready(last)
@@ -168,7 +169,7 @@ def read_results(path: Path, benchmark: str | None = None) -> dict:
     except (ValueError, RecursionError):
         results = None
     rows = results.get("rows") if isinstance(results, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if results is None or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(f"{path} is no results file, or a damaged one: name another, or remove it.")
     if benchmark not in (None, results.get("benchmark")):
         raise ConfigError(f"{path} holds results of {results.get('benchmark')!r}, not of {benchmark!r}: name another.")

@@ -34,6 +34,7 @@ from minikv_jax.models.config import ModelConfig
 from minikv_jax.prefill import checked
 from minikv_jax.reading import chunk_rows, embed, logits_at, read_layer
 from minikv_jax.report import planned_layer, planned_report
+from pallas_kernels.two_pass_attention.common import ScoreRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +45,24 @@ class Prompt:
     caches: dict[str, KVCache]
 
 
-def read_layers(model: Model, tokens, lengths, rows: Sequence[int | str]) -> Iterator[dict[int | str, tuple]]:
+def read_layers(model: Model, tokens, lengths, rows: Sequence[ScoreRows]) -> Iterator[dict[ScoreRows, tuple]]:
     """What each layer gives in turn, for each way to count scores: its result, and all that is compressed of it."""
     at_once = chunk_rows(*tokens.shape)
     x = embed(model, tokens, at_once)
     for layer in model.layers:
         # A layer takes the place of what it reads: each reading gets a copy.
-        read = {n: read_layer(layer, jnp.array(x), lengths, at_once, n, sliding_window=None) for n in rows}
+        read: dict[ScoreRows, tuple] = {
+            n: read_layer(layer, jnp.array(x), lengths, at_once, n, sliding_window=None) for n in rows
+        }
         x = read[rows[0]][0]
         yield read
 
 
 def read_prompt(
-    model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], methods: Mapping[str, CacheConfig]
+    model: Model,
+    tokens: Int[Array | np.ndarray, "B T"],
+    lengths: Int[Array | np.ndarray, "B"],
+    methods: Mapping[str, CacheConfig],
 ) -> Prompt:
     """`prefill` for several methods at the price of one pass (two, where some rank by all rows and some by the last).
 
@@ -82,12 +88,13 @@ def read_prompt(
     return Prompt(logits_at(model, x, lengths - 1), caches)
 
 
-def _rows(methods: Mapping[str, CacheConfig]) -> list[int | str]:
+def _rows(methods: Mapping[str, CacheConfig]) -> list[ScoreRows]:
     """The ways to count scores that these methods need; at least one."""
-    return sorted({config.score_rows for config in methods.values()} - {0}, key=str) or [0]
+    found: set[ScoreRows] = {config.score_rows for config in methods.values()}
+    return sorted(found - {0}, key=str) or [0]
 
 
-def _of(read: dict[int | str, tuple], config: CacheConfig) -> tuple:
+def _of(read: dict[ScoreRows, tuple], config: CacheConfig) -> tuple:
     """The reading with the method's scores. One without scores takes any: it ignores them."""
     return read.get(config.score_rows, next(iter(read.values())))
 
@@ -112,8 +119,8 @@ def fitted(
 
 def read_follows(
     model: Model,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    tokens: Int[Array | np.ndarray, "B T"],
+    lengths: Int[Array | np.ndarray, "B"],
     methods: Mapping[str, CacheConfig],
     follows: Sequence[tuple[Int[np.ndarray, "B F"], Int[np.ndarray, "B"]]],
 ) -> dict[str, list[Float[Array, "B padded D"]]]:
@@ -216,7 +223,7 @@ def attention_errors(
     return {name: np.stack(jax.device_get(found), axis=1) for name, found in errors.items()}
 
 
-def received(model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], rows: int | str) -> np.ndarray:
+def received(model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], rows: ScoreRows) -> np.ndarray:
     """Attention that each token receives from all of a prompt's rows or from its last ones, [B, layers, K, T]."""
     scores = [read[rows][3] for read in read_layers(model, tokens, lengths, [rows])]
     return np.stack(jax.device_get(scores), axis=1)
@@ -282,7 +289,7 @@ def _figures(model: Model, hidden, reference, targets):
     return [x.reshape(targets.shape) for x in found]
 
 
-def figures(model: Model, hidden, reference, targets: Int[Array, "B T"]) -> Figures:
+def figures(model: Model, hidden, reference, targets: Int[Array | np.ndarray, "B T"]) -> Figures:
     """Compares next-token distributions; `reference` are the full cache's hidden states."""
     return Figures(*map(np.asarray, jax.device_get(_figures(model, hidden, reference, targets))))
 

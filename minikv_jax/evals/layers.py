@@ -82,9 +82,9 @@ def measure_persistence(
     """The heaviest quarter of the prompt by its own queries, and by those of the text that the model then writes."""
     most = lab.settings.new_tokens
     written = greedy(lab, cases, most)
-    before = received(lab.model, *(jnp.asarray(x) for x in padded([case.prompt for case in cases])), "all")
+    before = received(lab.model, *(jnp.asarray(x) for x in padded([case.prompt for case in cases])), rows="all")
     whole = [(*case.prompt, *row) for case, row in zip(cases, written.tolist())]
-    after = received(lab.model, *(jnp.asarray(x) for x in padded(whole)), most)
+    after = received(lab.model, *(jnp.asarray(x) for x in padded(whole)), rows=most)
     kept = []
     for i, case in enumerate(cases):
         length = len(case.prompt)

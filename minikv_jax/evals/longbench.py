@@ -7,7 +7,7 @@ its own; otherwise a prompt is the context and the question.
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from minikv_jax.errors import ConfigError
 from minikv_jax.evals import jsonl, metrics, written
@@ -51,7 +51,7 @@ def cases(lab: Lab) -> list[Case]:
         if name not in _DATASETS:
             raise ConfigError(f"{path}: unknown data set {name!r}; known: {', '.join(_DATASETS)}. Move it elsewhere.")
         metrics.require(_DATASETS[name][1], name)
-        prompt = _prompt(folder, name)
+        prompt = _prompt(cast(Path, folder), name)
         records = jsonl.records(path, _FIELDS)
         for i, record in zip(range(lab.settings.limit), records):
             found.append(_case(lab, path.stem, name, i, record, prompt))

@@ -14,6 +14,7 @@ import string
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any, cast
 
 from minikv_jax.errors import ConfigError
 
@@ -71,7 +72,7 @@ def rouge_l(written: str, reference: str) -> float:
     from rouge import Rouge
 
     try:
-        (found,) = Rouge(metrics=["rouge-l"], stats=["f"]).get_scores([written], [reference])
+        (found,) = cast(Any, Rouge(metrics=["rouge-l"], stats=["f"])).get_scores([written], [reference])
     except (ValueError, RecursionError):  # of nothing but full stops; LongBench counts what cannot be judged as 0
         return 0.0
     return found["rouge-l"]["f"]
@@ -123,7 +124,7 @@ def first_function(text: str, language: str) -> str:
         while waiting:
             node = waiting.pop()
             if _is_function(node, kind, language):
-                return node.text.decode()
+                return cast(bytes, node.text).decode()
             waiting.extend(reversed(node.children))
     return blocks[0] if blocks else text.strip()
 
@@ -135,7 +136,7 @@ def finds_function(written: str, *, name: str, functions: Sequence[tuple[str, st
 
     def likeness(code: str) -> float:
         smooth = SmoothingFunction().method4
-        return float(sentence_bleu([code.split()], ours, smoothing_function=smooth))
+        return float(cast(float, sentence_bleu([code.split()], ours, smoothing_function=smooth)))
 
     ours = first_function(written, language).split() or [""]
     best, found = max(((likeness(code), called) for called, code in functions), key=lambda x: x[0])

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from minikv_jax.bench.timing import environment
 from minikv_jax.config import CacheConfig
@@ -96,7 +96,7 @@ def run_orders(
                 if not busy:
                     failures.append("no process is left")
                     break
-                for worker in wait(list(busy)):
+                for worker in cast(list[Connection], wait(list(busy))):
                     try:
                         new, error, seen_by = worker.recv()
                         about = seen_by or about

@@ -62,7 +62,7 @@ def _functions(name: str, path: Path) -> dict[str, list[tuple[str, str]]]:
     found: dict[str, list[tuple[str, str]]] = {}
     for i, record in enumerate(jsonl.records(path, _FIELDS)):
         turns = [turn for turn in _turns(name, i, record) if _kind(name, turn) == "scbench_repoqa"]
-        found.setdefault(record.get("repo"), []).extend((turn["name"], turn["answer"]) for turn in turns)
+        found.setdefault(record.get("repo", ""), []).extend((turn["name"], turn["answer"]) for turn in turns)
     return found
 
 
@@ -101,7 +101,7 @@ def _turns(name: str, i: int, record: dict[str, Any]) -> list[dict[str, Any]]:
 def _case(lab: Lab, name: str, i: int, record: dict[str, Any], functions: dict[str, list[tuple[str, str]]]) -> Case:
     given = _turns(name, i, record)
     context = _context(record)
-    turns, before = [], None
+    turns, before = [], ""
     for turn in given:
         kind = _kind(name, turn)
         most, score = _kinds(name)[kind], _SCORES[kind][1]

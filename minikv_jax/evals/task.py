@@ -156,7 +156,7 @@ class Case:
     group: str
     prompt: tuple[int, ...]
     follows: tuple[Follow, ...] = ()
-    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def room_of(lab: Lab, *cases: Case) -> int:

@@ -361,7 +361,7 @@ def _hf_scaling_of(rope: Entries, original: int) -> RopeScaling | None:
             f"Rope scaling of type {shortened(kind)} is not supported; supported: 'default', 'linear', 'llama3'."
         )
     factors = [rope.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")]
-    return RopeScaling("llama3", *factors, original)
+    return RopeScaling("llama3", *factors, original_max_position_embeddings=original)
 
 
 def _hf_sliding_window(entries: Entries, architecture: str, num_layers: int) -> int | None:

@@ -20,9 +20,6 @@ from pathlib import Path
 from minikv_jax.errors import CheckpointError, shortened
 from minikv_jax.models.wording import one_line
 
-if sys.platform != "win32":
-    import fcntl
-
 
 @dataclass(frozen=True)
 class _Packaged:
@@ -131,6 +128,8 @@ def _scratch_folder(parent: Path, model: _Packaged) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=parent) as scratch:
             yield Path(scratch)
         return
+    import fcntl
+
     folder = os.open(parent, os.O_RDONLY)
     try:
         if _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
@@ -156,6 +155,8 @@ def _is_abandoned(folder: Path, model: _Packaged) -> bool:
 
 def _lock(folder: int, kind: int) -> bool:
     """False if another process holds the lock, and on file systems without locks."""
+    import fcntl
+
     try:
         fcntl.flock(folder, kind)
     except OSError:

@@ -8,6 +8,7 @@ order; that is what a CPU can do at full bandwidth, and a GPU does not mind.
 """
 
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,9 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
         return (frequency / scaling.factor).astype(np.float32)
     # LLaMA 3.1: waves longer than the original context are stretched by the factor, short ones stay, and those in
     # between are blended by how many of their periods fit the original context.
-    periods = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-    blend = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    numbers = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
+    low, high, original = cast(tuple[float, float, int], numbers)  # which llama3 always has
+    blend = (original * frequency / (2 * math.pi) - low) / (high - low)
     blend = np.clip(blend, 0.0, 1.0)
     return ((1 - blend) * frequency / scaling.factor + blend * frequency).astype(np.float32)
 

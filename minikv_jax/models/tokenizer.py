@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from minikv_jax.errors import CheckpointError, UnsupportedModelError, shortened
 from minikv_jax.models.entries import Entries
@@ -149,11 +149,11 @@ def _byte_level(entries: Entries, tokens: list[str], types: list[int], rules: st
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
-    merges = [tuple(merge.split(" ", 1)) for merge in entries.texts("tokenizer.ggml.merges")]
+    pairs = [tuple(merge.split(" ", 1)) for merge in entries.texts("tokenizer.ggml.merges")]
     kept = (_NORMAL, _CONTROL, _USER)
     vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind in kept}
     # LLaMA 3 looks whole words up before it merges.
-    tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=rules == "llama-bpe"))
+    tokenizer = Tokenizer(BPE(vocabulary, cast(list[tuple[str, str]], pairs), ignore_merges=rules == "llama-bpe"))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rules in ("smollm", "gpt-2"))
     first = {
         "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True)],

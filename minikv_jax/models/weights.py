@@ -621,7 +621,9 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
 
 def _rope_scaling(config: ModelConfig, divisors: _Stored | None) -> RopeScaling | None:
     """The scaling in the metadata, or the one that a tensor of divisors holds."""
-    found = None if divisors is None else _llama3_scaling(divisors, config)
+    if divisors is None:
+        return config.rope_scaling
+    found = _llama3_scaling(divisors, config)
     if found is not None and config.rope_scaling is not None:
         raise UnsupportedModelError(
             f"{divisors.path}: both the metadata and the tensor rope_freqs.weight scale rotary embeddings; supported: "

@@ -14,7 +14,7 @@ class Run(NamedTuple):
     first: Int[Array, "B"]
     start: Int[Array, "B"]
     when: Bool[Array, "B"]
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody counts the fields of a Run
 
 
 class Rotation(NamedTuple):

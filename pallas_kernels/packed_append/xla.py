@@ -96,7 +96,7 @@ def packed_append(
     changed = jax.lax.cond(
         full.any(), flush, lambda *same: same, window_key, window_value, window_length, keys, values, length
     )
-    return Appended(*changed, query)
+    return Appended(*changed, query=query)
 
 
 def _moved(rows: Float[Array, "B K W H"], full: Bool[Array, "B"], first: int, keeps: int) -> Float[Array, "B K W H"]:

@@ -1,7 +1,7 @@
 """Attention of a few new tokens over the segments of a cache, packed or dense, one by one or all together."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, cast, overload
 
 from jaxtyping import Array, Float, Int
 
@@ -39,6 +39,11 @@ class Part(NamedTuple):
     keys: PackedTensor | Float[Array, "B K S H"]
     values: PackedTensor | Float[Array, "B K S H"]
     lengths: Int[Array, "..."]
+
+
+# A Part whose keys, and so its values, are of one kind.
+type _Packed = tuple[Array, PackedTensor, PackedTensor, Array]
+type _Dense = tuple[Array, Array, Array, Array]
 
 
 def packed_decode_attention(
@@ -114,10 +119,17 @@ def dense_decode_attention(
     return _dispatch("dense_decode_attention", _DENSE, implementation, part, scale, return_logits, soft_cap)
 
 
-def partial_attention(part: Part, **options) -> Partial | tuple[Partial, Float[Array, "B T N S"]]:
+@overload
+def partial_attention(part: Part, *, return_logits: Literal[False] = False, **options: Any) -> Partial: ...
+@overload
+def partial_attention(
+    part: Part, *, return_logits: Literal[True], **options: Any
+) -> tuple[Partial, Float[Array, "B T N S"]]: ...
+def partial_attention(part: Part, **options: Any) -> Partial | tuple[Partial, Float[Array, "B T N S"]]:
     """Partial attention over one segment, packed or dense; options are those of the two functions above."""
-    attend = packed_decode_attention if isinstance(part.keys, PackedTensor) else dense_decode_attention
-    return attend(*part, **options)
+    if isinstance(part.keys, PackedTensor):
+        return packed_decode_attention(*cast(_Packed, part), **options)
+    return dense_decode_attention(*cast(_Dense, part), **options)
 
 
 def decode_attention(
@@ -189,11 +201,12 @@ def _one_by_one(
 ):
     partials, logits = [], None
     for i, part in enumerate(parts):
-        wanted = return_logits and i == 0
-        options = {"scale": scale, "return_logits": wanted, "soft_cap": soft_cap, "implementation": implementation}
-        partial = partial_attention(part, **options)
-        partials.append(partial[0] if wanted else partial)
-        logits = partial[1] if wanted else logits
+        options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "implementation": implementation}
+        if return_logits and i == 0:
+            partial, logits = partial_attention(part, return_logits=True, **options)
+        else:
+            partial = partial_attention(part, **options)
+        partials.append(partial)
     output, lse = merge_partials(partials)
     output = output.astype(parts[0].query.dtype)
     if rotated is not None:
@@ -216,7 +229,7 @@ def _dispatch(name: str, implementations, chosen: Implementation, part: Part, sc
 
 
 def _checked_packed(part: Part) -> Part:
-    query, keys, values, lengths = part
+    query, keys, values, lengths = cast(_Packed, part)
     b, _, n, h = query.shape
     heads = _check("keys", keys, h)
     if _check("values", values, h) != heads or keys.codes.shape[:3] != values.codes.shape[:3]:
@@ -229,7 +242,7 @@ def _checked_packed(part: Part) -> Part:
 
 
 def _checked_dense(part: Part) -> Part:
-    query, key, value, lengths = part
+    query, key, value, lengths = cast(_Dense, part)
     b, t, n, h = query.shape
     heads = key.shape[1]
     if key.shape != value.shape or key.shape[0] != b or key.shape[3] != h or n % heads:

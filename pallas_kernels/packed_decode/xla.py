@@ -91,7 +91,7 @@ def _unrows(x: Float[Array, "B K M ..."], queries: int) -> Float[Array, "B T N .
 def _partial(result, queries: int) -> Partial | tuple[Partial, Array]:
     output, maximum, total, *logits = (_unrows(x, queries) for x in result)
     partial = Partial(output, maximum, total)
-    return (partial, *logits) if logits else partial
+    return (partial, logits[0]) if logits else partial
 
 
 def _without_absent(values: PackedTensor, present: Bool[Array, "B K blocks 128"]) -> PackedTensor:

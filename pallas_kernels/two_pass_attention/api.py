@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import Implementation, check_softmax, first_that_accepts, without_soft_cap
 from pallas_kernels.partial import with_sinks
 from pallas_kernels.two_pass_attention import xla
+from pallas_kernels.two_pass_attention.common import ScoreRows
 
 
 def _mosaic_gpu(*args, **kwargs):
@@ -65,7 +66,7 @@ def two_pass_attention(
     scale: float | None = None,
     is_causal: bool = True,
     sliding_window: int | None = None,
-    score_rows: str | int = "all",
+    score_rows: ScoreRows = "all",
     soft_cap: float | None = None,
     sinks: Float[Array, "N"] | None = None,
     implementation: Implementation = None,

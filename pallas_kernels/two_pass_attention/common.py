@@ -1,9 +1,13 @@
 """What the GPU implementations share: what they are traced for, what they decline, and the numbers around a kernel."""
 
 import math
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
+
+# Rows of queries whose attention is summed: all, or the last so many of each sequence.
+type ScoreRows = int | Literal["all"]
 
 HEAD_SIZES = (64, 96, 128, 256)
 LOG2E = math.log2(math.e)
@@ -27,7 +31,7 @@ def decline_what_no_kernel_takes(query, key, value, scale: float) -> None:
         raise NotImplementedError(f"needs a scale above 0, not {scale}")
 
 
-def extents(query, key, query_lengths, key_value_lengths, query_offset, score_rows: int | str) -> Int[Array, "numbers"]:
+def extents(query, key, query_lengths, key_value_lengths, query_offset, score_rows: ScoreRows) -> Int[Array, "numbers"]:
     """Query length, key length, offset and first counted row of each sequence: what a kernel reads of it."""
     batch, t = query.shape[:2]
 
@@ -39,6 +43,6 @@ def extents(query, key, query_lengths, key_value_lengths, query_offset, score_ro
     return jnp.stack([rows, columns, per_sequence(query_offset, 0), counted], axis=1).reshape(-1)
 
 
-def takes_whole_group(score_rows: int | str, keys: int) -> bool:
+def takes_whole_group(score_rows: ScoreRows, keys: int) -> bool:
     """Whether a block of threads of pass 2 serves a whole group of query heads; `keys` over all B and K."""
     return (score_rows != "all" and score_rows <= _FEW_ROWS) or keys >= _ENOUGH_KEYS

@@ -587,7 +587,7 @@ def two_pass_attention(
     scale: float,
     is_causal: bool,
     sliding_window: int | None,
-    score_rows: int | str,
+    score_rows: common.ScoreRows,
     blocks: tuple[ForwardBlocks, ScoreBlocks] | None = None,
     interpret=None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S"], Float[Array, "B T N"]]:

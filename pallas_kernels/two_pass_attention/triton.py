@@ -123,7 +123,7 @@ def two_pass_attention(
     scale: float,
     is_causal: bool,
     sliding_window: int | None,
-    score_rows: int | str,
+    score_rows: common.ScoreRows,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S"], Float[Array, "B T N"]]:
     """`api.two_pass_attention` in Triton. None for lengths means full, for the offset 0, for tiles the table's."""

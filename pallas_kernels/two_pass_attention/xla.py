@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.partial import capped
 from pallas_kernels.rows import below, row_numbers
+from pallas_kernels.two_pass_attention.common import ScoreRows
 
 # Float32 logits of one block of rows, all heads: bounds the memory, stays within a CPU's caches for short prompts.
 _LOGIT_ELEMENTS = 1 << 22
@@ -73,7 +74,7 @@ def two_pass_attention(
     scale: float,
     is_causal: bool,
     sliding_window: int | None,
-    score_rows: int | str,
+    score_rows: ScoreRows,
     soft_cap: float | None = None,
     sinks: Float[Array, "N"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S"], Float[Array, "B T N"]]:
@@ -110,13 +111,13 @@ def two_pass_attention(
         reach = min(s, (first + count) * block) if from_the_start else s
 
         def body(sums, i, reach=reach):
-            rows = [
+            some_query, at, counts, valid = (
                 jax.lax.dynamic_slice_in_dim(x, i * block, block, axis)
                 for x, axis in ((query, 3), (position, 1), (row_counts, 1), (row_valid, 1))
-            ]
+            )
             output, lse, column_sums = _block(
-                rows[0], key[:, :, :reach], value[:, :, :reach], *rows[1:], key_value_lengths, scale, is_causal,
-                sliding_window, soft_cap, sinks,
+                some_query, key[:, :, :reach], value[:, :, :reach], at, counts, valid, key_value_lengths, scale,
+                is_causal, sliding_window, soft_cap, sinks,
             )  # fmt: skip
             return sums + column_sums, (output, lse)
 
