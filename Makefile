@@ -34,7 +34,7 @@ test:
 
 slow:
 	@.ci/environment test
-	$(PYTEST) $(SLOW)
+	$(PYTEST) $(SLOW) --durations=20
 
 properties:
 	@.ci/environment test

@@ -356,7 +356,7 @@ def test_the_program_names_the_mistake(arguments, named, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_model_is_measured_by_the_program(tmp_path):
-    command = [sys.executable, "-m", "minikv_jax.cli", "eval", "--methods", "kivi", "--tasks", "kl", "--lengths", "300"]
+    command = [sys.executable, "-m", "minikv_jax", "eval", "--methods", "kivi", "--tasks", "kl", "--lengths", "300"]
     command += ["--limit", "1", "--new-tokens", "16", "--out", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
