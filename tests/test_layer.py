@@ -111,10 +111,11 @@ def test_our_own_models_hold_the_same(method):
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(
         jnp.shape, layer.spec(2, CONFIG.num_kv_heads, CONFIG.head_dim, config, jnp.float32)
     )
+    theirs, ours = jax.jit(decode_step), jax.jit(layer.step)
     for i in range(18):  # over a window that fills
-        logits, cache = decode_step(MODEL, cache, text[:, i])
+        logits, cache = theirs(MODEL, cache, text[:, i])
         x = MODEL.embed(text[:, i, None])
-        attention, state = layer.step(*model.before_attention(x, state.lengths[:, None]), state)
+        attention, state = ours(*model.before_attention(x, state.lengths[:, None]), state)
         np.testing.assert_allclose(MODEL.logits(model.after_attention(x, attention))[:, 0], logits, atol=1e-5)
     assert_alike(state.cache, cache.layers[0])
 
