@@ -42,7 +42,7 @@ MODEL = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
 step = jax.jit(decode_step, donate_argnames="cache")
 
 
-EVERY = every("full", "minikv", "mikv")
+EVERY = every("minikv", "mikv")
 
 
 def follow(config, prompt, lengths, later, params=MODEL, step=step):
@@ -110,7 +110,7 @@ def test_a_ragged_batch_is_its_sequences_one_by_one(method, lengths):
         states += [models.step(model, c, token[b : b + 1]) for b, (_, c) in enumerate(alone)]
 
 
-@pytest.mark.parametrize("method", every("minikv", "two_tiers"))
+@pytest.mark.parametrize("method", every("minikv"))
 def test_padding_never_matters(method):
     text, later, lengths = tokens(2, 30), tokens(2, 10), jnp.array([30, 11])
     config = METHODS[method].replace(prompt_capacity=64)

@@ -142,7 +142,7 @@ step = jax.jit(decode_step)
 @pytest.mark.promise(
     "Inside jit a wrong id or length gives its own sequence NaN and an empty cache; others do not notice"
 )
-@pytest.mark.parametrize("method", every("full", "minikv"))
+@pytest.mark.parametrize("method", every("minikv"))
 def test_a_traced_prompt_that_is_wrong_concerns_its_own_sequence(method):
     text, lengths = jnp.asarray(X), jnp.asarray(L)
     good_logits, good = read_traced(method)(text, lengths)
@@ -156,7 +156,7 @@ def test_a_traced_prompt_that_is_wrong_concerns_its_own_sequence(method):
 
 
 @pytest.mark.promise("A refused sequence's cache stays bit for bit what it was")
-@pytest.mark.parametrize("method", every("full", "mikv"))
+@pytest.mark.parametrize("method", every("mikv"))
 def test_a_traced_turn_or_token_that_is_wrong_changes_nothing(method):
     _, before = prefill(MODEL, X, L, roomy(method))
     # `length 0` is no fault here: there is just nothing to read.

@@ -58,7 +58,7 @@ def ends_of(free) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.promise("A sequence that has ended keeps the cache of its last token while others go on")
-@pytest.mark.parametrize("method", every("kivi"))
+@pytest.mark.parametrize("method", every("snapkv"))
 def test_a_row_that_has_ended_stays_as_it_was_and_goes_on_as_it_would_alone(method):
     config = METHODS[method].replace(prompt_capacity=32, generated_capacity=60)
     text, lengths, turn = tokens(3, 24), np.array([24, 9, 17]), tokens(3, 6)
@@ -155,7 +155,7 @@ def poisoned(cache):
 
 
 @pytest.mark.promise("Nothing beyond a sequence's length is ever read: NaN there changes no bit of a result")
-@pytest.mark.parametrize("method", every("minikv", "kivi"))
+@pytest.mark.parametrize("method", every("minikv"))
 def test_rows_that_hold_nothing_are_never_read(method, figure):
     config = METHODS[method].replace(prompt_capacity=40, generated_capacity=48)
     _, cache = prefill(MODEL, tokens(3, 40), np.array([40, 13, 1]), config)

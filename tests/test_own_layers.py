@@ -85,6 +85,7 @@ def test_a_batch_answers_as_its_prompts_alone_and_in_a_slot():
         np.testing.assert_allclose(together[:, i + 1], logits[::-1], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_loop_decodes_what_steps_decode():
     text, lengths = tokens(2, 60), jnp.array([60, 33])
     logits, cache = prefill(MODEL, text, lengths, MIXED)

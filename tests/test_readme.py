@@ -131,6 +131,7 @@ def test_help_names_every_command():
     assert result.exit_code == 0 and all(name in result.output for name in ("generate", "compare", "methods"))
 
 
+@pytest.mark.slow  # .ci/run runs it beside the suite
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_guide_to_ones_own_model_runs(number):
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_model.md").read_text(encoding="utf-8"), re.DOTALL)
