@@ -72,7 +72,7 @@ def test_budget_one_at_16_bits_equals_the_full_cache_exactly():
         np.testing.assert_array_equal(full, follow(kept, text[:, :50], lengths, text[:, 50:])[0])
 
 
-@pytest.mark.parametrize("method", ["minikv_pyramid"])
+@pytest.mark.parametrize("method", ["snapkv", pytest.param("minikv_pyramid", marks=pytest.mark.slow)])
 def test_jit_gives_what_eager_gives(method):
     text, config = tokens(2, 40), METHODS[method]
     lengths = jnp.array([40, 23])

@@ -100,6 +100,7 @@ def test_the_loop_decodes_what_steps_decode():
         np.testing.assert_allclose(best, logits.max(axis=1), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_prompt_in_chunks_leaves_the_same():
     text, lengths = tokens(2, 60), jnp.array([60, 33])
     logits, cache = prefill(MODEL, text, lengths, MIXED)
@@ -108,12 +109,14 @@ def test_a_prompt_in_chunks_leaves_the_same():
     assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, chunked)
 
 
+@pytest.mark.slow
 def test_short_prompts_are_kept_whole():
     text, lengths, later = tokens(2, 5), jnp.array([5, 1]), tokens(2, 4)
     found, expected = (read(config, text, lengths, later)[0] for config in (MIXED, presets.full()))
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_plan_weighs_what_the_cache_weighs():
     config = MIXED.replace(dtype="bfloat16", prompt_capacity=300)
     _, cache = prefill(MODEL, tokens(1, 300), jnp.array([300]), config)
