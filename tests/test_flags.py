@@ -35,7 +35,7 @@ FLAGS = {
 
 
 # Every method under all of them together, one under each alone.
-CASES = [("together", "mikv"), ("x64", "mikv")]
+CASES = [("together", "mikv")]
 CASES += [
     pytest.param(*case, marks=pytest.mark.slow)
     for case in [*(("together", name) for name in METHODS), *((flag, "mikv") for flag in FLAGS)]
