@@ -3,8 +3,8 @@
     python examples/jax_llm_llama3.py
 
 That repository is no package, so its layout is written down here and filled with small random weights; the forward pass
-is this file's own. `run` is all that it takes: forty lines, of which three know the cache. The rest checks that the
-result is what `minikv_jax`'s own model gives with the same weights.
+is this file's own. What stands under "the adapter" is all that it takes: less than forty lines, of which three know the
+cache. The rest checks that the result is what `minikv_jax`'s own model gives with the same weights.
 """
 
 from typing import NamedTuple

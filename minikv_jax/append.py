@@ -35,8 +35,7 @@ class Append(Inflow):
 
     def forked(self, layer, count, room):
         own = layer.first.empty(count, room)
-        shared = (layer.first,) if layer.rest is None else (layer.first, layer.rest)
-        return LayerCache(own, layer.method, frames=repeated(layer.frames, count), prefix=shared)
+        return LayerCache(own, layer.method, frames=repeated(layer.frames, count), prefix=layer.tiers)
 
 
 def one_by_one(method: Method) -> None:

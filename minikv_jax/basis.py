@@ -195,16 +195,16 @@ def give_back(bases: tuple[Basis, ...], states: tuple[Any, ...], output: Float[A
     return output
 
 
-def rotated_units(
-    bases: tuple[Basis, ...], states: tuple[Any, ...], batch: int, heads: int
-) -> tuple[Units | None, Units | None]:
-    """What kernels do themselves: the units of keys and values, where both are rotated and nothing else is done to
-    them; and those of values, where these are. None where a kernel cannot do it."""
-    plain = all(isinstance(basis, Hadamard | PowersOfTwo | Quantized) for basis in bases)
-    rotations = [basis for basis in bases if isinstance(basis, Hadamard)]
-    if not plain or len(rotations) != 1 or not isinstance(bases[0], Hadamard):
-        return None, None
-    found = [state for state in states if isinstance(state, Units)]
-    units = found[0] if found else Units(*[jnp.ones((batch, heads), jnp.float32)] * 2)
-    both = units if rotations[0].keys and rotations[0].values else None
-    return both, units if rotations[0].values else None
+def kernel_rotation(bases: tuple[Basis, ...]) -> Hadamard | None:
+    """The rotation, where new tokens go through it and units of powers of two alone: kernels do both themselves."""
+    kinds = tuple(type(basis) for basis in bases if type(basis) is not Quantized)  # which new tokens pass as they are
+    return bases[0] if kinds in ((Hadamard,), (Hadamard, PowersOfTwo)) and isinstance(bases[0], Hadamard) else None
+
+
+def units_of(states: tuple[Any, ...], batch: int, heads: int) -> Units:
+    """The units in which keys and values are held; ones where the bases have none."""
+    for state in states:
+        if isinstance(state, Units):
+            return state
+    ones = jnp.ones((batch, heads), jnp.float32)
+    return Units(ones, ones)

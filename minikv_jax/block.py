@@ -119,9 +119,10 @@ class Block(Inflow):
         return (window.length + 1 < window.capacity) | (tier.length + encoded <= tier.capacity)
 
     def take_in(self, layer, query, key, value, position, accept):
-        units, _ = basis.rotated_units(layer.method.bases, layer.frames, query.shape[0], key.shape[2])
-        if units is None:
+        rotation = basis.kernel_rotation(layer.method.bases)
+        if rotation is None or not (rotation.keys and rotation.values):
             return super().take_in(layer, query, key, value, position, accept)
+        units = basis.units_of(layer.frames, query.shape[0], key.shape[2])
         key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
         layer, turned = self._append(layer, key, value, accept, Rotation(query, *units))
         return layer, cast(Array, turned)  # None only without a rotation
@@ -152,10 +153,9 @@ class Block(Inflow):
     def forked(self, layer, count, room):
         # New tokens still come through the window, which starts with what the prompt left in it.
         own = _tier(layer).empty(count, room + layer.flow.capacity)
-        shared = (layer.first,) if layer.rest is None else (layer.first, layer.rest)
         window, frames = repeated((layer.flow, layer.frames), count)
-        # Alone, the tier that grows is the first one: the prompt's first tier is part of the prefix.
-        return LayerCache(own, layer.method, flow=window, frames=frames, prefix=shared)
+        # The prompt's tiers are the prefix; what follows has one tier, its first.
+        return LayerCache(own, layer.method, flow=window, frames=frames, prefix=layer.tiers)
 
 
 def _tier(layer: LayerCache) -> PackedSegment:

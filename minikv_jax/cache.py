@@ -40,6 +40,11 @@ class LayerCache:
     prefix: tuple[Segment, ...] = ()
 
     @property
+    def tiers(self) -> tuple[Segment, ...]:
+        """The tiers that there are, the first one first."""
+        return (self.first,) if self.rest is None else (self.first, self.rest)
+
+    @property
     def heads(self) -> tuple[int, int]:
         """Key/value heads, and their size."""
         return self.first.heads

@@ -1,5 +1,6 @@
 """From one layer's prompt to its cache."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -58,7 +59,7 @@ def compress(
     balance = channel_balance(queries.loudest, key) if balances else None
     prompt = Prompt(key, value, scores, lengths, budget, balance, moment, dtype, shape)
     layer = method.inflow.begin(prompt, method)
-    return LayerCache(layer.first, method, layer.rest, layer.flow, frames)
+    return dataclasses.replace(layer, frames=frames)
 
 
 def channel_balance(loudest: Float[Array, "B K H"], key: Float[Array, "B K T H"]) -> Float[Array, "B K H"]:

@@ -292,9 +292,3 @@ class CacheConfig:
         """What compiled code depends on: the config less its name and amounts."""
         layers = tuple((i, method.program) for i, method in self.layers)
         return dataclasses.replace(self, name="", method=self.method.program, layers=layers)
-
-    @property
-    def score_rows(self) -> ScoreRows:
-        """Rows of the prompt whose attention some layer's method sums."""
-        rows: list[ScoreRows] = [method.score_rows for method in self.methods]
-        return "all" if "all" in rows else max(count for count in rows if count != "all")

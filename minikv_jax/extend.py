@@ -19,6 +19,7 @@ from minikv_jax.prefill import checked, empty_cache, opened
 from minikv_jax.reading import logits_at
 from minikv_jax.segments import DenseSegment
 from pallas_kernels.rows import below, row_numbers
+from pallas_kernels.two_pass_attention.common import ScoreRows
 
 # Tokens read at once by `extend`: bounds the attention of new tokens among themselves.
 _CHUNK = 128
@@ -57,7 +58,7 @@ def extend(
     for start in range(0, tokens.shape[1], _CHUNK):
         chunk = tokens[:, start : start + _CHUNK]
         counts = jnp.clip(lengths - start, 0, chunk.shape[1])
-        counted = below(counts, chunk.shape[1])
+        counted = [below(counts, chunk.shape[1])] * len(cache.layers)
         new, cache, _ = _extend_chunk(params, cache, chunk, counts, counted)
         logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
     return jnp.where((lengths > 0)[:, None], cast(Array, logits), jnp.nan), cache  # there is at least one chunk
@@ -65,14 +66,17 @@ def extend(
 
 @jax.jit
 def _extend_chunk(params, cache: KVCache, tokens, counts, counted):
-    """Logits after a chunk, the cache with it, and statistics of each layer's queries."""
+    """Logits after a chunk, the cache with it, and statistics of each layer's queries.
+
+    `counted` [B, T] of each layer are the queries whose attention is added to its scores.
+    """
     model = as_model(params)
     x = model.embed(tokens)
     positions = cache.lengths[:, None] + row_numbers(tokens.shape[1], axes=2)
     layers, queries = [], []
-    for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
+    for layer, layer_cache, rows in zip(model.layers, cache.layers, counted, strict=True):
         query, key, value = layer.before_attention(x, positions)
-        layer_cache, attention = read_tokens(layer_cache, query, key, value, cache.lengths, counts, counted)
+        layer_cache, attention = read_tokens(layer_cache, query, key, value, cache.lengths, counts, rows)
         x = layer.after_attention(x, attention)
         layers.append(layer_cache)
         read = below(counts, tokens.shape[1])
@@ -102,13 +106,14 @@ def prefill_in_chunks(
     cache = empty_cache(params, staging, tokens.shape[0])
     held = [dataclasses.replace(x, flow=dataclasses.replace(x.flow, size=lengths)) for x in cache.layers]
     cache = dataclasses.replace(cache, layers=tuple(held))
-    scored = longest if cache_config.score_rows == "all" else cache_config.score_rows
+    scored: list[ScoreRows] = [cache_config.of_layer(i).score_rows for i in range(layers)]
+    first_scored = [lengths - (longest if rows == "all" else rows) for rows in scored]
     logits, queries = None, []
     for start in range(0, longest, chunk):
         part = tokens[:, start : start + chunk]
         place = row_numbers(part.shape[1], axes=2, first=start)
         counts = jnp.clip(lengths - start, 0, part.shape[1])
-        counted = (place < lengths[:, None]) & (place >= (lengths - scored)[:, None])
+        counted = [(place < lengths[:, None]) & (place >= first[:, None]) for first in first_scored]
         new, cache, more = _extend_chunk(params, cache, part, counts, counted)
         logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
         queries = [a.join(b) for a, b in zip(queries, more)] if queries else more

@@ -1,7 +1,7 @@
 """What every inflow answers: how new tokens come into a layer, and what leaves it.
 
 An inflow is a static value of a method. It makes the layer from a prompt, and its own state is `LayerCache.flow`:
-`append.py`, `block.py`, `kivi.py` and `evict.py` have one each.
+`append.py`, `block.py`, `ring.py` and `evict.py` have one each.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ class Inflow:
         """Tokens at a text's start that are never encoded."""
         return 0
 
-    def rows(self, method, kept: int, left: int, total: int, config) -> Any:
-        """The layer's `cache.Shape`.
+    def rows(self, method, kept: int, left: int, total: int, config) -> tuple[int, int]:
+        """Rows of the first tier and of the second.
 
         Args:
             method: the layer's method.
@@ -100,7 +100,8 @@ class Inflow:
 
     def held(self, layer, read: Int[Array, "B"]) -> Int[Array, "B"]:
         """Tokens of its own that each sequence holds, of `read` ones."""
-        parts = [part for part in (layer.first, layer.rest, self.waiting(layer)) if part is not None]
+        waiting = self.waiting(layer)
+        parts = (*layer.tiers, *([] if waiting is None else [waiting]))
         return functools.reduce(operator.add, (part.length for part in parts))
 
     def forked(self, layer, count: int, room: int) -> Any:

@@ -132,16 +132,6 @@ def check_heads(query: Array, key: Array, value: Array, cache: "LayerCache | Non
         raise PromptError(f"{shapes} do not fit a state of {batch} sequences, and {cache.heads} heads and head size.")
 
 
-def one_row(query: Array) -> None:
-    """Refuses more than one token a sequence.
-
-    Raises:
-        PromptError: naming how many they are.
-    """
-    if query.shape[1] != 1:
-        raise PromptError(f"step reads one token of each sequence, not {query.shape[1]}: use extend.")
-
-
 def next_tokens(tokens: Any, cache: "KVCache", vocabulary: int) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
     """One token id for each sequence of the cache, int32, and which of them are read: those with room and a known id.
 

@@ -23,7 +23,7 @@ from minikv_jax import allocate, basis, inputs, rank, segments
 from minikv_jax.cache import LayerCache, QueryStatistics, Shape, nbytes
 from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import Allocation, CacheConfig, Method
-from minikv_jax.errors import ConfigError
+from minikv_jax.errors import ConfigError, PromptError
 from minikv_jax.evict import Evict
 from minikv_jax.segments import Segment
 from pallas_kernels import (
@@ -47,11 +47,13 @@ class State:
         cache: what the layer holds, and its method (static).
         lengths: int32 [B], tokens read so far.
         room: int32 [B], tokens that may still follow. Where it is 0, a step stores nothing and its output is NaN.
+        window: newest tokens that a query sees, of a layer that is local by its model's design (static).
     """
 
     cache: LayerCache
     lengths: Int[Array, "B"]
     room: Int[Array, "B"]
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def nbytes(self) -> int:
@@ -90,8 +92,8 @@ def prefill(
         scale: of the logits; default H ** -0.5.
         soft_cap: c bounds logits x by c tanh(x / c).
         sinks: [N] logits that take a share of each head's attention and have no value.
-        window: newest tokens that a query sees, of layers that are local by their model's design: they keep these
-            (`local`) whatever the config says.
+        window: newest tokens that a query sees, of a layer that is local by its model's design: it keeps these
+            (`local`) whatever the config says, and its state knows.
 
     Returns:
         Attention [B, T, N, H] in the query's dtype, 0 behind a sequence's length, and the state. A traced sequence
@@ -118,7 +120,7 @@ def prefill(
     cache = compress_in_pieces(key, value, scores, queries, lengths, budget, method, shape, config.dtype)
     read = lengths > 0
     room = jnp.where(read, jnp.int32(config.generated_capacity), 0)
-    return jnp.where(read[:, None, None, None], output, jnp.nan), State(cache, jnp.array(lengths), room)
+    return jnp.where(read[:, None, None, None], output, jnp.nan), State(cache, jnp.array(lengths), room, window)
 
 
 def spec(
@@ -192,7 +194,8 @@ def step(
         PromptError: shapes that do not fit the state.
     """
     inputs.check_heads(query, key, value, state.cache)
-    inputs.one_row(query)
+    if query.shape[1] != 1:
+        raise PromptError(f"step reads one token of each sequence, not {query.shape[1]}: use extend.")
     fits = (state.room > 0) & has_row(state.cache, state.lengths)
     fits = fits if accept is None else fits & accept
     cache, output = read_token(
@@ -200,7 +203,7 @@ def step(
     )
     count = fits.astype(jnp.int32)
     output = jnp.where(fits[:, None, None, None], output, jnp.nan)
-    return output, State(cache, state.lengths + count, state.room - count)
+    return output, dataclasses.replace(state, cache=cache, lengths=state.lengths + count, room=state.room - count)
 
 
 def extend(
@@ -213,7 +216,6 @@ def extend(
     scale: float | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "N"] | None = None,
-    window: int | None = None,
 ) -> tuple[Float[Array, "B T N H"], State]:
     """Reads several more tokens at once: they attend to everything held and, exactly, to each other.
 
@@ -221,7 +223,7 @@ def extend(
         query, key, value: of the tokens, padded on the right.
         counts: [B] true numbers of new tokens, 0 <= count <= T.
         state: donate it under `jit`.
-        scale, soft_cap, sinks, window: as `prefill`. A local layer's tokens are read one after the other.
+        scale, soft_cap, sinks: as `prefill`. A local layer reads tokens one after the other.
 
     Returns:
         Attention [B, T, N, H], NaN behind a sequence's tokens, and the state. A traced sequence whose count is above
@@ -234,12 +236,12 @@ def extend(
     softmax = {"scale": scale, "soft_cap": soft_cap, "sinks": sinks}
     counts = inputs.row_counts(counts, key.shape[0], key.shape[1], least=0)
     counts = inputs.with_room(counts, state)
-    if window is not None:
+    if state.window is not None:
         return _one_by_one(query, key, value, counts, state, softmax)
     counted = below(counts, key.shape[1])
     cache, output = read_tokens(state.cache, query, key, value, state.lengths, counts, counted, **softmax)
     output = jnp.where(counted[..., None, None], output, jnp.nan)
-    return output, State(cache, state.lengths + counts, state.room - counts)
+    return output, dataclasses.replace(state, cache=cache, lengths=state.lengths + counts, room=state.room - counts)
 
 
 def _one_by_one(query, key, value, counts, state: State, softmax: dict) -> tuple[Array, State]:
@@ -351,10 +353,11 @@ def attend(
     """
     method, frames = layer.method, layer.frames
     scored = method.inflow.scored
-    parts = [layer.first, *([] if layer.rest is None else [layer.rest]), *method.inflow.newest(layer, position)]
+    parts = [*layer.tiers, *method.inflow.newest(layer, position)]
     if not (also or layer.prefix):
-        _, rotated = basis.rotated_units(method.bases, frames, query.shape[0], layer.heads[0])
-        rotated = None if rotated is None else rotated.value
+        rotation, rotated = basis.kernel_rotation(method.bases), None
+        if rotation is not None and rotation.values:
+            rotated = basis.units_of(frames, query.shape[0], layer.heads[0]).value
         output, lse, *logits = decode_attention(
             [part.part(query) for part in parts], return_logits=scored, rotated=rotated, sinks=sinks, **softmax
         )

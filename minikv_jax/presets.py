@@ -16,7 +16,7 @@ from minikv_jax.config import Allocation, Amount, CacheConfig, Method, Rank
 from minikv_jax.errors import ConfigError, shortened
 from minikv_jax.evict import Evict
 from minikv_jax.inflow import Inflow
-from minikv_jax.kivi import Ring
+from minikv_jax.ring import Ring
 from minikv_jax.settings import knobs_of, split
 
 METHODS: dict[str, Callable[..., CacheConfig]] = {}

@@ -166,11 +166,11 @@ def _report(layers: list[Size], bytes_held: int) -> CacheReport:
 
 def _size(layer: LayerCache, tokens_kept: int, read: int) -> Size:
     heads, head_size = layer.heads
-    tiers = (*layer.prefix, layer.first, layer.rest)
+    tiers = (*layer.prefix, *layer.tiers)
     return Size(
         tokens_kept=tokens_kept,
         tokens_read=read,
-        bytes_tiers=nbytes([tier.stored for tier in tiers if tier is not None]),
+        bytes_tiers=nbytes([tier.stored for tier in tiers]),
         bytes_window=nbytes(layer.method.inflow.waiting(layer)),
         bytes_held=nbytes(layer),
         bytes_bfloat16=2 * read * heads * head_size * _BFLOAT16_BYTES,

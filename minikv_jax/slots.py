@@ -82,7 +82,8 @@ def fork(cache: KVCache, count: int) -> KVCache:
             f"{'a fork' if any(layer.prefix for layer in cache.layers) else 'a cache'} of {cache.lengths.shape[0]}."
         )
 
-    room = cache.config.generated_capacity
-    layers = tuple(layer.method.inflow.forked(layer, count, room) for layer in cache.layers)
-    lengths, left = repeated((cache.lengths, cache.room), count)
+    rows = cache.config.generated_capacity
+    layers = tuple(layer.method.inflow.forked(layer, count, rows) for layer in cache.layers)
+    # A sequence that was inserted may have brought more room than its forks have rows.
+    lengths, left = repeated((cache.lengths, jnp.minimum(cache.room, rows)), count)
     return KVCache(layers, lengths, left, cache.config)

@@ -42,7 +42,8 @@ def with_sinks(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attention, and its log-sum-exp, beside one more key a head that has this logit and no value."""
     whole = jnp.logaddexp(lse, sinks.astype(jnp.float32)[None, None])
-    share = jnp.exp(lse - whole)[..., None]
+    nothing = jnp.isneginf(lse)  # seen by the query, and -inf - -inf would be NaN
+    share = jnp.where(nothing, 0.0, jnp.exp(jnp.where(nothing, 0.0, lse - whole)))[..., None]
     return (output.astype(jnp.float32) * share).astype(output.dtype), whole
 
 

@@ -11,9 +11,9 @@ from flax import nnx
 from minikv_jax import decode_step, presets
 from minikv_jax.block import Block
 from minikv_jax.config import CacheConfig
-from minikv_jax.kivi import Ring
 from minikv_jax.models import ModelConfig
 from minikv_jax.models.llama import Llama
+from minikv_jax.ring import Ring
 
 CONFIG = ModelConfig(
     vocab_size=61,

@@ -15,7 +15,7 @@ from minikv_jax.block import Block
 from minikv_jax.codec import Codec
 from minikv_jax.config import Allocation, CacheConfig, Method, Rank
 from minikv_jax.evict import Evict
-from minikv_jax.kivi import Ring
+from minikv_jax.ring import Ring
 
 PROMPT, STEPS, HEAD_SIZE, GROUP = 40, 24, 16, 8
 TOKENWISE = {"key_group": "head", "value_group": "head", "key_axis": "channels"}

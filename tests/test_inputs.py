@@ -41,8 +41,8 @@ from minikv_jax import layer as layers
 from minikv_jax.append import Append
 from minikv_jax.block import Block
 from minikv_jax.evict import Evict
-from minikv_jax.kivi import Ring
 from minikv_jax.models.llama import Llama
+from minikv_jax.ring import Ring
 from minikv_jax.sampling import sample
 
 V = CONFIG.vocab_size

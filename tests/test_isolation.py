@@ -27,8 +27,8 @@ from minikv_jax import (
 )
 from minikv_jax.cache import LayerCache
 from minikv_jax.evict import Ledger
-from minikv_jax.kivi import KiviWindow
 from minikv_jax.models.llama import Llama
+from minikv_jax.ring import KiviWindow
 from minikv_jax.sampling import GREEDY, sample
 from minikv_jax.segments import DenseSegment
 from pallas_kernels import PackedTensor, quantize

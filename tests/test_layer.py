@@ -46,6 +46,7 @@ SOFTMAX = {
     "scale": {"scale": 0.4},
     "soft cap": {"soft_cap": 1.5},
     "sinks": {"sinks": jnp.asarray([0.5, -1.0, 2.0, 0.0])},
+    "no sinks in two heads": {"sinks": jnp.asarray([0.5, -np.inf, -np.inf, 0.0])},
     "all": {"scale": 0.4, "soft_cap": 2.0, "sinks": jnp.asarray([0.5, -1.0, 2.0, 0.0])},
 }
 
@@ -60,7 +61,7 @@ def test_a_full_cache_is_plain_attention(options, window):
     lengths = jnp.array([T, T])
     output, state = jax.jit(functools.partial(layer.prefill, config=FULL, **options, **place))(*prompt, lengths)
     np.testing.assert_allclose(output, plain_attention(*prompt, [T] * B, **options, **place), atol=2e-6)
-    output, state = layer.extend(*more, jnp.array([3, 3]), state, **options, **place)
+    output, state = layer.extend(*more, jnp.array([3, 3]), state, **options)
     expected = plain_attention(more[0], *(x[:, : T + 3] for x in everything[1:]), [T + 3] * B, **options, **place)
     np.testing.assert_allclose(output, expected, atol=2e-6)
     output, state = layer.step(*new, state, **options)

@@ -12,7 +12,7 @@ from layer import draw, run
 
 from minikv_jax import Codec, presets
 from minikv_jax.block import Block
-from minikv_jax.kivi import KiviWindow, Ring
+from minikv_jax.ring import KiviWindow, Ring
 from pallas_kernels import quantize
 
 BATCH, TOKENS, STEPS, HEADS, HEAD_SIZE = 2, 80, 40, 2, 16

@@ -1,5 +1,6 @@
 """Layers of their own: more bits in some, fewer tokens in others, and the command that finds them."""
 
+import dataclasses
 import json
 
 import chex
@@ -107,6 +108,23 @@ def test_a_prompt_in_chunks_leaves_the_same():
     chunked_logits, chunked = prefill_in_chunks(MODEL, text, lengths, MIXED, chunk=16)
     np.testing.assert_allclose(logits, chunked_logits, atol=1e-4)
     assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, chunked)
+
+
+def test_each_layer_has_the_scores_that_its_own_method_ranks_by():
+    """SnapKV's last queries in one layer, H2O's all queries in another: read at once, in chunks, and by evaluations."""
+    snap, heavy = presets.snapkv(budget=16, window=4, pooling=1).method, presets.h2o(persistent=True).method
+    mixed = presets.full().replace(generated_capacity=8).replace(layers=((0, snap), (1, heavy)))
+    text, lengths = tokens(2, 60), jnp.array([60, 33])
+    _, cache = prefill(MODEL, text, lengths, mixed)
+    for i, method in enumerate((snap, heavy)):
+        _, alone = prefill(MODEL, text, lengths, dataclasses.replace(mixed, layers=((i, method),)))
+        np.testing.assert_array_equal(cache.layers[i].first.length, alone.layers[i].first.length)
+    _, chunked = prefill_in_chunks(MODEL, text, lengths, mixed, chunk=16)
+    read = engine.read_prompt(MODEL, text, lengths, {"mixed": mixed}).caches["mixed"]
+    for other in (chunked, read):
+        for i, count in ((0, 16), (1, 12)):
+            rows = (x.layers[i].first.key[0, :, :count] for x in (cache, other))
+            np.testing.assert_allclose(*rows, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -144,6 +144,8 @@ def test_room_comes_with_the_sequence_that_is_inserted():
     logits, _ = decode(cache, later)
     alone, _ = decode(one, later[1:])
     assert nearly_equal(logits[1, :28], alone[0, :28]) and np.isnan(logits[1, 28]).all()
+    # Forks have rows for what their cache's config says, and no more room than that.
+    assert fork(insert(empty_cache(MODEL, config, 1), 0, one), 3).room.tolist() == [20, 20, 20]
 
 
 def cache_logits(cache):

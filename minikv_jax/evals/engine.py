@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax import allocate
 from minikv_jax.cache import KVCache, LayerCache, Shape, nbytes
 from minikv_jax.compress import compress_in_pieces
-from minikv_jax.config import CacheConfig
+from minikv_jax.config import CacheConfig, Method
 from minikv_jax.layer import read_token
 from minikv_jax.model import Model
 from minikv_jax.models.config import ModelConfig
@@ -77,9 +77,9 @@ def read_prompt(
     x = None
     for i, read in enumerate(read_layers(model, tokens, lengths, _rows(methods))):
         for name, config in methods.items():
-            x, *attended = _of(read, config)
-            budget = allocate.budgets(config, i, layers, lengths, tokens.shape[1])
             own = config.of_layer(i)
+            x, *attended = _of(read, own)
+            budget = allocate.budgets(config, i, layers, lengths, tokens.shape[1])
             held[name].append(compress_in_pieces(*attended, lengths, budget, own, largest[name], config.dtype))
     caches = {}
     for name, config in methods.items():
@@ -90,13 +90,13 @@ def read_prompt(
 
 def _rows(methods: Mapping[str, CacheConfig]) -> list[ScoreRows]:
     """The ways to count scores that these methods need; at least one."""
-    found: set[ScoreRows] = {config.score_rows for config in methods.values()}
+    found: set[ScoreRows] = {method.score_rows for config in methods.values() for method in config.methods}
     return sorted(found - {0}, key=str) or [0]
 
 
-def _of(read: dict[ScoreRows, tuple], config: CacheConfig) -> tuple:
-    """The reading with the method's scores. One without scores takes any: it ignores them."""
-    return read.get(config.score_rows, next(iter(read.values())))
+def _of(read: dict[ScoreRows, tuple], method: Method) -> tuple:
+    """The reading with the scores of a layer's method. One without scores takes any: it ignores them."""
+    return read.get(method.score_rows, next(iter(read.values())))
 
 
 # Tokens of one run of a program, in `read_follows`: most questions fit, and a long text is some runs.
@@ -149,7 +149,7 @@ def read_follows(
     ]
     for i, read in enumerate(read_layers(model, tokens, lengths, _rows(methods))):
         for name, config in methods.items():
-            _, *attended = _of(read, config)
+            _, *attended = _of(read, config.of_layer(i))
             budget = allocate.budgets(config, i, layers, lengths, tokens.shape[1])
             shape = Shape(*(tokens.shape[1] + config.generated_capacity + 1,) * 2)
             program = config.of_layer(i).program
@@ -324,6 +324,6 @@ def weight_of(model: ModelConfig, config: CacheConfig, prompt: int, generated: i
     total, layers = planned_report(model, config, prompt, generated).total, model.num_layers
     heads = model.num_kv_heads, model.head_dim
     made = (planned_layer(config.of_layer(i), Shape.of(config, i, layers), *heads, config.dtype) for i in range(layers))
-    codes = sum(nbytes(part.codes) for x in made for part in (x.first, x.rest) if part is not None)
+    codes = sum(nbytes(tier.codes) for x in made for tier in x.tiers)
     bits = 16 / total.bytes_bfloat16
     return Weight(total.bytes_held, total.bits_per_element, total.bytes_tiers * bits, codes * bits)
