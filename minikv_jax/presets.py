@@ -95,6 +95,12 @@ def pyramidkv(
 
 
 @_method
+def int8(bits: int = 8) -> CacheConfig:
+    """Every token in 8 bits, one scale for each token and head: what serving engines offer beside dense caches."""
+    return CacheConfig("int8", Method(codec=Codec(bits, bits, "head", "head", "channels"), inflow=Append()))
+
+
+@_method
 def qhitter(
     heavy: Amount = 0.15, recent: Amount = 0.05, protected: Amount = 0.07, attention_weight: float = 0.5, bits: int = 4
 ) -> CacheConfig:

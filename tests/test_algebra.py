@@ -1,4 +1,4 @@
-"""Methods that nobody has named, written as values, each against its own few lines of NumPy.
+"""Methods as values, named ones and others, each against its own few lines of NumPy.
 
 One key/value head and two query heads of 16 channels; a prompt of 40 tokens and a stream of 24.
 """
@@ -9,6 +9,7 @@ import pytest
 from layer import draw, run
 from reference import causal_probabilities, hadamard, pool, roundtrip_per_channel, roundtrip_per_token, softmax
 
+from minikv_jax import presets
 from minikv_jax.append import Append
 from minikv_jax.basis import Hadamard
 from minikv_jax.block import Block
@@ -72,7 +73,7 @@ def heaviest(scores, count):
 
 def test_every_token_in_eight_bits(drawn):
     _, _, (query, key, value) = drawn
-    found = outputs(Method(codec=Codec(8, 8, **TOKENWISE), inflow=Append()), drawn)
+    found = outputs(presets.int8(), drawn)
     key, value = coded(key, 8), coded(value, 8)
     same(found, [attend(query[t], key[: t + 1], value[: t + 1])[0] for t in range(PROMPT, PROMPT + STEPS)])
 
