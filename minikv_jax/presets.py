@@ -101,6 +101,12 @@ def int8(bits: int = 8) -> CacheConfig:
 
 
 @_method
+def quarot(bits: int = 4) -> CacheConfig:
+    """QuaRot's cache (arXiv 2404.00456): every token in 4 bits of a Hadamard basis, one scale for each token and head."""
+    return CacheConfig("quarot", int8(bits).method.replace(basis=(Hadamard(),)))
+
+
+@_method
 def qhitter(
     heavy: Amount = 0.15, recent: Amount = 0.05, protected: Amount = 0.07, attention_weight: float = 0.5, bits: int = 4
 ) -> CacheConfig:

@@ -78,6 +78,16 @@ def test_every_token_in_eight_bits(drawn):
     same(found, [attend(query[t], key[: t + 1], value[: t + 1])[0] for t in range(PROMPT, PROMPT + STEPS)])
 
 
+def test_every_token_in_four_bits_of_a_hadamard_basis(drawn):
+    _, _, (query, key, value) = drawn
+    turn = hadamard(HEAD_SIZE)
+    keys, values = coded(key @ turn, 4), coded(value @ turn, 4)
+    expected = [
+        attend(query[t] @ turn, keys[: t + 1], values[: t + 1])[0] @ turn for t in range(PROMPT, PROMPT + STEPS)
+    ]
+    same(outputs(presets.quarot(), drawn), expected)
+
+
 def test_a_sliding_dense_cache(drawn):
     _, _, (query, key, value) = drawn
     found = outputs(Method(allocation=Allocation(heavy=0, recent=16), inflow=Evict("before")), drawn)
