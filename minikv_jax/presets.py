@@ -18,6 +18,7 @@ from minikv_jax.evict import Evict
 from minikv_jax.inflow import Inflow
 from minikv_jax.ring import Ring
 from minikv_jax.settings import knobs_of, split
+from minikv_jax.tova import Tova
 
 METHODS: dict[str, Callable[..., CacheConfig]] = {}
 _MOST = 2**30 - 1  # sizes are 32-bit numbers, and so is twice a size
@@ -74,6 +75,17 @@ def _giving_up(each_step: bool) -> Inflow:
 
 
 @_method
+def tova(budget: Amount = 2048) -> CacheConfig:
+    """TOVA (arXiv 2401.06104, section 3): what the newest query attends to; each step gives up what it wants least.
+
+    Each key/value head chooses by the attention of its own queries; the paper averages over all heads of a layer.
+    """
+    return CacheConfig(
+        "tova", Method(rank=Rank(by="window", window=1), allocation=Allocation(budget=budget), inflow=Tova())
+    )
+
+
+@_method
 def snapkv(
     budget: Amount = 2048, window: int = 32, pooling: int = 5, pool: Literal["avg", "max"] = "avg"
 ) -> CacheConfig:
@@ -102,7 +114,7 @@ def int8(bits: int = 8) -> CacheConfig:
 
 @_method
 def quarot(bits: int = 4) -> CacheConfig:
-    """QuaRot's cache (arXiv 2404.00456): every token in 4 bits of a Hadamard basis, one scale for each token and head."""
+    """QuaRot's cache (arXiv 2404.00456): every token in 4 bits of a Hadamard basis, a scale for each token and head."""
     return CacheConfig("quarot", int8(bits).method.replace(basis=(Hadamard(),)))
 
 

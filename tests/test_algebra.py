@@ -120,6 +120,18 @@ def test_h2o_with_a_quantised_rest(drawn):
     same(outputs(method, drawn), expected)
 
 
+def test_tova_keeps_what_the_newest_query_attends_to(drawn):
+    _, _, (query, key, value) = drawn
+    kept = heaviest(received(query, key, last=1), 12)
+    expected = []
+    for t in range(PROMPT, PROMPT + STEPS):
+        held = sorted(kept | {t})
+        output, gained = attend(query[t], key[held], value[held])
+        kept = set(held) - {held[int(np.argmin(gained))]}
+        expected.append(output)
+    np.testing.assert_allclose(outputs(presets.tova(12), drawn), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("layer", [0, 2])
 def test_snapkv_whose_first_layers_are_dense(drawn, layer):
     _, _, (query, key, value) = drawn
