@@ -34,9 +34,9 @@ class Rank:
 
     Attributes:
         by: "position" prefers newer tokens; "attention" those that received most attention from all of the prompt's
-            queries (H2O, arXiv 2306.14048; MiniKV Algorithm 1); "window" from its last `window` queries (SnapKV,
+            queries (H2O, arXiv 2306.14048; MiniKV Algorithm 1); "last_queries" from its last ones alone (SnapKV,
             arXiv 2404.14469).
-        window: queries that count, for "window".
+        queries: how many count, for "last_queries".
         pooling: scores are pooled over this many neighbouring tokens (odd; 1: not).
         pool: "avg" or "max".
         normalize: divide a score by the number of queries that can see the token (ZipCache, arXiv 2405.14256).
@@ -46,8 +46,8 @@ class Rank:
         protected: tokens chosen by attention alone before the mix decides (Q-Hitter).
     """
 
-    by: Literal["position", "attention", "window"] = "position"
-    window: int = 0
+    by: Literal["position", "attention", "last_queries"] = "position"
+    queries: int = 0
     pooling: int = 1
     pool: Literal["avg", "max"] = "avg"
     normalize: bool = False
@@ -57,7 +57,8 @@ class Rank:
 
     def __post_init__(self):
         check_types(self)
-        require((self.by == "window") == (self.window > 0), f"window={self.window} goes with by='window', above 0.")
+        counts = self.by == "last_queries"
+        require(counts == (self.queries > 0), f"queries={self.queries} goes with by='last_queries', above 0.")
         require(self.pooling >= 1 and self.pooling % 2 == 1, f"pooling={self.pooling}: give an odd number of tokens.")
         require(0 <= self.attention_weight <= 1, f"attention_weight={self.attention_weight}: give 0 to 1.")
         require_amount("protected", self.protected)
@@ -192,7 +193,7 @@ class Method:
         """Rows of the prompt whose attention is summed (`two_pass_attention`)."""
         if not (self.selects or self.inflow.scored) or self.rank.by == "position":
             return 0
-        return "all" if self.rank.by == "attention" else self.rank.window
+        return "all" if self.rank.by == "attention" else self.rank.queries
 
 
 @jax.tree_util.register_static

@@ -81,7 +81,7 @@ def tova(budget: Amount = 2048) -> CacheConfig:
     Each key/value head chooses by the attention of its own queries; the paper averages over all heads of a layer.
     """
     return CacheConfig(
-        "tova", Method(rank=Rank(by="window", window=1), allocation=Allocation(budget=budget), inflow=Tova())
+        "tova", Method(rank=Rank(by="last_queries", queries=1), allocation=Allocation(budget=budget), inflow=Tova())
     )
 
 
@@ -90,10 +90,15 @@ def snapkv(
     budget: Amount = 2048, window: int = 32, pooling: int = 5, pool: Literal["avg", "max"] = "avg"
 ) -> CacheConfig:
     """SnapKV (arXiv 2404.14469, Listing 1): what the prompt's last queries attend to, pooled, and those last tokens."""
-    rank = Rank(by="window", window=window, pooling=pooling, pool=pool)
+    rank = _observed(window, pooling, pool)
     return CacheConfig(
         "snapkv", Method(rank=rank, allocation=Allocation(budget=budget, recent=window), inflow=Append())
     )
+
+
+def _observed(window: int, pooling: int, pool: Literal["avg", "max"]) -> Rank:
+    require(window >= 1, f"window={window}: give at least 1 query.")
+    return Rank(by="last_queries", queries=window, pooling=pooling, pool=pool)
 
 
 @_method
@@ -101,7 +106,7 @@ def pyramidkv(
     budget: int = 2048, window: int = 32, pooling: int = 5, pool: Literal["avg", "max"] = "avg", beta: int = 20
 ) -> CacheConfig:
     """PyramidKV (arXiv 2406.02069, section 3.2): SnapKV with budgets that fall from layer to layer."""
-    rank = Rank(by="window", window=window, pooling=pooling, pool=pool)
+    rank = _observed(window, pooling, pool)
     kept = Allocation(budget=budget, recent=window, pyramid_beta=beta)
     return CacheConfig("pyramidkv", Method(rank=rank, allocation=kept, inflow=Append()))
 
@@ -291,7 +296,7 @@ def _important_apart(method: Method, share: float, alike: bool) -> Method:
     )
     require(alike, "precise and brief layers keep their tokens in one tier: leave important at 0 with them.")
     first = Allocation(heavy=share, recent=0.0, sinks=kept.sinks)
-    rank = Rank(by="window", window=256)
+    rank = Rank(by="last_queries", queries=256)
     return method.replace(rank=rank, allocation=first, codec=_finer(method.codec), rest=method.codec)
 
 

@@ -21,7 +21,7 @@ def refine(
         return jnp.broadcast_to(position[None].astype(jnp.float32), scores.shape)
     if rank.normalize:
         rows = lengths[:, None] - position
-        rows = jnp.minimum(rows, rank.window) if rank.by == "window" else rows
+        rows = jnp.minimum(rows, rank.queries) if rank.by == "last_queries" else rows
         scores = scores / jnp.maximum(rows, 1)[:, None]
     if rank.value_norm:
         scores = scores * jnp.linalg.norm(value.astype(jnp.float32), axis=-1)

@@ -338,7 +338,7 @@ FIELDS = [
     (Codec, "key_clip", 0.9, TWO_BITS),
     (Codec, "balance", 1, TWO_BITS),
     (Rank, "by", "luck", {}),
-    (Rank, "window", 8.0, {"by": "window"}),
+    (Rank, "queries", 8.0, {"by": "last_queries"}),
     (Rank, "pooling", True, {"by": "attention"}),
     (Rank, "attention_weight", float("nan"), {"by": "attention"}),
     (Allocation, "heavy", float("nan"), {}),

@@ -124,7 +124,7 @@ def test_scores_are_normalised_pooled_and_weighted():
     rows = np.arange(20, 0, -1)
     np.testing.assert_allclose(refined(by="attention", normalize=True), scores[0, 0] / rows, rtol=1e-5)
     expected = scores[0, 0] / np.minimum(rows, 4)
-    np.testing.assert_allclose(refined(by="window", window=4, normalize=True), expected, rtol=1e-5)
+    np.testing.assert_allclose(refined(by="last_queries", queries=4, normalize=True), expected, rtol=1e-5)
     norms = np.linalg.norm(value[0, 0], axis=-1)
     np.testing.assert_allclose(refined(by="attention", value_norm=True), scores[0, 0] * norms, rtol=1e-5)
     for pool in ("avg", "max"):

@@ -42,7 +42,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
     return ((1 - blend) * frequency / scaling.factor + blend * frequency).astype(np.float32)
 
 
-def rotate(
+def rotary(
     x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], frequencies: np.ndarray
 ) -> Float[Array, "B T heads H"]:
     """Rotary embedding; channel i pairs with channel i + H / 2 (Hugging Face's order)."""
@@ -90,7 +90,7 @@ class LlamaLayer(nnx.Module):
         n, k = config.num_heads, config.num_kv_heads
         query, key, value = jnp.split(y.reshape(*y.shape[:2], -1, config.head_dim), (n, n + k), axis=2)
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        return rotate(query, positions, frequencies), rotate(key, positions, frequencies), value
+        return rotary(query, positions, frequencies), rotary(key, positions, frequencies), value
 
     def after_attention(self, x: Float[Array, "B T D"], attention: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """The layer's result: both residual connections and the gated MLP."""
