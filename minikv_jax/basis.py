@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax.checks import require
 from minikv_jax.codec import Codec, through
-from pallas_kernels.hadamard import rotate, rotate_back, times_unit
+from pallas_kernels.hadamard import rotate, rotate_back, times_channels, times_unit
 from pallas_kernels.rows import below
 
 
@@ -34,8 +34,14 @@ class Basis:
         """Whether heads of this size can be held in it."""
         return True
 
-    def fit(self, key: Float[Array, "B K T H"], value: Float[Array, "B K T H"], first: int) -> Any:
-        """The state for a prompt. Rows before `first` are held, but never encoded."""
+    def fit(
+        self,
+        key: Float[Array, "B K T H"],
+        value: Float[Array, "B K T H"],
+        moment: Float[Array, "B K H H"],
+        first: int,
+    ) -> Any:
+        """The state for a prompt whose queries have this moment. Rows before `first` are held, but never encoded."""
 
     def hold(
         self, state: Any, key: Float[Array, "B K T H"], value: Float[Array, "B K T H"], lengths: Int[Array, "B"]
@@ -43,7 +49,7 @@ class Basis:
         """Keys and values of a prompt as they are held."""
         return key, value
 
-    def moment(self, moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:
+    def moment(self, state: Any, moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:
         """Of queries, up to a factor, the moment they have when they meet the keys held."""
         return moment
 
@@ -77,7 +83,7 @@ class Hadamard(Basis):
     def check(self, codecs: tuple[Codec, ...]) -> None:
         require(
             not self.keys or not any(codec.balance for codec in codecs),
-            "balance and rotation both even out channels of keys, and the rotation would undo the balance: choose one.",
+            "A codec balances what is rotated already, and the rotation undoes it: put a Balance before the Hadamard.",
         )
         require(any(not codec.dense for codec in codecs), "Rotation needs a tier of fewer than 16 bits.")
 
@@ -87,7 +93,7 @@ class Hadamard(Basis):
     def hold(self, state, key, value, lengths):
         return _rotated(key, self.keys), _rotated(value, self.values)
 
-    def moment(self, moment):
+    def moment(self, state, moment):
         once = _rotated(moment, self.keys)
         return jnp.swapaxes(_rotated(jnp.swapaxes(once, -1, -2), self.keys), -1, -2)
 
@@ -110,6 +116,58 @@ def _rotated(x: Float[Array, "... H"], wanted: bool) -> Float[Array, "... H"]:
     return rotate(x).astype(x.dtype) if wanted else x
 
 
+class Factors(NamedTuple):
+    """By what channels of keys and of values are multiplied: powers of two, bfloat16."""
+
+    key: Float[Array, "B K H"]
+    value: Float[Array, "B K H"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance(Basis):
+    """Channels of keys scaled against the queries', and those of values to one root mean square.
+
+    A rotation spreads the error of all channels evenly over all. For keys it then costs the sum of squared queries
+    times the sum of squared keys. That is least, and the same however a model scales its channels, once each channel of
+    keys is multiplied by sqrt(rms(query) / rms(key)) and that of queries divided by it. MiKV (arXiv 2402.18096,
+    equation 2) has maxima in the place of root mean squares, and no rotation behind. What the error of a value's
+    channel costs is not known here, but it scales as the channel does.
+
+    Factors are powers of two, so that no digit is lost to them.
+    """
+
+    def fit(self, key, value, moment, first):
+        of_query = jnp.diagonal(moment, axis1=-2, axis2=-1)
+        of_key, of_value = (jnp.square(x[:, :, first:].astype(jnp.float32)).sum(axis=2) for x in (key, value))
+        return Factors(_power_of((_log2(of_query) - _log2(of_key)) / 4), _power_of(-_log2(of_value) / 2))
+
+    def hold(self, state, key, value, lengths):
+        key, value = (x * factor[:, :, None].astype(x.dtype) for x, factor in zip((key, value), state))
+        return key, value
+
+    def moment(self, state, moment):
+        factor = state.key.astype(jnp.float32)
+        return moment / (factor[..., None] * factor[..., None, :])
+
+    def take_in(self, state, query, key, value):
+        query = times_channels(query, 1 / state.key)
+        return query, times_channels(key, state.key), times_channels(value, state.value)
+
+    def give_back(self, state, output):
+        return times_channels(output, 1 / state.value)
+
+
+def _power_of(exponent: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
+    """The nearest powers of two, their geometric mean over a head about 1."""
+    return jnp.exp2(jnp.round(exponent - exponent.mean(axis=-1, keepdims=True))).astype(jnp.bfloat16)
+
+
+def _log2(squares: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
+    """Of squared sums, none below 2^-24 of the head's largest: what is nearly silent in a prompt need not stay so."""
+    least = jnp.maximum(squares.max(axis=-1, keepdims=True) * 2.0**-24, jnp.finfo(jnp.float32).tiny)
+    return jnp.log2(jnp.maximum(squares, least))
+
+
 @dataclasses.dataclass(frozen=True)
 class PowersOfTwo(Basis):
     """Units of each head in which the prompt's largest number lies from 16 to 32.
@@ -119,7 +177,7 @@ class PowersOfTwo(Basis):
     few tokens they often are several times as loud.
     """
 
-    def fit(self, key, value, first):
+    def fit(self, key, value, moment, first):
         # Rows that are never encoded may be louder than all others.
         return Units(*(_power(x[:, :, first:]) for x in (key, value)))
 
@@ -170,15 +228,18 @@ def fit(
     bases: tuple[Basis, ...],
     key: Float[Array, "B K T H"],
     value: Float[Array, "B K T H"],
+    moment: Float[Array, "B K H H"],
     lengths: Int[Array, "B"],
     first: int,
-) -> tuple[tuple[Any, ...], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
-    """The states of all bases, and a prompt's keys and values as they are held."""
+) -> tuple[tuple[Any, ...], Float[Array, "B K T H"], Float[Array, "B K T H"], Float[Array, "B K H H"]]:
+    """The states of all bases, and a prompt's keys and values as they are held and its queries' moment as it meets
+    them."""
     states = []
     for basis in bases:
-        states.append(basis.fit(key, value, first))
+        states.append(basis.fit(key, value, moment, first))
         key, value = basis.hold(states[-1], key, value, lengths)
-    return tuple(states), key, value
+        moment = basis.moment(states[-1], moment)
+    return tuple(states), key, value, moment
 
 
 def take_in(bases: tuple[Basis, ...], states: tuple[Any, ...], query, key, value):
@@ -195,16 +256,23 @@ def give_back(bases: tuple[Basis, ...], states: tuple[Any, ...], output: Float[A
     return output
 
 
-def kernel_rotation(bases: tuple[Basis, ...]) -> Hadamard | None:
-    """The rotation, where new tokens go through it and units of powers of two alone: kernels do both themselves."""
-    kinds = tuple(type(basis) for basis in bases if type(basis) is not Quantized)  # which new tokens pass as they are
-    return bases[0] if kinds in ((Hadamard,), (Hadamard, PowersOfTwo)) and isinstance(bases[0], Hadamard) else None
+class Scales(NamedTuple):
+    """What kernels that rotate scale by: units of heads, and balances of channels, if there are any."""
+
+    key_unit: Float[Array, "B K"]
+    value_unit: Float[Array, "B K"]
+    key_balance: Float[Array, "B K H"] | None
+    value_balance: Float[Array, "B K H"] | None
 
 
-def units_of(states: tuple[Any, ...], batch: int, heads: int) -> Units:
-    """The units in which keys and values are held; ones where the bases have none."""
-    for state in states:
-        if isinstance(state, Units):
-            return state
+_OF_KERNELS = ((Hadamard,), (Hadamard, PowersOfTwo), (Balance, Hadamard), (Balance, Hadamard, PowersOfTwo))
+
+
+def kernel_scales(bases: tuple[Basis, ...], states: tuple[Any, ...], batch: int, heads: int) -> Scales | None:
+    """What kernels need to do all of it: where both are rotated, after a balance at most and before units at most."""
+    new = [(type(basis), state) for basis, state in zip(bases, states) if type(basis) is not Quantized]
+    if tuple(kind for kind, _ in new) not in _OF_KERNELS or Hadamard() not in bases:
+        return None
+    learnt: dict[type, Any] = dict(new)
     ones = jnp.ones((batch, heads), jnp.float32)
-    return Units(ones, ones)
+    return Scales(*learnt.get(PowersOfTwo, (ones, ones)), *learnt.get(Balance, (None, None)))

@@ -119,12 +119,11 @@ class Block(Inflow):
         return (window.length + 1 < window.capacity) | (tier.length + encoded <= tier.capacity)
 
     def take_in(self, layer, query, key, value, position, accept):
-        rotation = basis.kernel_rotation(layer.method.bases)
-        if rotation is None or not (rotation.keys and rotation.values):
+        scales = basis.kernel_scales(layer.method.bases, layer.frames, key.shape[0], key.shape[2])
+        if scales is None:
             return super().take_in(layer, query, key, value, position, accept)
-        units = basis.units_of(layer.frames, query.shape[0], key.shape[2])
         key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-        layer, turned = self._append(layer, key, value, accept, Rotation(query, *units))
+        layer, turned = self._append(layer, key, value, accept, Rotation(query, *scales))
         return layer, cast(Array, turned)  # None only without a rotation
 
     def arrive(self, layer, key, value, position, accept, score=0.0):

@@ -105,11 +105,11 @@ def _print_json(value: Any) -> None:
 # ---- answers -------------------------------------------------------------------------------------------------------
 
 
-def _load(model: str, dtype: str | None = None):
-    from minikv_jax.models import load
+def _load(model: str, dtype: str | None = None, change: int | None = None):
+    from minikv_jax.models import load_changed
 
     with _progress_bar(f"loading {model}") as progress:
-        return load(model, dtype, progress=progress)
+        return load_changed(model, dtype, change, progress)
 
 
 def _token_ids(tokenizer, text: str, raw: bool) -> list[int]:
@@ -451,6 +451,9 @@ def bench(benchmark: str, out: Path, only: tuple[str, ...], jobs: int, model_fil
 @app.command("eval")
 @click.option("--model", default="smollm2", show_default=True, help="Folder, GGUF file, or 'smollm2'.")
 @click.option("--name", type=_TEXT, help="What the model is called in results; by default its file's or folder's name.")
+@click.option(
+    "--change", type=_SEED, help="Draw other weights of the same function: keys and values in other coordinates."
+)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the weights.")
 @click.option("--methods", default="full,kivi,minikv,mikv,minikv_plus", show_default=True,
               help="Methods with settings: minikv:heavy=0.1,recent=0.1,kivi.")  # fmt: skip
@@ -472,6 +475,7 @@ def bench(benchmark: str, out: Path, only: tuple[str, ...], jobs: int, model_fil
 def evaluate(
     model: str,
     name: str | None,
+    change: int | None,
     dtype: str | None,
     methods: str,
     tasks: str,
@@ -486,6 +490,8 @@ def evaluate(
     name = name or Path(model).stem
     if not _is_text(name):
         raise ConfigError(f"The model's name {name!r} is no text: say with --name what to call it in results.")
+    if change is not None:
+        name = f"{name}-repar{change}"
     given = click.get_current_context().get_parameter_source
     if study is not None and any(given(x) is ParameterSource.COMMANDLINE for x in ("methods", "tasks")):
         raise ConfigError("--study has its own methods and tasks: leave --methods and --tasks away, or --study.")
@@ -503,9 +509,9 @@ def evaluate(
     chosen = {"": pieces.Piece("", tasks, lambda *_: configs)} if study is None else pieces.by_names(study)
     work = {title: (piece, known.by_names(piece.tasks)) for title, piece in chosen.items()}
     if jobs > 1:
-        _evaluate_in_parallel(jobs, model, dtype, name, work, asked, out)
+        _evaluate_in_parallel(jobs, model, change, dtype, name, work, asked, out)
     else:
-        loaded, tokenizer = _load(model, dtype)
+        loaded, tokenizer = _load(model, dtype, change)
         for title, (piece, tasks_of) in work.items():
             lab = Lab(loaded, tokenizer, piece.settings(loaded.config, asked))
             with _progress_bar(title or tasks) as progress:
@@ -518,21 +524,24 @@ def _command() -> str:
     return shlex.join(["minikv", *sys.argv[1:]])
 
 
-def _evaluate_in_parallel(jobs: int, model: str, dtype: str | None, name: str, work, asked, out: Path) -> None:
+def _evaluate_in_parallel(
+    jobs: int, model: str, change: int | None, dtype: str | None, name: str, work, asked, out: Path
+) -> None:
     import jax
 
     from minikv_jax.evals import parallel
-    from minikv_jax.models import load, locate, open_checkpoint
+    from minikv_jax.models import load_changed, locate, open_checkpoint
 
     # The processes that measure share the GPU; this one only plans and writes.
     jax.config.update("jax_platforms", "cpu")
     path = locate(model)
+    loading = functools.partial(load_changed, path, dtype, change)
     config, todo = open_checkpoint(path).config, []
     for title, (piece, tasks) in work.items():
         settings = piece.settings(config, asked)
         todo += parallel.orders(title, list(tasks), piece.methods(config, settings), settings)
     with _progress_bar(f"{len(todo)} orders, {jobs} jobs") as progress:
-        parallel.run_orders(todo, jobs, functools.partial(load, path, dtype), name, out, _command(), progress)
+        parallel.run_orders(todo, jobs, loading, name, out, _command(), progress)
 
 
 @app.command()

@@ -53,8 +53,7 @@ def compress(
         return LayerCache(DenseSegment(key, value, jnp.array(lengths)), method)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     scores = rank.refine(scores, value, lengths, budget.recent, method.rank)
-    frames, key, value = basis.fit(method.bases, key, value, lengths, method.first_encoded)
-    moment = functools.reduce(lambda moment, one: one.moment(moment), method.bases, queries.moment)
+    frames, key, value, moment = basis.fit(method.bases, key, value, queries.moment, lengths, method.first_encoded)
     balances = any(codec.balance for codec in method.codecs)
     balance = channel_balance(queries.loudest, key) if balances else None
     prompt = Prompt(key, value, scores, lengths, budget, balance, moment, dtype, shape)

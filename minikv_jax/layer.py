@@ -355,13 +355,12 @@ def attend(
     scored = method.inflow.scored
     parts = [*layer.tiers, *method.inflow.newest(layer, position)]
     if not (also or layer.prefix):
-        rotation, rotated = basis.kernel_rotation(method.bases), None
-        if rotation is not None and rotation.values:
-            rotated = basis.units_of(frames, query.shape[0], layer.heads[0]).value
+        scales = basis.kernel_scales(method.bases, frames, query.shape[0], layer.heads[0])
+        back = {} if scales is None else {"rotated": scales.value_unit, "balanced": scales.value_balance}
         output, lse, *logits = decode_attention(
-            [part.part(query) for part in parts], return_logits=scored, rotated=rotated, sinks=sinks, **softmax
+            [part.part(query) for part in parts], return_logits=scored, **back, sinks=sinks, **softmax
         )
-        if rotated is None:
+        if scales is None:
             output = basis.give_back(method.bases, frames, output)
         return output, lse, logits[0] if scored else None
     if scored:

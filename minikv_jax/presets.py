@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal, cast
 
 from minikv_jax.append import Append
-from minikv_jax.basis import Basis, Hadamard
+from minikv_jax.basis import Balance, Basis, Hadamard
 from minikv_jax.block import Block
 from minikv_jax.checks import check_types, require
 from minikv_jax.codec import Codec, MetadataDtype
@@ -150,12 +150,13 @@ def kivi(
 ) -> CacheConfig:
     """KIVI (arXiv 2402.02750, section 4): every token; keys per channel, values per token, the newest dense."""
     groups = {"key_group": group_size, "value_group": group_size, "metadata_dtype": metadata_dtype}
-    codec = Codec(key_bits, value_bits, **groups, balance=balance, key_clip=clip, value_clip=clip)
-    return CacheConfig("kivi", Method(codec=codec, basis=_rotation(rotate), inflow=Ring(residual)))
+    codec = Codec(key_bits, value_bits, **groups, balance=balance and not rotate, key_clip=clip, value_clip=clip)
+    return CacheConfig("kivi", Method(codec=codec, basis=_rotation(rotate, balance), inflow=Ring(residual)))
 
 
-def _rotation(wanted: bool) -> tuple[Basis, ...]:
-    return (Hadamard(),) if wanted else ()
+def _rotation(wanted: bool, balanced: bool) -> tuple[Basis, ...]:
+    """The rotation if it is wanted, of balanced keys; without it the codec balances."""
+    return (Balance(), Hadamard())[not balanced :] if wanted else ()
 
 
 @_method
@@ -205,9 +206,14 @@ def minikv(
         rank=Rank(by="attention", normalize=normalize, pooling=pooling, value_norm=value_norm),
         allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks, pyramid_depth=pyramid_depth),
         codec=Codec(
-            bits if key_bits is None else key_bits, bits, **groups, balance=balance, key_clip=clip, value_clip=clip
+            bits if key_bits is None else key_bits,
+            bits,
+            **groups,
+            balance=balance and not rotate,
+            key_clip=clip,
+            value_clip=clip,
         ),
-        basis=_rotation(rotate),
+        basis=_rotation(rotate, balance),
         inflow=Append() if bits == 16 else Block(residual),
     )
     return CacheConfig("minikv" if pyramid_depth is None else "minikv_pyramid", method)
@@ -237,6 +243,7 @@ def minikv_plus(
     brief: tuple[int, ...] = (),
     brief_share: float = 0.5,
     feedback: Literal["none", "prompt", "all"] = "all",
+    balance: bool = True,
 ) -> CacheConfig:
     """MiniKV's cache with what measurement adds to it: every token in 2.25 bits, or fewer tokens in fewer bytes.
 
@@ -262,6 +269,8 @@ def minikv_plus(
         brief_share: see `brief`.
         feedback: "all", of the "prompt" or "none": which keys are encoded with feedback. For those of new tokens a
             layer holds about as many bytes as H tokens take.
+        balance: scale key channels against the queries' before they are rotated (`basis.Balance`): without it the error
+            depends on how a model happens to hold its keys, by a hundredfold.
     """
     if keeps is None:
         keeps = residual // 2 if group_size > 0 and residual % (2 * group_size) == 0 else 0
@@ -274,7 +283,7 @@ def minikv_plus(
         rank=Rank(by="attention"),
         allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks),
         codec=codec,
-        basis=(Hadamard(),),
+        basis=_rotation(True, balance),
         inflow=Block(residual, keeps, exact_sinks=True),
     )
     if important:

@@ -22,12 +22,19 @@ def rotate(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
     return jnp.matmul(x, signs, precision="highest", preferred_element_type=jnp.float32) * h**-0.5
 
 
+def times_channels(x: Float[Array, "B T N H"], factor: Float[Array, "B K #H"]) -> Float[Array, "B T N H"]:
+    """Times a number of each channel of each key/value head, in x's dtype. N is a multiple of K."""
+    return x * jnp.repeat(factor, x.shape[2] // factor.shape[1], axis=1)[:, None].astype(x.dtype)
+
+
 def times_unit(x: Float[Array, "B T N H"], unit: Float[Array, "B K"]) -> Float[Array, "B T N H"]:
     """Times a number of each key/value head, in x's dtype; a power of two costs no digit. N is a multiple of K."""
-    factor = jnp.repeat(unit, x.shape[2] // unit.shape[1], axis=1)[:, None, :, None]
-    return x * factor.astype(x.dtype)
+    return times_channels(x, unit[..., None])
 
 
-def rotate_back(x: Float[Array, "B T N H"], unit: Float[Array, "B K"]) -> Float[Array, "B T N H"]:
-    """Rotated, and then times the unit of each key/value head, in x's dtype."""
-    return times_unit(rotate(x).astype(x.dtype), unit)
+def rotate_back(
+    x: Float[Array, "B T N H"], unit: Float[Array, "B K"], balance: Float[Array, "B K H"] | None = None
+) -> Float[Array, "B T N H"]:
+    """Rotated, times the unit of each key/value head, and divided by what balanced its channels, in x's dtype."""
+    x = times_unit(rotate(x).astype(x.dtype), unit)
+    return x if balance is None else times_channels(x, 1 / balance)

@@ -49,6 +49,12 @@ def test_its_cache_weighs_two_and_a_quarter_bits():
     assert half.bytes_tiers == total.bytes_tiers - 2048 * 2**19 * 2.25 / 16
 
 
+def as_they_came(x, layer, part="key"):
+    """Rows [B, K, S, H] as they are held, in the model's coordinates."""
+    balance, _, units = (np.asarray(getattr(state, part), np.float32) if state else None for state in layer.frames)
+    return np.asarray(turn(x * units[..., None, None])) / balance[:, :, None]
+
+
 @pytest.mark.parametrize("length", [3, 9, 24, 31])
 def test_the_newest_tokens_stay_as_they_came(length):
     prompt, stream = draw(draws.rng(), 1, 40, 60, 2, 2, 16)
@@ -58,7 +64,7 @@ def test_the_newest_tokens_stay_as_they_came(length):
     for layer, count in ((seen.prompt, length), (seen.after, length + len(stream[1]))):
         window = int(layer.flow.length[0])
         assert min(count, 8) <= window < 16
-        held = turn(layer.flow.key * layer.frames[1].key[..., None, None])[0, :, :window]
+        held = as_they_came(layer.flow.key, layer)[0, :, :window]
         np.testing.assert_allclose(held, key[count - window : count].swapaxes(0, 1), atol=1e-4)
 
 
@@ -69,10 +75,9 @@ def test_sinks_stay_as_they_came_and_stretch_no_group():
     # Sinks of the first sequence came with its prompt; the second had two tokens, so two more are new ones.
     key = np.concatenate([prompt[1][1, :2], stream[1][:2, 1]])
     expected = np.stack([prompt[1][0, :4], key]).swapaxes(1, 2)
-    units = quiet.prompt.frames[1].key[..., None, None]
     for layer, known in ((quiet.prompt, (4, 2)), (quiet.after, (4, 4))):
         for b, rows in enumerate(known):
-            held = turn(layer.flow.key * units)[b, :, :rows]
+            held = as_they_came(layer.flow.key, layer)[b, :, :rows]
             np.testing.assert_allclose(held, expected[b, :, :rows], atol=1e-4)
     loud = [np.array(x) for x in prompt]
     loud[1][0, :4] *= 100
@@ -94,8 +99,7 @@ def _values(segment):
 
 def _held(segment, layer, b):
     """A tier's values of sequence b as they came, [K, tokens, H]."""
-    value = np.asarray(turn(_values(segment)))[b, :, : int(segment.length[b])]
-    return value * np.asarray(layer.frames[1].value)[b, :, None, None]
+    return as_they_came(_values(segment), layer, "value")[b, :, : int(segment.length[b])]
 
 
 def test_the_most_attended_tokens_have_four_bits_and_the_others_two():

@@ -150,13 +150,22 @@ def draw_append(rng, codec, h=64, heads=2, window=128, first=0, dtype=jnp.float3
 
 
 def draw_rotation(rng, new, group) -> tuple[Rotation, list, jax.Array]:
-    """Queries and units, and what new rows and queries become."""
+    """Queries, units and, of several queries, balances, and what new rows and queries become."""
     b, heads, _, h = new[0].shape
     query = numbers(rng, b, 1, heads * group, h).astype(new[0].dtype)
     units = [jnp.asarray(2.0 ** rng.integers(-4, 4, (b, heads)), jnp.float32) for _ in range(2)]
-    held = [(turn(x) / unit[..., None, None]).astype(x.dtype) for x, unit in zip(new, units)]
-    asked = turn(query) * jnp.repeat(units[0], group, axis=1)[:, None, :, None]
-    return Rotation(query, *units), held, asked.astype(query.dtype)
+    balances = [jnp.asarray(2.0 ** rng.integers(-4, 4, (b, heads, h)), jnp.bfloat16) for _ in range(2)]
+    if group == 1:
+        balances = [jnp.ones_like(x) for x in balances]
+
+    def balanced(x, balance):  # exact in every dtype
+        return x * balance.astype(x.dtype)
+
+    held = [balanced(x, balance[:, :, None]) for x, balance in zip(new, balances)]
+    held = [(turn(x) / unit[..., None, None]).astype(x.dtype) for x, unit in zip(held, units)]
+    asked = balanced(query, jnp.repeat(1 / balances[0], group, axis=1)[:, None])
+    asked = turn(asked) * jnp.repeat(units[0], group, axis=1)[:, None, :, None]
+    return Rotation(query, *units, *(balances if group > 1 else ())), held, asked.astype(query.dtype)
 
 
 def check_append(run, rng, codec, first=0, keeps=0, group=None, **sizes):
@@ -287,6 +296,9 @@ def test_shapes_that_contradict_each_other_are_refused():
         rotation = Rotation(jnp.zeros(query), jnp.ones(unit), jnp.ones(unit))
         with pytest.raises(ValueError, match=match):
             packed_append(*new, accept, *rows, *rest, rotation=rotation)
+    half = Rotation(jnp.zeros((3, 1, 2, 64)), jnp.ones((3, 1)), jnp.ones((3, 1)), jnp.ones((3, 1, 64)))
+    with pytest.raises(ValueError, match="Balances"):
+        packed_append(*new, accept, *rows, *rest, rotation=half)
     with pytest.raises(ValueError, match="key_coupling"):
         packed_append(*new, accept, *rows, *rest, options=Options(key_coupling=jnp.zeros((3, 1, 64, 64))))
 
@@ -319,9 +331,11 @@ def test_compiles_for(capability, name, kernel):
     scratch = dict.fromkeys(("key_scratch", "value_scratch"), "*u8") | {"unfolded": "*fp32"}
     if kernel == "append_kernel":
         constants |= {"WINDOW": 128, "FIRST": 0, "KEEPS": 64 if packed.keys.group_size <= 64 else 0}
-        constants["QUERIES"] = 6 if constants["KKIND"] >= 2 else 0  # what has metadata of 8 bits is rotated
+        constants["BALANCED"] = constants["KKIND"] >= 2  # what has metadata of 8 bits is balanced and rotated
+        constants["QUERIES"] = 6 if constants["BALANCED"] else 0
         names = ("new_rows", "_window_key", "_window_value", "window_key", "window_value", "query")
-        types = dict.fromkeys(names, "*bf16") | dict.fromkeys(("key_unit", "value_unit"), "*fp32")
+        scales = [f"{part}_{scale}" for part in ("key", "value") for scale in ("unit", "balance")]
+        types = dict.fromkeys(names, "*bf16") | dict.fromkeys(scales, "*fp32")
         counters = ("accept", "window_length", "length")
     else:
         constants |= {"KROWS": 128, "KCOUNT": 128, "VROWS": 129, "VCOUNT": 1}

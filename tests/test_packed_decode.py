@@ -351,6 +351,13 @@ def check_together(
     turned = np.asarray(turned, np.float64) / np.repeat(unit, group, axis=1)[:, None, :, None]
     np.testing.assert_allclose(turned, wanted_output @ hadamard(h), rtol=2e-2, atol=8e-3)
     np.testing.assert_allclose(lse, wanted_lse, rtol=2e-3, atol=5e-3)
+    balance = 2.0 ** rng.integers(-4, 4, (b, heads, h))
+    balanced = {"rotated": draws.array(unit), "balanced": draws.array(balance, "bfloat16")}
+    evened, lse = attend_together(parts, **balanced, implementation=implementation)
+    evened = np.asarray(evened, np.float64) * np.repeat(balance, group, axis=1)[:, None]
+    evened /= np.repeat(unit, group, axis=1)[:, None, :, None]
+    np.testing.assert_allclose(evened, turned, rtol=2e-2, atol=1e-3)
+    np.testing.assert_allclose(lse, wanted_lse, rtol=2e-3, atol=5e-3)
     wide = np.repeat(tensors[0][0], group, axis=1)
     want = np.einsum("btnh,bnsh->btns", np.asarray(query, np.float64), wide) * h**-0.5
     for i in range(b):

@@ -149,7 +149,10 @@ def test_budgets_per_head_are_refused():
         (lambda: presets.kivi(group_size=32, residual=100), "window=100"),
         (lambda: presets.minikv(metadata_dtype="int8"), "int8"),
         (lambda: presets.minikv(clip=(1.5,)), "clip"),
-        (lambda: presets.kivi(rotate=True, balance=True), "balance and rotation"),
+        (
+            lambda: presets.kivi(rotate=True).replace(codec=Codec(2, 2, 32, 32, balance=True)),
+            "put a Balance before the Hadamard",
+        ),
         (lambda: presets.h2o().replace(inflow=Block(exact_sinks=True)), "encoded together"),
         (lambda: presets.full().replace(basis=(Hadamard(),)), "Rotation needs a tier"),
         (lambda: Codec(2, 2, 16, 16, "channels", key_feedback="all"), "key_feedback"),

@@ -416,12 +416,14 @@ def move_rows(rows, COUNT: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def append_kernel(
-    new_rows, key_unit, value_unit, accept, window_length, length, key_factor, key_coupling,
+    new_rows, key_unit, value_unit, key_balance, value_balance, accept, window_length, length,
+    key_factor, key_coupling,
     _window_key, _window_value, _kc, _ks, _kz, _vc, _vs, _vz,
     heads, blocks,
     window_key, window_value, kc, ks, kz, vc, vs, vz,
     key_scratch, value_scratch, unfolded, query,
-    QUERIES: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr,
+    QUERIES: tl.constexpr, BALANCED: tl.constexpr,
+    WINDOW: tl.constexpr, FIRST: tl.constexpr, KEEPS: tl.constexpr, H: tl.constexpr,
     KBITS: tl.constexpr, KGROUP: tl.constexpr, KKIND: tl.constexpr, KCLIP: tl.constexpr, KFACTOR: tl.constexpr,
     KFEEDBACK: tl.constexpr,
     VBITS: tl.constexpr, VGROUP: tl.constexpr, VKIND: tl.constexpr, VCLIP: tl.constexpr,
@@ -429,7 +431,7 @@ def append_kernel(
     """A new token into the window of each accepting sequence; windows full with it are encoded from row FIRST on.
 
     The last KEEPS rows are not, and move to row FIRST. `new_rows` are of each sequence its heads' keys, then its heads'
-    values, then, if they are rotated, QUERIES queries of each head.
+    values, then, if they are rotated, QUERIES queries of each head; BALANCED, their channels are scaled first.
     """
     heads, blocks = -heads, -blocks
     COUNT: tl.constexpr = WINDOW - FIRST - KEEPS
@@ -447,11 +449,16 @@ def append_kernel(
     x = tl.load(tl.where(row == 0, mine, asked), mask=(row == 0) | asks, other=0.0)
     if QUERIES > 0:
         unit = tl.load(tl.where(part == 0, key_unit, value_unit) + head)
+    if BALANCED:
+        balance = tl.load(tl.where(part == 0, key_balance, value_balance) + head * H + channel)
     accepts = tl.load(accept + batch) != 0
     filled = tl.load(window_length + batch)
     start = tl.load(length + batch)
     if QUERIES > 0:
-        x = rotate(x.to(tl.float32), ROWS, H)
+        x = x.to(tl.float32)
+        if BALANCED:
+            x *= tl.where(row == 0, balance, divide(1.0, balance, 1.0 / balance))
+        x = rotate(x, ROWS, H)
         to = query + (head * QUERIES + row - 1) * H + channel
         tl.store(to, (x * unit).to(query.dtype.element_ty), mask=asks)
         x *= divide(1.0, unit, 1.0 / unit)

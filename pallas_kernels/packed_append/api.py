@@ -52,12 +52,13 @@ def packed_append(
             is a whole number of scales (Q-Hitter).
         rotation: the new rows, and the `query` [B, 1, N, H] with them, are as a model gives them, and those held are
             rotated (`pallas_kernels.hadamard.rotate`) and in units of their head, `key_unit` and `value_unit` [B, K],
-            powers of two.
+            powers of two. With `key_balance` and `value_balance` [B, K, H], powers of two likewise, their channels are
+            multiplied by these before they are rotated, and those of the query divided by the keys'.
         implementation: None, "triton", "xla", or a sequence of names to try; None is Triton on a CUDA device where it
             accepts the formats, else XLA.
 
     Returns:
-        What changed, and with `rotation` the query as it meets the keys held: rotated, times their unit.
+        What changed, and with `rotation` the query as it meets the keys held: balanced, rotated, times their unit.
 
     Raises:
         ValueError: shapes that contradict each other.
@@ -114,11 +115,15 @@ def packed_write(
 
 
 def _check_rotation(rotation: Rotation, b: int, heads: int, h: int) -> None:
-    query, *units = rotation
+    query, *units = rotation[:3]
+    balances = rotation[3:]
     if query.ndim != 4 or (query.shape[0], query.shape[1], query.shape[3]) != (b, 1, h) or query.shape[2] % heads:
         raise ValueError(f"Query {query.shape} must be [B, 1, N, H] for {b} sequences, {heads} heads of size {h}.")
     if any(unit.shape != (b, heads) for unit in units):
         raise ValueError(f"Units {[unit.shape for unit in units]} must be [B, K]={(b, heads)}.")
+    shapes = [None if x is None else x.shape for x in balances]
+    if shapes not in ([None, None], [(b, heads, h)] * 2):
+        raise ValueError(f"Balances {shapes} must both be [B, K, H]={(b, heads, h)}, or None.")
     if h & (h - 1):
         raise ValueError(f"Rows of {h} channels: the Hadamard rotation needs a power of two.")
 

@@ -18,11 +18,16 @@ class Run(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """What is rotated on arrival beside the new rows, and the units of those held; see `api.packed_append`."""
+    """What is rotated on arrival beside the new rows, and what those held are scaled by; see `api.packed_append`.
+
+    Both balances are there or neither is.
+    """
 
     query: Float[Array, "B 1 N H"]
     key_unit: Float[Array, "B K"]
     value_unit: Float[Array, "B K"]
+    key_balance: Float[Array, "B K H"] | None = None
+    value_balance: Float[Array, "B K H"] | None = None
 
 
 class Appended(NamedTuple):

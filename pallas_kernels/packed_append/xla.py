@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import quantize
-from pallas_kernels.hadamard import rotate, times_unit
+from pallas_kernels.hadamard import rotate, times_channels, times_unit
 from pallas_kernels.packed_append.arguments import Appended, Options, Rotation, Run
 from pallas_kernels.packed_decode.layout import PackedTensor
 from pallas_kernels.packed_rows import write_codes
@@ -42,9 +42,13 @@ def encode_new_values(rows: Float[Array, "B K S H"], values: PackedTensor, optio
 def _rotated(key, value, rotation: Rotation):
     """New rows [B, K, 1, H] and their queries [B, 1, N, H] as rows are held."""
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+    query = rotation.query
+    if rotation.key_balance is not None and rotation.value_balance is not None:
+        query = times_channels(query, 1 / rotation.key_balance)
+        key, value = times_channels(key, rotation.key_balance), times_channels(value, rotation.value_balance)
     # One product for all three: a launch costs more than its work.
-    heads = rotation.query.shape[2], rotation.query.shape[2] + key.shape[2]
-    together = jnp.concatenate((rotation.query, key, value), axis=2)
+    heads = query.shape[2], query.shape[2] + key.shape[2]
+    together = jnp.concatenate((query, key, value), axis=2)
     query, key, value = jnp.split(rotate(together).astype(together.dtype), heads, axis=2)
     query = times_unit(query, rotation.key_unit)
     key, value = times_unit(key, 1 / rotation.key_unit), times_unit(value, 1 / rotation.value_unit)

@@ -98,6 +98,7 @@ def merge_kernel(
     other_part,
     other_stats,
     unit,
+    balance,
     heads,
     group,
     rows,
@@ -112,12 +113,13 @@ def merge_kernel(
     WIDTH: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ROTATE: tl.constexpr,
+    BALANCED: tl.constexpr,
 ):
     """Grid (B K rows, H / WIDTH): joins the splits of one query row, WIDTH channels a program, all loads at once.
 
     Joins those of another segment with them if OTHER > 0. Writes, with NORMALIZE, the softmax's output and its natural
     log-sum-exp (`second` is unused), else an unnormalised output, its maximum and its sum. With ROTATE the program has
-    all channels of its row, and the output is rotated and in units of its head.
+    all channels of its row, and the output is rotated, in units of its head and, if BALANCED, divided by channels' own.
     """
     heads, group, rows, splits, other_splits = -heads, -group, -rows, -splits, -other_splits
     index = tl.program_id(0)
@@ -126,6 +128,8 @@ def merge_kernel(
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     # Asked for first: it comes from far away, as what a step reads once does.
     scale = tl.load(unit + head) if ROTATE else 1.0
+    if BALANCED:
+        by = tl.load(balance + head * H + channel)
     every = tl.arange(0, PADDED)
     at = (head * splits + every) * rows + row
     x = tl.load(part + at.to(tl.int64)[:, None] * H + channel[None, :], mask=(every < splits)[:, None], other=0.0)
@@ -155,6 +159,8 @@ def merge_kernel(
         result *= scale / filled
         if ROTATE:
             result = tl.reshape(rotate(tl.reshape(result, [1, H]), 1, H), [H])
+        if BALANCED:
+            result /= by
         tl.store(to, result.to(out.dtype.element_ty))
         if tl.program_id(1) == 0:
             tl.store(

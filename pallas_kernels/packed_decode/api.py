@@ -138,6 +138,7 @@ def decode_attention(
     scale: float | None = None,
     return_logits: bool = False,
     rotated: Float[Array, "B K"] | None = None,
+    balanced: Float[Array, "B K H"] | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "N"] | None = None,
     implementation: Implementation = None,
@@ -153,6 +154,8 @@ def decode_attention(
         return_logits: also return the logits of the first part, as `packed_decode_attention` does.
         rotated: values are held rotated (`pallas_kernels.hadamard.rotate`) in these units of their head: the output is
             rotated back, and times them. H is then a power of two.
+        balanced: channels of values were multiplied by these powers of two before they were rotated: what is rotated
+            back is divided by them. Goes with `rotated`.
         soft_cap: as `packed_decode_attention`.
         sinks: [N] logits that take a share of each query's attention and have no value; part of the log-sum-exp.
         implementation: None, "triton", "xla", or a sequence of names to try. None is Triton for all segments together
@@ -171,8 +174,8 @@ def decode_attention(
     parts = [_checked_packed(p) if isinstance(p.keys, PackedTensor) else _checked_dense(p) for p in parts]
     if len({(p.query.shape, p.query.dtype) for p in parts}) > 1:
         raise ValueError(f"all queries must be alike, not {[(p.query.shape, str(p.query.dtype)) for p in parts]}.")
-    if rotated is not None:
-        _check_rotated(rotated, parts[0])
+    if rotated is not None or balanced is not None:
+        _check_rotated(rotated, balanced, parts[0])
     check_softmax(soft_cap, sinks, parts[0].query.shape[2])
     together = {
         "triton": without_soft_cap(triton.decode_attention),
@@ -183,7 +186,8 @@ def decode_attention(
     scale = parts[0].query.shape[-1] ** -0.5 if scale is None else scale
     output, lse, *logits = first_that_accepts(
         "decode_attention", together, implementation, default,
-        parts, scale=scale, return_logits=return_logits, rotated=rotated, soft_cap=soft_cap,
+        parts, scale=scale, return_logits=return_logits, rotated=rotated, balanced=balanced,
+        soft_cap=soft_cap,
     )  # fmt: skip
     if sinks is not None:
         output, lse = with_sinks(output, lse, sinks)
@@ -196,6 +200,7 @@ def _one_by_one(
     scale: float,
     return_logits: bool,
     rotated: Float[Array, "B K"] | None,
+    balanced: Float[Array, "B K H"] | None,
     soft_cap: float | None,
     implementation: Implementation = None,
 ):
@@ -210,14 +215,18 @@ def _one_by_one(
     output, lse = merge_partials(partials)
     output = output.astype(parts[0].query.dtype)
     if rotated is not None:
-        output = rotate_back(output, rotated)
+        output = rotate_back(output, rotated, balanced)
     return (output, lse, logits) if return_logits else (output, lse)
 
 
-def _check_rotated(units: Array, part: Part) -> None:
+def _check_rotated(units: Array | None, balances: Array | None, part: Part) -> None:
     b, _, n, h = part.query.shape
+    if units is None:
+        raise ValueError("balanced goes with rotated: give the units of the heads too.")
     if units.ndim != 2 or units.shape[0] != b or n % units.shape[1] or h & (h - 1):
         raise ValueError(f"rotated {units.shape} must be [B, K] of query {part.query.shape}, whose H is a power of 2.")
+    if balances is not None and balances.shape != (*units.shape, h):
+        raise ValueError(f"balanced {balances.shape} must be [B, K, H]={(*units.shape, h)}.")
 
 
 def _dispatch(name: str, implementations, chosen: Implementation, part: Part, scale, return_logits: bool, soft_cap):

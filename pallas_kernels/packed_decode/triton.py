@@ -317,9 +317,10 @@ def _merge(
     second: Shares | None,
     normalize: bool,
     unit: Float[Array, "B K"] | None = None,
+    balance: Float[Array, "B K H"] | None = None,
 ):
     """One launch: with `normalize` output (query's dtype) and log-sum-exp, else the arrays of a `Partial`. With `unit`
-    the output is rotated, and times it."""
+    the output is rotated, and times it; with `balance` then divided by that."""
     from pallas_kernels.packed_decode import _triton_dense as kernels
 
     b, t, n, h = query.shape
@@ -336,7 +337,7 @@ def _merge(
         first.stats,
         other.part,
         other.stats,
-        first.stats if unit is None else unit.astype(jnp.float32),
+        *(first.stats if x is None else x.astype(jnp.float32) for x in (unit, balance)),
         *(-size for size in (heads, n // heads, rows, splits, other_splits)),
         kernel=kernels.merge_kernel,
         out_shape=[jax.ShapeDtypeStruct(*x) for x in shapes],
@@ -349,6 +350,7 @@ def _merge(
         WIDTH=width,
         NORMALIZE=normalize,
         ROTATE=unit is not None,
+        BALANCED=balance is not None,
     )
 
 
@@ -444,7 +446,14 @@ def dense_decode_attention(query, key, value, lengths, *, scale: float, return_l
     return _partial(query, key, value, lengths, scale, return_logits)
 
 
-def decode_attention(parts: Sequence, *, scale: float, return_logits: bool, rotated: Float[Array, "B K"] | None):
+def decode_attention(
+    parts: Sequence,
+    *,
+    scale: float,
+    return_logits: bool,
+    rotated: Float[Array, "B K"] | None,
+    balanced: Float[Array, "B K H"] | None,
+):
     """`api.decode_attention` over one or two segments, and perhaps a window behind: a launch for each segment, the
     window in that of the codes before it, and one that joins their shares. More segments, as two with float32 windows,
     are joined by XLA."""
@@ -459,7 +468,7 @@ def decode_attention(parts: Sequence, *, scale: float, return_logits: bool, rota
         first, *logits = found[0] if return_logits else (found[0],)
         output, lse = merge_partials([first, *found[1:]])
         output = output.astype(query.dtype)
-        return output if rotated is None else rotate_back(output, rotated), lse, *logits
+        return output if rotated is None else rotate_back(output, rotated, balanced), lse, *logits
     heads = (keys.codes if isinstance(keys, PackedTensor) else keys).shape[1]
     windows = [None] * (len(segments) - 1) + [behind]
     shares = [
@@ -467,5 +476,5 @@ def decode_attention(parts: Sequence, *, scale: float, return_logits: bool, rota
         for i, (segment, window) in enumerate(zip(segments, windows))
     ]
     second = shares[1] if len(shares) == 2 else None
-    output, lse, _ = _merge(query, heads, shares[0], second, normalize=True, unit=rotated)
+    output, lse, _ = _merge(query, heads, shares[0], second, normalize=True, unit=rotated, balance=balanced)
     return (output, lse, _natural(shares[0], query, heads)) if return_logits else (output, lse)

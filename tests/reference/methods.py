@@ -535,7 +535,8 @@ class MiniKV(Method):
 
 @dataclass(kw_only=True)
 class MiniKVPlus(MiniKV):
-    """MiniKV with additions. The first `sinks` tokens are kept on top of the others, and stay dense for good. Keys,
+    """MiniKV with additions. The first `sinks` tokens are kept on top of the others, and stay dense for good. Channels
+    of keys are balanced against the queries', those of values scaled to one loudness, both by powers of two; then keys,
     values and queries are rotated by a Hadamard matrix. Grids of the groups are searched and have metadata of four
     significant bits. Keys are rounded by GPTQ with the second moments of the prompt's queries, whose triangle is kept
     in eight bits for keys that come later. Of a prompt, and of each full buffer, the newest `keeps` tokens stay dense.
@@ -549,10 +550,28 @@ class MiniKVPlus(MiniKV):
     metadata: str = "float8_e4m3fn"
     later: list[np.ndarray] = field(init=False, repr=False, default_factory=list)
     units: list[tuple[float, float]] = field(init=False, repr=False, default_factory=list)
+    balances: list[tuple[np.ndarray, np.ndarray]] = field(init=False, repr=False, default_factory=list)
+
+    def _balance(self, of_query, of_key, of_value) -> tuple[np.ndarray, np.ndarray]:
+        """Factors of one head's channels, from sums of squares."""
+        tiny = float(np.finfo(np.float32).tiny)
+        logs = [np.log2(np.maximum(np.maximum(x, x.max() / 2**24), tiny)) for x in (of_query, of_key, of_value)]
+        exponents = [x - x.mean() for x in ((logs[0] - logs[1]) / 4, -logs[2] / 2)]
+        calls = [np.abs(np.abs(x - np.round(x)) - 0.5).min() for x in exponents]
+        self.closest_call = min(self.closest_call, *calls)
+        of_keys, of_values = (2.0 ** np.round(x) for x in exponents)
+        return of_keys, of_values
 
     def _compress(self, query, key, value):
         turn = hadamard(key.shape[-1])
-        loudest = (np.abs(x[self.sinks :] @ turn).max(axis=(0, 2), initial=0) for x in (key, value))
+        squares = [np.sum(x[self.sinks :] ** 2, axis=0) for x in (key, value)]
+        asked = np.sum(query.reshape(len(query), key.shape[1], -1, key.shape[2]) ** 2, axis=(0, 2))
+        self.balances = [self._balance(*of_head) for of_head in zip(asked, *squares, strict=True)]
+        factors = [np.stack(x) for x in zip(*self.balances, strict=True)]
+        loudest = (
+            np.abs((x * factor)[self.sinks :] @ turn).max(axis=(0, 2), initial=0)
+            for x, factor in zip((key, value), factors, strict=True)
+        )
         # Eight bits hold little range: in these units the loudest number of the prompt lies from 64 to 128.
         self.units = list(zip(*(np.where(x > 0, 2.0 ** (np.frexp(x)[1] - 5), 1.0) for x in loudest), strict=True))
         n = len(key)
@@ -565,9 +584,9 @@ class MiniKVPlus(MiniKV):
             best = self._top(scores[others], total - len(always)) if len(others) else []
             self._keep(h, sorted(always | {int(others[i]) for i in best}))
             body = self.heads[h][self.sinks :]
-            asked = grouped[:, h].reshape(-1, key.shape[2]) @ turn
+            asked = grouped[:, h].reshape(-1, key.shape[2]) / self.balances[h][0] @ turn
             moment = damped(asked.T @ asked)
-            self._encode(body[: max(len(body) - self.keeps, 0) // self.group * self.group], moment, self.units[h])
+            self._encode(body[: max(len(body) - self.keeps, 0) // self.group * self.group], moment, h)
             self.later.append(short_triangle(moment, self.metadata))
             if len(asked) < 2 * key.shape[2]:
                 # Few queries leave directions empty; what is lost there is multiplied, and float32 parts from float64.
@@ -575,13 +594,13 @@ class MiniKVPlus(MiniKV):
 
     def _arrive(self, key, value):
         Method._arrive(self, key, value)
-        for head, triangle, units in zip(self.heads, self.later, self.units, strict=True):
+        for h, (head, triangle) in enumerate(zip(self.heads, self.later, strict=True)):
             buffer = [token for token in head[self.sinks :] if not token.key.packed]
             if len(buffer) == self.residual:
                 # What stands between the triangle and its transpose changes nothing.
-                self._encode(buffer[: self.residual - self.keeps], triangle @ triangle.T, units)
+                self._encode(buffer[: self.residual - self.keeps], triangle @ triangle.T, h)
 
-    def _encode(self, tokens: list[Token], moment: np.ndarray, units: tuple[float, float]) -> None:
+    def _encode(self, tokens: list[Token], moment: np.ndarray, h: int) -> None:
         if not tokens:
             return
         key, value = (np.stack([x.array for x in column]) for column in zip(*((t.key, t.value) for t in tokens)))
@@ -590,7 +609,10 @@ class MiniKVPlus(MiniKV):
         def grid(numbers):
             return searched_grid(numbers, self.code_bits, self.factors, 4, calls, least=2.0**-9)
 
-        key, value = (np.float32(x @ turn / unit) for x, unit in zip((key, value), units, strict=True))
+        held = list(zip(self.balances[h], self.units[h], strict=True))
+        key, value = (
+            np.float32(x * factor @ turn / unit) for x, (factor, unit) in zip((key, value), held, strict=True)
+        )
         for start in range(0, len(key), self.group):
             group = key[start : start + self.group]
             key[start : start + self.group] = gptq(group, grid, moment, self.code_bits, calls)
@@ -602,7 +624,7 @@ class MiniKVPlus(MiniKV):
         # A code or a grid that is nearly another one moves all that is rounded after it, and what is rounded here comes
         # out of sums in which float32 has lost a digit or two.
         self.closest_call = min(self.closest_call, min(calls) / 3)
-        key, value = (x @ turn * unit for x, unit in zip((key, value), units, strict=True))
+        key, value = (x @ turn * unit / factor for x, (factor, unit) in zip((key, value), held, strict=True))
         for token, k, v in zip(tokens, key, value, strict=True):
             token.key = self._stored(k, self.code_bits, self.group)
             token.value = self._stored(v, self.code_bits, width)
