@@ -259,6 +259,16 @@ def test_what_the_full_cache_cannot_do_is_said():
     assert "| `kivi` | 4.00 | 3.00 | 2.00 | 0.00 | 33.3 % (0.0 to 100.0) |" in summary.table(rows, METRICS)
 
 
+@pytest.mark.parametrize(
+    ("metric", "shown"),
+    [("kl", "0.6 (0.2 to 1; median 0.6, worst 1)"), ("top1", "0.6 (0.2 to 1; median 0.6, worst 0.2)"),
+     ("lines", "60.0 % (20.0 to 100.0; median 60.0, worst 20.0)")],
+)  # fmt: skip
+def test_a_mean_stands_beside_its_median_and_its_worst_case(metric, shown):
+    rows = summary.rows([_item("full", x, case, metric) for x, case in ((0.2, "a"), (1.0, "b"))], METRICS, "m")
+    assert shown in summary.table(rows, METRICS)
+
+
 def test_a_table_says_what_the_first_metric_weighs():
     items = [_item(name, value, metric=metric, **more) for name, value, metric, more in (
         ("full", [1, 1], "lines", {"bits_per_element": 16.0}),
@@ -297,7 +307,7 @@ def test_a_run_writes_everything_and_goes_on_after_a_kill(tmp_path, monkeypatch)
     assert names == {"items.jsonl", "run.json", "results.json", "table.md", "quality.png"}
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["benchmark"] == "quality" and results["rows"] == rows
-    wanted = {"model", "case", "task", "method", "bits_per_element", "bytes", "value", "low", "high"}
+    wanted = {"model", "case", "task", "method", "bits_per_element", "bytes", "value", "low", "high", "median", "worst"}
     assert all(wanted <= row.keys() for row in rows)
 
     # Killed in the midst of a write, then started again. Pictures were drawn once above.

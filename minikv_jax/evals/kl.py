@@ -36,7 +36,7 @@ TASK = Task(
     {
         "kl": Metric("mean KL from the full cache, nats"),
         "kl_p99": Metric("99th percentile of the KL, nats"),
-        "top1": Metric("most likely token unchanged"),
+        "top1": Metric("most likely token unchanged", more_is_better=True),
         "ppl": Metric("perplexity against the full cache", "growth"),
     },
     cases,

@@ -96,7 +96,7 @@ def _judge(text: str, name: str, answers, classes, score) -> float:
 
 TASK = Task(
     "LongBench from --longbench",
-    {"longbench": Metric("LongBench's score")},
+    {"longbench": Metric("LongBench's score", more_is_better=True)},
     cases,
     functools.partial(written.measure, metric="longbench"),
     room=written.room_of,

@@ -138,7 +138,7 @@ def _judge(text: str, answers, score, all_of: bool) -> float:
 
 TASK = Task(
     "SCBench from --scbench",
-    {"scbench": Metric("SCBench's score")},
+    {"scbench": Metric("SCBench's score", more_is_better=True)},
     cases,
     functools.partial(written.measure, metric="scbench"),
     room=written.room_of,

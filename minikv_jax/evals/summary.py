@@ -52,10 +52,10 @@ def rows(items: Sequence[Mapping], metrics: Mapping[str, Metric], model: str) ->
 def _row(model: str, metric: str, group: str, method: str, items: Sequence[Mapping], kind: Metric) -> dict:
     values = [item["values"][metric] for item in items]
     samples = [x if isinstance(x, list) else [x] for x in values]
-    figures = interval(samples)
+    figures = (*interval(samples), *_middle_and_worst(samples, kind))
     if kind.kind == "growth":
         figures = tuple(math.expm1(x) for x in figures)
-    value, low, high = (None if math.isnan(x) else float(f"{x:.6g}") for x in figures)
+    value, low, high, median, worst = (None if math.isnan(x) else float(f"{x:.6g}") for x in figures)
     weights = {
         name: round(float(np.mean([item[name] for item in items])), 4)
         for name in ("bits_per_element", "bits_of_tiers", "bits_of_codes")
@@ -74,6 +74,8 @@ def _row(model: str, metric: str, group: str, method: str, items: Sequence[Mappi
         "value": value,
         "low": low,
         "high": high,
+        "median": median,
+        "worst": worst,
         "cases": len(items),
         "samples": sum(map(len, samples)),
         **(place if group != ALL else {}),
@@ -81,23 +83,32 @@ def _row(model: str, metric: str, group: str, method: str, items: Sequence[Mappi
     }
 
 
+def _middle_and_worst(cases: Sequence[Sequence[float]], metric: Metric) -> tuple[float, float]:
+    """The median case and the worst one, by the means of their samples; NaN of a single case."""
+    if len(cases) == 1:
+        return math.nan, math.nan
+    means = [float(np.mean(case)) for case in cases]
+    worst = min(means) if metric.more_is_better or metric.kind == "accuracy" else max(means)
+    return float(np.median(means)), worst
+
+
 def shown(row: Mapping, metric: Metric) -> str:
-    """A figure with its interval, as a table's cell."""
+    """A figure with its interval, the median case and the worst one, as a table's cell."""
     if row.get("cannot"):
         return "model cannot"
-    if metric.kind == "growth":
-        value, ends = (
-            f"{100 * row['value']:+.1f} %",
-            [f"{100 * x:+.1f}" for x in (row["low"], row["high"]) if x is not None],
-        )
-    elif metric.kind == "accuracy":
-        value, ends = (
-            f"{100 * row['value']:.1f} %",
-            [f"{100 * x:.1f}" for x in (row["low"], row["high"]) if x is not None],
-        )
-    else:
-        value, ends = f"{row['value']:.3g}", [f"{x:.3g}" for x in (row["low"], row["high"]) if x is not None]
-    return f"{value} ({' to '.join(ends)})" if ends else value
+
+    def cell(x: float, unit: str = "") -> str:
+        if metric.kind in ("growth", "accuracy"):
+            return f"{100 * x:{'+' if metric.kind == 'growth' else ''}.1f}{unit}"
+        return f"{x:.3g}"
+
+    about = []
+    if row["low"] is not None and row["high"] is not None:
+        about.append(f"{cell(row['low'])} to {cell(row['high'])}")
+    if metric.kind != "profile" and row.get("worst") is not None:
+        about.append(f"median {cell(row['median'])}, worst {cell(row['worst'])}")
+    value = cell(row["value"], " %")
+    return f"{value} ({'; '.join(about)})" if about else value
 
 
 def table(

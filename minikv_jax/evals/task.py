@@ -182,10 +182,12 @@ class Metric:
         kind: "mean"; "growth": cases give a difference of log-likelihoods, shown as exp(mean) - 1; "accuracy": a mean
             between 0 and 1 that says nothing where the full cache is below one half; "profile": a case gives a list,
             of layers or stretches of text, that is shown place by place.
+        more_is_better: of which cases the smallest figure is the worst; so it is of accuracies.
     """
 
     about: str
     kind: Literal["mean", "growth", "accuracy", "profile"] = "mean"
+    more_is_better: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
