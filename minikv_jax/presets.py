@@ -201,18 +201,12 @@ def minikv(
         "per_head budgets are not supported: the heads of a layer share one array, so tokens taken from one head "
         "would only be masked and no memory freed. Use budgets per layer (pyramid_depth, pyramid_beta).",
     )
+    codec = Codec(bits if key_bits is None else key_bits, bits, key_clip=clip, value_clip=clip)
     groups = {"key_group": group_size, "value_group": group_size, "metadata_dtype": metadata_dtype}
     method = Method(
         rank=Rank(by="attention", normalize=normalize, pooling=pooling, value_norm=value_norm),
         allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks, pyramid_depth=pyramid_depth),
-        codec=Codec(
-            bits if key_bits is None else key_bits,
-            bits,
-            **groups,
-            balance=balance and not rotate,
-            key_clip=clip,
-            value_clip=clip,
-        ),
+        codec=dataclasses.replace(codec, **groups, balance=balance and not rotate),
         basis=_rotation(rotate, balance),
         inflow=Append() if bits == 16 else Block(residual),
     )
