@@ -34,7 +34,7 @@ def minikv(*arguments, **environment):
 @pytest.fixture
 def here(monkeypatch, capsys):
     """Runs the program in this process, with the tiny model: exit code, output, errors."""
-    monkeypatch.setattr(cli, "_load", lambda model, dtype=None: tiny.loaded())
+    monkeypatch.setattr(cli, "_load", lambda *_: tiny.loaded())
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["minikv", *map(str, arguments)])
@@ -351,13 +351,10 @@ def test_eval_with_several_processes_plans_in_this_one(here, tmp_path, monkeypat
     monkeypatch.setattr(models, "locate", Path)
     monkeypatch.setattr(models, "open_checkpoint", lambda path: types.SimpleNamespace(config=CONFIG))
     command = ["eval", "--study", "main", "--jobs", 3, "--lengths", 64, "--model", "some/tiny.gguf", "--out", tmp_path]
-    code, output, errors = here(*command, "--dtype", "bfloat16")
+    code, output, errors = here(*command, "--dtype", "bfloat16", "--change", 5)
     assert (code, errors) == (0, "") and "a table" in output
-    assert (
-        planned["jobs"] == 3
-        and planned["name"] == "tiny"
-        and planned["load"].args == (Path("some/tiny.gguf"), "bfloat16")
-    )
+    assert planned["jobs"] == 3 and planned["name"] == "tiny-repar5"
+    assert planned["load"].args == (Path("some/tiny.gguf"), "bfloat16", 5)
     assert {order.title for order in planned["todo"]} == {"kl", "lines", "shared", "aware"}
     assert planned["command"].startswith("minikv eval --study main --jobs 3")
 
