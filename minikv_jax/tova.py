@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from minikv_jax.evict import Evict
 
 
@@ -10,4 +12,7 @@ class Tova(Evict):
     """`Evict` whose scores are the attention of the newest query alone: nothing is remembered of earlier ones."""
 
     def add_scores(self, layer, received):
-        return dataclasses.replace(layer, flow=dataclasses.replace(layer.flow, scores=received))
+        # A sequence that takes no part in the step has given no attention, and its scores stay.
+        asked = (received > 0).any(axis=(1, 2), keepdims=True)
+        scores = jnp.where(asked, received, layer.flow.scores)
+        return dataclasses.replace(layer, flow=dataclasses.replace(layer.flow, scores=scores))
