@@ -47,9 +47,9 @@ def received(query, key, last: int = PROMPT) -> np.ndarray:
     return causal_probabilities(query[:PROMPT], key[:PROMPT, None])[:, -last:].sum(axis=(0, 1))
 
 
-def same(found: np.ndarray, expected: list[np.ndarray]) -> None:
+def same(found: np.ndarray, expected: list[np.ndarray], share: float = 0.02) -> None:
     # A number that lies half-way between two codes may go either way, and so may what it outweighs.
-    assert np.mean(np.abs(found - np.stack(expected)) > 1e-3) < 0.02
+    assert np.mean(np.abs(found - np.stack(expected)) > 1e-3) < share
 
 
 def coded(x, bits):
@@ -85,7 +85,7 @@ def test_every_token_in_four_bits_of_a_hadamard_basis(drawn):
     expected = [
         attend(query[t] @ turn, keys[: t + 1], values[: t + 1])[0] @ turn for t in range(PROMPT, PROMPT + STEPS)
     ]
-    same(outputs(presets.quarot(), drawn), expected)
+    same(outputs(presets.quarot(), drawn), expected, share=0.2)  # rotated back, one code moves all channels
 
 
 def test_a_sliding_dense_cache(drawn):
