@@ -39,9 +39,13 @@ class Basis:
         key: Float[Array, "B K T H"],
         value: Float[Array, "B K T H"],
         moment: Float[Array, "B K H H"],
+        lengths: Int[Array, "B"],
         first: int,
     ) -> Any:
-        """The state for a prompt whose queries have this moment. Rows before `first` are held, but never encoded."""
+        """The state for a prompt, zeros behind its length, whose queries have this moment.
+
+        Rows before `first` are held, but never encoded.
+        """
 
     def hold(
         self, state: Any, key: Float[Array, "B K T H"], value: Float[Array, "B K T H"], lengths: Int[Array, "B"]
@@ -136,10 +140,11 @@ class Balance(Basis):
     Factors are powers of two, so that no digit is lost to them.
     """
 
-    def fit(self, key, value, moment, first):
+    def fit(self, key, value, moment, lengths, first):
         of_query = jnp.diagonal(moment, axis1=-2, axis2=-1)
         of_key, of_value = (jnp.square(x[:, :, first:].astype(jnp.float32)).sum(axis=2) for x in (key, value))
-        return Factors(_power_of((_log2(of_query) - _log2(of_key)) / 4), _power_of(-_log2(of_value) / 2))
+        query, key, value = (_log2_energy(x, lengths - first) for x in (of_query, of_key, of_value))
+        return Factors(_power_of((query - key) / 4), _power_of(-value / 2))
 
     def hold(self, state, key, value, lengths):
         key, value = (x * factor[:, :, None].astype(x.dtype) for x, factor in zip((key, value), state))
@@ -162,10 +167,13 @@ def _power_of(exponent: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
     return jnp.exp2(jnp.round(exponent - exponent.mean(axis=-1, keepdims=True))).astype(jnp.bfloat16)
 
 
-def _log2(squares: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
-    """Of squared sums, none below 2^-24 of the head's largest: what is nearly silent in a prompt need not stay so."""
-    least = jnp.maximum(squares.max(axis=-1, keepdims=True) * 2.0**-24, jnp.finfo(jnp.float32).tiny)
-    return jnp.log2(jnp.maximum(squares, least))
+def _log2_energy(squares: Float[Array, "B K H"], tokens: Int[Array, "B"]) -> Float[Array, "B K H"]:
+    """log2 of each channel's sum of squares over so many tokens and one more, which has the head's mean everywhere.
+
+    A channel that is silent in a few tokens need not stay so, and scaled up by what they say it would drown the others.
+    """
+    one_more = squares.mean(axis=-1, keepdims=True) / jnp.maximum(tokens, 1)[:, None, None]
+    return jnp.log2(jnp.maximum(squares + one_more, jnp.finfo(jnp.float32).tiny))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +185,7 @@ class PowersOfTwo(Basis):
     few tokens they often are several times as loud.
     """
 
-    def fit(self, key, value, moment, first):
+    def fit(self, key, value, moment, lengths, first):
         # Rows that are never encoded may be louder than all others.
         return Units(*(_power(x[:, :, first:]) for x in (key, value)))
 
@@ -236,7 +244,7 @@ def fit(
     them."""
     states = []
     for basis in bases:
-        states.append(basis.fit(key, value, moment, first))
+        states.append(basis.fit(key, value, moment, lengths, first))
         key, value = basis.hold(states[-1], key, value, lengths)
         moment = basis.moment(states[-1], moment)
     return tuple(states), key, value, moment

@@ -106,10 +106,19 @@ def _print_json(value: Any) -> None:
 
 
 def _load(model: str, dtype: str | None = None, change: int | None = None):
-    from minikv_jax.models import load_changed
-
     with _progress_bar(f"loading {model}") as progress:
-        return load_changed(model, dtype, change, progress)
+        return _loading(model, dtype, change)(progress=progress)
+
+
+def _loading(model: str | Path, dtype: str | None, change: int | None) -> Callable:
+    """What loads the model, or other weights of the same function."""
+    from minikv_jax.models import load
+
+    if change is None:
+        return functools.partial(load, model, dtype)
+    from minikv_jax.models.change import load_changed
+
+    return functools.partial(load_changed, model, dtype, change)
 
 
 def _token_ids(tokenizer, text: str, raw: bool) -> list[int]:
@@ -530,12 +539,12 @@ def _evaluate_in_parallel(
     import jax
 
     from minikv_jax.evals import parallel
-    from minikv_jax.models import load_changed, locate, open_checkpoint
+    from minikv_jax.models import locate, open_checkpoint
 
     # The processes that measure share the GPU; this one only plans and writes.
     jax.config.update("jax_platforms", "cpu")
     path = locate(model)
-    loading = functools.partial(load_changed, path, dtype, change)
+    loading = _loading(path, dtype, change)
     config, todo = open_checkpoint(path).config, []
     for title, (piece, tasks) in work.items():
         settings = piece.settings(config, asked)

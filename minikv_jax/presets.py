@@ -112,15 +112,20 @@ def pyramidkv(
 
 
 @_method
-def int8(bits: int = 8) -> CacheConfig:
+def int8() -> CacheConfig:
     """Every token in 8 bits, one scale for each token and head: what serving engines offer beside dense caches."""
-    return CacheConfig("int8", Method(codec=Codec(bits, bits, "head", "head", "channels"), inflow=Append()))
+    return CacheConfig("int8", _each_token(8))
+
+
+def _each_token(bits: int) -> Method:
+    """Every token on its own, with one scale a head."""
+    return Method(codec=Codec(bits, bits, "head", "head", "channels"), inflow=Append())
 
 
 @_method
 def quarot(bits: int = 4) -> CacheConfig:
     """QuaRot's cache (arXiv 2404.00456): every token in 4 bits of a Hadamard basis, a scale for each token and head."""
-    return CacheConfig("quarot", int8(bits).method.replace(basis=(Hadamard(),)))
+    return CacheConfig("quarot", _each_token(bits).replace(basis=(Hadamard(),)))
 
 
 @_method
@@ -191,8 +196,9 @@ def minikv(
         key_bits: of keys, where they differ from values.
         sinks: first tokens that are always kept, on top of the others.
         normalize, pooling, value_norm: of the scores, see `Rank`. Not in the paper, as all that follows.
-        balance, metadata_dtype, clip: see `Codec`.
+        metadata_dtype, clip: see `Codec`.
         rotate: Hadamard rotation of keys and values.
+        balance: see `Codec`; with `rotate`, see `basis.Balance`.
         per_head: budgets that differ between the heads of a layer (AdaKV, arXiv 2407.11550). Refused: a layer's heads
             share one array, so a head with fewer tokens would free nothing.
     """

@@ -334,8 +334,8 @@ def test_compiles_for(capability, name, kernel):
         constants["BALANCED"] = constants["KKIND"] >= 2  # what has metadata of 8 bits is balanced and rotated
         constants["QUERIES"] = 6 if constants["BALANCED"] else 0
         names = ("new_rows", "_window_key", "_window_value", "window_key", "window_value", "query")
-        scales = [f"{part}_{scale}" for part in ("key", "value") for scale in ("unit", "balance")]
-        types = dict.fromkeys(names, "*bf16") | dict.fromkeys(scales, "*fp32")
+        names += ("key_balance", "value_balance")
+        types = dict.fromkeys(names, "*bf16") | dict.fromkeys(("key_unit", "value_unit"), "*fp32")
         counters = ("accept", "window_length", "length")
     else:
         constants |= {"KROWS": 128, "KCOUNT": 128, "VROWS": 129, "VCOUNT": 1}

@@ -109,8 +109,8 @@ def test_lanes_take_every_grouping(group, t, name):
 @pytest.mark.parametrize("name", ["2-bit", "2 and 4 bits, groups of 128"])
 @pytest.mark.parametrize("scales", [[0.0], [1e-6], [1e4], [0.0, 1e-6, 0.1, 1e4]])
 def test_lanes_take_adversarial_scales(scales, name):
-    # Scales of 1e4 make logits of 20 to 80. The kernel rounds a query times its scale to bfloat16, an error of up to
-    # 2^-9 in each product, and a weight is off by as much as its logit. Of 120 draws the worst was 4.5e-3.
+    # Scales of 1e4 make logits of 20 to 80, sums of 64 products. The kernel rounds a query times its scale to bfloat16:
+    # up to 2^-9 of each product, 80 / 8 times that of their sum, and a weight is off by as much. 4.5e-3 in 120 draws.
     assert check(FORMATS[name], scales=scales, query_size=1e-3) < (2e-3 if max(scales) < 1 else 2**-9 * 10)
 
 

@@ -20,7 +20,7 @@ CHECKED = (
         f"minikv_jax.{name}"
         for name in [
             *("allocate", "append", "basis", "block", "cache", "choose", "codec", "compress", "evict", "inflow"),
-            *("rank", "ring", "reading", "report", "segments", "models.llama"),
+            *("rank", "ring", "tova", "reading", "report", "segments", "models.llama"),
         ]
     ),
     "pallas_kernels",

@@ -21,7 +21,6 @@ __all__ = [
     "ModelConfig",
     "RopeScaling",
     "load",
-    "load_changed",
     "load_model",
     "load_tokenizer",
     "locate",
@@ -49,21 +48,6 @@ def load(
     path = locate(path_or_name)
     tokenizer = load_tokenizer(path)  # first: its mistakes show in a second, not after all weights are read
     return load_model(path, dtype, progress), tokenizer
-
-
-def load_changed(
-    path_or_name: str | os.PathLike[str],
-    dtype: DTypeLike | None = None,
-    seed: int | None = None,
-    progress: Progress | None = None,
-) -> "tuple[Llama, PreTrainedTokenizerFast]":
-    """`load`, and with a seed other weights of the same function (`change.changed`)."""
-    model, tokenizer = load(path_or_name, dtype, progress)
-    if seed is not None:
-        from minikv_jax.models.change import changed  # with it flax
-
-        model = changed(model, seed)
-    return model, tokenizer
 
 
 def __getattr__(name: str) -> Any:

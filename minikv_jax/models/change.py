@@ -4,12 +4,20 @@ Queries and keys of a head meet in their product alone, and values reach the out
 in other coordinates without a change of any logit. Training picks one of these models by accident.
 """
 
+import os
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from minikv_jax.models import Progress, load
 from minikv_jax.models.llama import Llama, LlamaLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _LARGEST = 8.0  # scales are drawn from 1 / 8 to 8, evenly in their logarithm
 
@@ -30,6 +38,14 @@ def changed(model: Llama, seed: int) -> Llama:
     for layer in other.layers:
         _change_layer(layer, rng)
     return other
+
+
+def load_changed(
+    path_or_name: str | os.PathLike[str], dtype: DTypeLike | None, seed: int, progress: Progress | None = None
+) -> "tuple[Llama, PreTrainedTokenizerFast]":
+    """`models.load`, and of the model what `changed` draws."""
+    model, tokenizer = load(path_or_name, dtype, progress)
+    return changed(model, seed), tokenizer
 
 
 def _change_layer(layer: LlamaLayer, rng: np.random.Generator) -> None:

@@ -448,9 +448,9 @@ def append_kernel(
     asked = arrived + (2 * heads + head % heads * QUERIES + row - 1) * H
     x = tl.load(tl.where(row == 0, mine, asked), mask=(row == 0) | asks, other=0.0)
     if QUERIES > 0:
-        unit = tl.load(tl.where(part == 0, key_unit, value_unit) + head)
+        unit = tl.load(tl.where(part == 0, key_unit, value_unit) + head).to(tl.float32)
     if BALANCED:
-        balance = tl.load(tl.where(part == 0, key_balance, value_balance) + head * H + channel)
+        balance = tl.load(tl.where(part == 0, key_balance, value_balance) + head * H + channel).to(tl.float32)
     accepts = tl.load(accept + batch) != 0
     filled = tl.load(window_length + batch)
     start = tl.load(length + batch)

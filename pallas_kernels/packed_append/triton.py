@@ -140,8 +140,9 @@ def packed_append(
     counters = [x.astype(jnp.int32) for x in (accept, window_length, length)]
     # As one array XLA finishes all (rotary embedding, rounding) in one launch.
     new_rows = jnp.concatenate([new_key, new_value, *queries], axis=1)
-    balanced = rotation is not None and rotation.key_balance is not None
-    scales = [counters[0] if x is None else x.astype(jnp.float32) for x in (rotation or (None,) * 5)[1:]]
+    units, balances = ([None] * 2, [None] * 2) if rotation is None else (rotation[1:3], rotation[3:])
+    # Not cast here: that would be a launch for each. What is not there is a pointer that is never followed.
+    scales = [counters[0] if x is None else x for x in (*units, *balances)]
     inputs = [new_rows, *scales, *counters, *_optional(keys, options, counters[0]), *changed]
     scratch = _scratch(b, heads, h, options, count, count)
     query = jax.ShapeDtypeStruct((1,) if rotation is None else rotation.query.shape, new_rows.dtype)
@@ -155,7 +156,7 @@ def packed_append(
         num_warps=8,
         input_output_aliases={len(inputs) - len(changed) + i: i for i in range(len(changed))},
         QUERIES=0 if rotation is None else rotation.query.shape[2] // heads,
-        BALANCED=balanced,
+        BALANCED=balances[0] is not None,
         WINDOW=window,
         FIRST=first,
         KEEPS=keeps,

@@ -127,9 +127,9 @@ def merge_kernel(
     row = index % rows
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     # Asked for first: it comes from far away, as what a step reads once does.
-    scale = tl.load(unit + head) if ROTATE else 1.0
+    scale = tl.load(unit + head).to(tl.float32) if ROTATE else 1.0
     if BALANCED:
-        by = tl.load(balance + head * H + channel)
+        by = tl.load(balance + head * H + channel).to(tl.float32)
     every = tl.arange(0, PADDED)
     at = (head * splits + every) * rows + row
     x = tl.load(part + at.to(tl.int64)[:, None] * H + channel[None, :], mask=(every < splits)[:, None], other=0.0)

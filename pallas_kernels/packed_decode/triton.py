@@ -337,7 +337,7 @@ def _merge(
         first.stats,
         other.part,
         other.stats,
-        *(first.stats if x is None else x.astype(jnp.float32) for x in (unit, balance)),
+        *(first.stats if x is None else x for x in (unit, balance)),
         *(-size for size in (heads, n // heads, rows, splits, other_splits)),
         kernel=kernels.merge_kernel,
         out_shape=[jax.ShapeDtypeStruct(*x) for x in shapes],

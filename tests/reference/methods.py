@@ -552,10 +552,10 @@ class MiniKVPlus(MiniKV):
     units: list[tuple[float, float]] = field(init=False, repr=False, default_factory=list)
     balances: list[tuple[np.ndarray, np.ndarray]] = field(init=False, repr=False, default_factory=list)
 
-    def _balance(self, of_query, of_key, of_value) -> tuple[np.ndarray, np.ndarray]:
-        """Factors of one head's channels, from sums of squares."""
+    def _balance(self, n: int, *squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Factors of one head's channels, from sums of squares of queries, keys and values over n tokens."""
         tiny = float(np.finfo(np.float32).tiny)
-        logs = [np.log2(np.maximum(np.maximum(x, x.max() / 2**24), tiny)) for x in (of_query, of_key, of_value)]
+        logs = [np.log2(np.maximum(x + x.mean() / max(n, 1), tiny)) for x in squares]
         exponents = [x - x.mean() for x in ((logs[0] - logs[1]) / 4, -logs[2] / 2)]
         calls = [np.abs(np.abs(x - np.round(x)) - 0.5).min() for x in exponents]
         self.closest_call = min(self.closest_call, *calls)
@@ -566,7 +566,9 @@ class MiniKVPlus(MiniKV):
         turn = hadamard(key.shape[-1])
         squares = [np.sum(x[self.sinks :] ** 2, axis=0) for x in (key, value)]
         asked = np.sum(query.reshape(len(query), key.shape[1], -1, key.shape[2]) ** 2, axis=(0, 2))
-        self.balances = [self._balance(*of_head) for of_head in zip(asked, *squares, strict=True)]
+        self.balances = [
+            self._balance(len(key) - self.sinks, *of_head) for of_head in zip(asked, *squares, strict=True)
+        ]
         factors = [np.stack(x) for x in zip(*self.balances, strict=True)]
         loudest = (
             np.abs((x * factor)[self.sinks :] @ turn).max(axis=(0, 2), initial=0)
