@@ -22,12 +22,16 @@ PROMPT, STEPS, HEAD_SIZE, GROUP = 40, 24, 16, 8
 TOKENWISE = {"key_group": "head", "value_group": "head", "key_axis": "channels"}
 
 
-@pytest.fixture
-def drawn():
+def a_draw():
     """Prompt and stream of one sequence, as `run` takes them and as [tokens, heads, H] arrays."""
     prompt, stream = draw(draws.rng(), 1, PROMPT, STEPS, 1, 2, HEAD_SIZE)
     plain = [np.concatenate([x[0], y[:, 0]]).astype(np.float64) for x, y in zip(prompt, stream)]
     return prompt, stream, (plain[0], plain[1][:, 0], plain[2][:, 0])
+
+
+@pytest.fixture
+def drawn():
+    return a_draw()
 
 
 def outputs(method: Method | CacheConfig, drawn, layer: int = 0, layers: int = 1) -> np.ndarray:
@@ -133,15 +137,26 @@ def test_tova_keeps_what_the_newest_query_attends_to(drawn):
     np.testing.assert_allclose(outputs(presets.tova(12), drawn), expected, atol=1e-4)
 
 
+def snapkv_scores(query, key) -> np.ndarray:
+    return pool(received(query, key, last=4)[: PROMPT - 4], 3, "avg")
+
+
+def stands_apart(scores, count: int) -> bool:
+    """Whether the `count` largest are larger than all others by more than rounding."""
+    ordered = np.sort(scores)
+    return ordered[-count] > ordered[-count - 1] * 1.001
+
+
 @pytest.mark.parametrize("layer", [0, 2])
-def test_snapkv_whose_first_layers_are_dense(drawn, layer):
+def test_snapkv_whose_first_layers_are_dense(layer):
+    # Around a heavy token pooled scores are all but equal, and float32 may choose another one of them.
+    drawn = next(one for one in iter(a_draw, None) if stands_apart(snapkv_scores(*one[2][:2]), 12))
     _, _, (query, key, value) = drawn
     snap = Method(
         rank=Rank(by="last_queries", queries=4, pooling=3), allocation=Allocation(budget=16, recent=4), inflow=Append()
     )
     config = CacheConfig("half snapped", snap, layers=((0, Method(inflow=Append())), (1, Method(inflow=Append()))))
-    scores = received(query, key, last=4)
-    chosen = heaviest(pool(scores[: PROMPT - 4], 3, "avg"), 12) | set(range(PROMPT - 4, PROMPT))
+    chosen = heaviest(snapkv_scores(query, key), 12) | set(range(PROMPT - 4, PROMPT))
     held = sorted(chosen) if layer == 2 else list(range(PROMPT))
     expected = []
     for t in range(PROMPT, PROMPT + STEPS):
