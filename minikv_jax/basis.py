@@ -172,7 +172,7 @@ def _log2_energy(squares: Float[Array, "B K H"], tokens: Int[Array, "B"]) -> Flo
 
     A channel that is silent in a few tokens need not stay so, and scaled up by what they say it would drown the others.
     """
-    one_more = squares.mean(axis=-1, keepdims=True) / jnp.maximum(tokens, 1)[:, None, None]
+    one_more = squares.mean(axis=-1, keepdims=True) / jnp.maximum(tokens, 1).astype(jnp.float32)[:, None, None]
     return jnp.log2(jnp.maximum(squares + one_more, jnp.finfo(jnp.float32).tiny))
 
 

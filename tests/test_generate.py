@@ -116,8 +116,9 @@ def test_padding_never_matters(method):
     config = METHODS[method].replace(prompt_capacity=64)
     expected, _ = follow(config, text, lengths, later)
     padded = jnp.pad(text, ((0, 0), (0, 17)), constant_values=CONFIG.vocab_size + 5)
-    # Padding changes the order of sums, which may tip a float16 scale; padding that is read differs by about 1.
-    np.testing.assert_allclose(follow(config, padded, lengths, later)[0], expected, atol=1e-3)
+    # Padding changes the order of sums, which may tip a float16 scale, and with it numbers by 2^-10 of a group's range
+    # (of whole heads in int8: 1.1e-3 once); padding that is read differs by about 1.
+    np.testing.assert_allclose(follow(config, padded, lengths, later)[0], expected, atol=4e-3)
 
 
 def test_300_steps_cross_two_flushes_without_a_retrace_and_in_place():
