@@ -196,9 +196,8 @@ def minikv(
         key_bits: of keys, where they differ from values.
         sinks: first tokens that are always kept, on top of the others.
         normalize, pooling, value_norm: of the scores, see `Rank`. Not in the paper, as all that follows.
-        metadata_dtype, clip: see `Codec`.
-        rotate: Hadamard rotation of keys and values.
-        balance: see `Codec`; with `rotate`, see `basis.Balance`.
+        metadata_dtype, clip, balance: see `Codec`.
+        rotate: Hadamard rotation of keys and values; with `balance`, of balanced ones (`basis.Balance`).
         per_head: budgets that differ between the heads of a layer (AdaKV, arXiv 2407.11550). Refused: a layer's heads
             share one array, so a head with fewer tokens would free nothing.
     """
@@ -255,8 +254,7 @@ def minikv_plus(
     Args:
         heavy: share of the prompt kept for the attention it received; with `recent` at or above 1 all of it is kept.
         recent: share of the prompt kept because it is newest.
-        key_bits: 3 halves what error is left, for half a bit.
-        value_bits: of values.
+        key_bits, value_bits: 3 for keys halves what error is left, for half a bit.
         group_size: tokens that share a scale of keys; with a short window it must be small.
         value_group: channels that share a scale of values; by default `group_size`.
         residual: tokens of the window, whose older ones are encoded when it is full.
@@ -265,8 +263,7 @@ def minikv_plus(
         important: share of the prompt, by what its last 256 queries attend to, that takes 4 bits in a tier of its own.
             A sixteenth leaves four fifths of the error for an eighth of a bit. All other tokens must be kept.
         precise: layers whose keys and values take 4 bits. `minikv calibrate` finds the few that pay it back.
-        brief: layers that keep `brief_share` of the prompt, half of it for attention and half newest; likewise.
-        brief_share: see `brief`.
+        brief, brief_share: layers that keep this share of the prompt, half for attention and half newest; likewise.
         feedback: "all", of the "prompt" or "none": which keys are encoded with feedback. For those of new tokens a
             layer holds about as many bytes as H tokens take.
         balance: scale key channels against the queries' before they are rotated (`basis.Balance`): without it the error
@@ -379,9 +376,7 @@ def with_settings(name: str, settings: Iterable[str]) -> CacheConfig:
 
 
 def parse(methods: str) -> dict[str, CacheConfig]:
-    """Methods in one line, by what was written: `full,minikv:heavy=0.1,recent=0.1,kivi`.
-
-    Settings follow a colon; those after a comma belong to the method before them.
+    """Methods in one line, settings after a colon, by what was written: `full,minikv:heavy=0.1,recent=0.1,kivi`.
 
     Raises:
         ConfigError: as `with_settings`; nothing, or a setting without a method.

@@ -143,6 +143,7 @@ def test_cases_of_a_split_are_its_own_and_repeat():
         assert not set(dev.values()) & set(test.values())
         assert dev != names_and_prompts(title, "dev", seed=1)
     assert len({texts.split_of(f"python/{i}") for i in range(20)}) == 2
+    assert {texts.split_of(f"perl/{i}") for i in range(20)} == {"dev"}  # the default was chosen on them
 
 
 def test_shared_context_is_compressed_before_and_with_the_question():

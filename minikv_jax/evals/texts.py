@@ -18,6 +18,7 @@ _EXAMPLES = Path(__file__).parents[2] / "examples" / "texts"
 _CHOSEN_ON = {
     *("python/argparse", "python/inspect", "python/tarfile", "vim/autocmd", "vim/options", "vim/pattern"),
     *("austen/emma_by_jane_austen_vo", "austen/persuasion_by_jane_aus"),
+    "perl",  # all of Debian's perl-doc
 }
 _SMALLEST = 45_000  # bytes: long enough for a few thousand tokens
 
@@ -37,7 +38,8 @@ def _hash(*parts: object) -> int:
 
 
 def split_of(name: str) -> str:
-    return "dev" if name in _CHOSEN_ON else ("dev", "test")[_hash("split", name) % 2]
+    decreed = not _CHOSEN_ON.isdisjoint((name, name.partition("/")[0]))
+    return "dev" if decreed else ("dev", "test")[_hash("split", name) % 2]
 
 
 def documents(folder: Path | None) -> list[Document]:
