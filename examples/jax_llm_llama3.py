@@ -72,7 +72,8 @@ def run(weights: Weights, tokens, positions, attend):
 
 def prefill(weights: Weights, tokens, lengths, config):
     def attend(i, *qkv):
-        return layer.prefill(*qkv, lengths, config, layer=i, layers=len(weights.layers))
+        next_product = {"projection": weights.layers[i].o}
+        return layer.prefill(*qkv, lengths, config, layer=i, layers=len(weights.layers), **next_product)
 
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     logits, states = run(weights, tokens, positions, attend)

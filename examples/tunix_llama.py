@@ -77,18 +77,18 @@ def block(self, x, segment_pos, cache, attn_mask, *others, **named):
             f"Behind prompts of {x.shape[1]} tokens the Sampler's cache has room for {new}, more than "
             f"generated_capacity={config.generated_capacity}: raise that, or lower the Sampler's cache_size."
         )
-    out, cache = attend(query, key, value, segment_pos, cache, config, i, layers)
+    out, cache = attend(query, key, value, segment_pos, cache, config, i, layers, self.o_proj.w[...])
     return cache, self.o_proj(out)
 
 
-def attend(query, key, value, segment_pos, state, config: CacheConfig, i: int, layers: int):
+def attend(query, key, value, segment_pos, state, config: CacheConfig, i: int, layers: int, projection):
     """One new token of every sequence, or prompts [B, T, heads, H] padded on the left: (attention, state)."""
     if query.shape[1] == 1:
         return layer.step(query, key, value, state)
     lengths = segment_pos[:, -1] + 1
     padding = query.shape[1] - lengths
     rows = (_rolled(x, -padding) for x in (query, key, value))
-    out, state = layer.prefill(*rows, lengths, config, layer=i, layers=layers)
+    out, state = layer.prefill(*rows, lengths, config, layer=i, layers=layers, projection=projection)
     return _rolled(out, padding), state
 
 
@@ -276,7 +276,7 @@ def check_codes(config: CacheConfig) -> Iterator[Row]:
         states = []
         for i, own in enumerate(model.layers):
             rows = (_rolled(x[...][:, :PROMPT], padding) for x in (own.query, own.key, own.value))
-            states.append(attend(*rows, segment_pos, None, config, i, len(model.layers))[1])
+            states.append(attend(*rows, segment_pos, None, config, i, len(model.layers), own.projection())[1])
         return states
 
     @jax.jit
@@ -286,7 +286,8 @@ def check_codes(config: CacheConfig) -> Iterator[Row]:
         new = []
         for i, own in enumerate(model.layers):
             rows = own.before_attention(None, position[:, None])
-            new.append(attend(*rows, position[:, None], states[i], config, i, len(model.layers))[1])
+            place = config, i, len(model.layers), own.projection()
+            new.append(attend(*rows, position[:, None], states[i], *place)[1])
         written = [(x != y).reshape(len(x), -1).any(1) for x, y in zip(codes(states), codes(new))]
         return cache, new, jnp.stack(written).any(0)
 

@@ -16,6 +16,20 @@ from pallas_kernels.hadamard import rotate, rotate_back, times_channels, times_u
 from pallas_kernels.rows import below
 
 
+class Moments(NamedTuple):
+    """How the channels of keys and of values are read, per key/value head, float32; what it is a multiple of says
+    nothing.
+
+    Attributes:
+        query: sum of query^T query over a prompt's queries, which read keys.
+        output: sum of W W^T over the query heads' rows W of the output projection, which read values; None where it is
+            not known.
+    """
+
+    query: Float[Array, "B K H H"]
+    output: Float[Array, "B K H H"] | None
+
+
 class Units(NamedTuple):
     """What one in a layer's keys and values stands for: a power of two for each head, float32."""
 
@@ -38,11 +52,11 @@ class Basis:
         self,
         key: Float[Array, "B K T H"],
         value: Float[Array, "B K T H"],
-        moment: Float[Array, "B K H H"],
+        moments: Moments,
         lengths: Int[Array, "B"],
         first: int,
     ) -> Any:
-        """The state for a prompt, zeros behind its length, whose queries have this moment.
+        """The state for a prompt, zeros behind its length, that is read so.
 
         Rows before `first` are held, but never encoded.
         """
@@ -53,9 +67,9 @@ class Basis:
         """Keys and values of a prompt as they are held."""
         return key, value
 
-    def moment(self, state: Any, moment: Float[Array, "B K H H"]) -> Float[Array, "B K H H"]:
-        """Of queries, up to a factor, the moment they have when they meet the keys held."""
-        return moment
+    def read(self, state: Any, moments: Moments) -> Moments:
+        """How the channels of what is held are read, where those of what comes are read like `moments`."""
+        return moments
 
     def take_in(
         self,
@@ -97,9 +111,13 @@ class Hadamard(Basis):
     def hold(self, state, key, value, lengths):
         return _rotated(key, self.keys), _rotated(value, self.values)
 
-    def moment(self, state, moment):
-        once = _rotated(moment, self.keys)
-        return jnp.swapaxes(_rotated(jnp.swapaxes(once, -1, -2), self.keys), -1, -2)
+    def read(self, state, moments):
+        def rotated(moment, wanted):
+            once = _rotated(moment, wanted)
+            return jnp.swapaxes(_rotated(jnp.swapaxes(once, -1, -2), wanted), -1, -2)
+
+        query, output = moments
+        return Moments(rotated(query, self.keys), None if output is None else rotated(output, self.values))
 
     def take_in(self, state, query, key, value):
         if self.keys and self.values:  # one product for all three: a launch costs more than its work
@@ -129,30 +147,52 @@ class Factors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Balance(Basis):
-    """Channels of keys scaled against the queries', and those of values to one root mean square.
+    """Channels of keys and values scaled against what reads them, before a rotation spreads their errors over all.
 
-    A rotation spreads the error of all channels evenly over all. For keys it then costs the sum of squared queries
-    times the sum of squared keys. That is least, and the same however a model scales its channels, once each channel of
-    keys is multiplied by sqrt(rms(query) / rms(key)) and that of queries divided by it. MiKV (arXiv 2402.18096,
-    equation 2) has maxima in the place of root mean squares, and no rotation behind. What the error of a value's
-    channel costs is not known here, but it scales as the channel does.
+    Spread evenly, the error of keys costs the sum of squared queries times that of squared keys. It is least, and the
+    same however a model scales its channels, once each channel of keys is multiplied by sqrt(rms(query) / rms(key)) and
+    that of queries divided by it. MiKV (arXiv 2402.18096, equation 2) has maxima in the place of root mean squares, and
+    no rotation behind. Feedback (`Codec.key_feedback`) changes that: as far as it moves errors to where queries do not
+    look, all that counts is how far the step, which grows with the sum of squared keys, lies above the geometric mean
+    of the channels, and 1 / rms(key) is best. It does half of the work, so factors lie half-way between both.
+
+    Keys of a group share their minimum, so of keys only what varies within `group` tokens counts. A pair of channels
+    with a large bias turns slowly or fast with the position, and costs little or much.
+
+    Readers of values are the output projection's rows, and there is no feedback: sqrt(rms(row) / rms(value)). Where the
+    projection is not known, what an error costs is taken to scale as the channel does: 1 / rms(value).
 
     Factors are powers of two, so that no digit is lost to them.
+
+    Attributes:
+        group: tokens whose keys share a minimum.
     """
 
-    def fit(self, key, value, moment, lengths, first):
-        of_query = jnp.diagonal(moment, axis1=-2, axis2=-1)
-        of_key, of_value = (jnp.square(x[:, :, first:].astype(jnp.float32)).sum(axis=2) for x in (key, value))
-        query, key, value = (_log2_energy(x, lengths - first) for x in (of_query, of_key, of_value))
-        return Factors(_power_of((query - key) / 4), _power_of(-value / 2))
+    group: int = 64
+
+    def fit(self, key, value, moments, lengths, first):
+        of_query = _diagonal(moments.query)
+        key, value = (x[:, :, first:].astype(jnp.float32) for x in (key, value))
+        tokens = lengths - first
+        query = _log2_energy(of_query, tokens)
+        of_key = _log2_energy(*_within_groups(key, tokens, self.group))
+        of_value = _log2_energy(jnp.square(value).sum(axis=2), tokens)
+        if moments.output is None:
+            return Factors(_power_of(query / 8 - 3 * of_key / 8), _power_of(-of_value / 2))
+        output = _log2_energy(_diagonal(moments.output), jnp.full_like(tokens, _ROWS))
+        return Factors(_power_of(query / 8 - 3 * of_key / 8), _power_of((output - of_value) / 4))
 
     def hold(self, state, key, value, lengths):
         key, value = (x * factor[:, :, None].astype(x.dtype) for x, factor in zip((key, value), state))
         return key, value
 
-    def moment(self, state, moment):
-        factor = state.key.astype(jnp.float32)
-        return moment / (factor[..., None] * factor[..., None, :])
+    def read(self, state, moments):
+        def scaled(moment, factor):
+            factor = factor.astype(jnp.float32)
+            return moment / (factor[..., None] * factor[..., None, :])
+
+        query, output = moments
+        return Moments(scaled(query, state.key), None if output is None else scaled(output, state.value))
 
     def take_in(self, state, query, key, value):
         query = times_channels(query, 1 / state.key)
@@ -160,6 +200,32 @@ class Balance(Basis):
 
     def give_back(self, state, output):
         return times_channels(output, 1 / state.value)
+
+
+# As many rows of the output projection as tokens: its channels' energies are no guess.
+_ROWS = 1 << 20
+
+
+def _diagonal(moment: Float[Array, "B K H H"]) -> Float[Array, "B K H"]:
+    return jnp.diagonal(moment, axis1=-2, axis2=-1)
+
+
+def _within_groups(
+    key: Float[Array, "B K T H"], tokens: Int[Array, "B"], group: int
+) -> tuple[Float[Array, "B K H"], Int[Array, "B"]]:
+    """Sums of squares of keys less their means over each whole group of tokens, and how many tokens these are.
+
+    Where there is no whole group, of keys as they are.
+    """
+    b, k, longest, h = key.shape
+    count = longest // group
+    whole = jnp.maximum(tokens, 0) // group
+    groups = key[:, :, : count * group].reshape(b, k, count, group, h)
+    squares = jnp.square(groups - groups.mean(axis=3, keepdims=True)).sum(axis=3)
+    within = jnp.where(below(whole, count)[:, None, :, None], squares, 0).sum(axis=2)
+    some = whole > 0
+    energy = jnp.where(some[:, None, None], within, jnp.square(key).sum(axis=2))
+    return energy, jnp.where(some, whole * group, tokens)
 
 
 def _power_of(exponent: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
@@ -185,7 +251,7 @@ class PowersOfTwo(Basis):
     few tokens they often are several times as loud.
     """
 
-    def fit(self, key, value, moment, lengths, first):
+    def fit(self, key, value, moments, lengths, first):
         # Rows that are never encoded may be louder than all others.
         return Units(*(_power(x[:, :, first:]) for x in (key, value)))
 
@@ -236,18 +302,17 @@ def fit(
     bases: tuple[Basis, ...],
     key: Float[Array, "B K T H"],
     value: Float[Array, "B K T H"],
-    moment: Float[Array, "B K H H"],
+    moments: Moments,
     lengths: Int[Array, "B"],
     first: int,
-) -> tuple[tuple[Any, ...], Float[Array, "B K T H"], Float[Array, "B K T H"], Float[Array, "B K H H"]]:
-    """The states of all bases, and a prompt's keys and values as they are held and its queries' moment as it meets
-    them."""
+) -> tuple[tuple[Any, ...], Float[Array, "B K T H"], Float[Array, "B K T H"], Moments]:
+    """The states of all bases, a prompt's keys and values as they are held, and how these are read."""
     states = []
     for basis in bases:
-        states.append(basis.fit(key, value, moment, lengths, first))
+        states.append(basis.fit(key, value, moments, lengths, first))
         key, value = basis.hold(states[-1], key, value, lengths)
-        moment = basis.moment(states[-1], moment)
-    return tuple(states), key, value, moment
+        moments = basis.read(states[-1], moments)
+    return tuple(states), key, value, moments
 
 
 def take_in(bases: tuple[Basis, ...], states: tuple[Any, ...], query, key, value):

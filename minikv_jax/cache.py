@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import allocate, segments
 from minikv_jax.allocate import Budget
+from minikv_jax.basis import Moments
 from minikv_jax.codec import Codec
 from minikv_jax.config import CacheConfig, Method
 from minikv_jax.segments import Segment
@@ -92,26 +93,40 @@ def nbytes(cache: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
-class QueryStatistics(NamedTuple):
-    """What a codec may know of the prompt's queries, per key/value head, float32.
+class Readers(NamedTuple):
+    """What a method may know of what reads a layer's keys and values, per key/value head, float32.
 
-    `loudest` is the largest magnitude of each channel, `moment` the sum of query^T query.
+    Attributes:
+        loudest: the largest magnitude of each channel of the prompt's queries.
+        moments: of these queries, and of the output projection.
     """
 
     loudest: Float[Array, "B K H"]
-    moment: Float[Array, "B K H H"]
+    moments: Moments
 
     @classmethod
-    def of(cls, query: Float[Array, "B T N H"], heads: int, counted: Bool[Array, "B T"]) -> "QueryStatistics":
-        """Those of the counted queries, of so many key/value heads."""
+    def of(
+        cls,
+        query: Float[Array, "B T N H"],
+        heads: int,
+        counted: Bool[Array, "B T"],
+        projection: Float[Array, "N H D"] | None,
+    ) -> "Readers":
+        """The counted queries, of so many key/value heads, and the output projection where it is known."""
         b, t, n, h = query.shape
         grouped = jnp.where(counted[:, :, None, None], query, 0).reshape(b, t, heads, n // heads, h)
         moment = jnp.einsum("btkgh,btkgi->bkhi", grouped, grouped, preferred_element_type=jnp.float32)
-        return cls(jnp.abs(grouped).max(axis=(1, 3)).astype(jnp.float32), moment)
+        output = None
+        if projection is not None:
+            rows = projection.reshape(heads, n // heads, h, -1)
+            output = jnp.einsum("kghd,kgid->khi", rows, rows, preferred_element_type=jnp.float32)
+            output = jnp.broadcast_to(output[None], moment.shape)
+        return cls(jnp.abs(grouped).max(axis=(1, 3)).astype(jnp.float32), Moments(moment, output))
 
-    def join(self, other: "QueryStatistics") -> "QueryStatistics":
-        """Those of both sets of queries."""
-        return QueryStatistics(jnp.maximum(self.loudest, other.loudest), self.moment + other.moment)
+    def join(self, other: "Readers") -> "Readers":
+        """Those of both sets of queries, with the projection of the first."""
+        query = self.moments.query + other.moments.query
+        return Readers(jnp.maximum(self.loudest, other.loudest), Moments(query, self.moments.output))
 
 
 class Shape(NamedTuple):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax import basis, rank, segments
 from minikv_jax.allocate import Budget
-from minikv_jax.cache import LayerCache, Prompt, QueryStatistics, Shape, is_counter
+from minikv_jax.cache import LayerCache, Prompt, Readers, Shape, is_counter
 from minikv_jax.config import Method
 from minikv_jax.segments import DenseSegment
 from pallas_kernels.rows import below
@@ -24,7 +24,7 @@ def compress(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     scores: Float[Array, "B K T"],
-    queries: QueryStatistics,
+    readers: Readers,
     lengths: Int[Array, "B"],
     budget: Budget,
     method: Method,
@@ -36,7 +36,7 @@ def compress(
     Args:
         key, value: of the prompt, after rotary embedding.
         scores: attention received (`Method.score_rows`); ignored by ranks by position.
-        queries: statistics of the prompt's; ignored by codecs without balance and feedback.
+        readers: of the prompt; ignored by methods without balance and feedback.
         lengths: true prompt lengths.
         budget: of the first tier (`allocate.budgets`).
         method: the layer's.
@@ -53,10 +53,10 @@ def compress(
         return LayerCache(DenseSegment(key, value, jnp.array(lengths)), method)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     scores = rank.refine(scores, value, lengths, budget.recent, method.rank)
-    frames, key, value, moment = basis.fit(method.bases, key, value, queries.moment, lengths, method.first_encoded)
+    frames, key, value, moments = basis.fit(method.bases, key, value, readers.moments, lengths, method.first_encoded)
     balances = any(codec.balance for codec in method.codecs)
-    balance = channel_balance(queries.loudest, key) if balances else None
-    prompt = Prompt(key, value, scores, lengths, budget, balance, moment, dtype, shape)
+    balance = channel_balance(readers.loudest, key) if balances else None
+    prompt = Prompt(key, value, scores, lengths, budget, balance, moments.query, dtype, shape)
     layer = method.inflow.begin(prompt, method)
     return dataclasses.replace(layer, frames=frames)
 
@@ -69,13 +69,13 @@ def channel_balance(loudest: Float[Array, "B K H"], key: Float[Array, "B K T H"]
 
 @functools.partial(jax.jit, static_argnames=("method", "shape", "dtype", "at_once"))
 def compress_in_pieces(
-    key, value, scores, queries, lengths, budget, method: Method, shape: Shape, dtype=None, at_once: int = _AT_ONCE
+    key, value, scores, readers, lengths, budget, method: Method, shape: Shape, dtype=None, at_once: int = _AT_ONCE
 ) -> LayerCache:
     """`compress`, for long prompts sequence by sequence and some heads at a time: it ranks and casts what it is given.
 
     Arguments are those of `compress`; `at_once` bounds the numbers of the keys in one piece of work.
     """
-    arrays = key, value, scores, queries
+    arrays = key, value, scores, readers
     static: dict[str, Any] = {"method": method, "shape": shape, "dtype": dtype}
     b, tokens, heads, head_size = key.shape
     if method.keeps_all_as_it_is:  # one pass over each
@@ -93,8 +93,8 @@ def compress_in_pieces(
                 return jax.lax.dynamic_slice_in_dim(x, first, together, axis)
 
             key, value = (some(x, 2) for x in arrays[:2])
-            scores, queries = jax.tree.map(lambda x: some(x, 1), arrays[2:])
-            return compress(key, value, scores, queries, lengths, budget, **static)
+            scores, readers = jax.tree.map(lambda x: some(x, 1), arrays[2:])
+            return compress(key, value, scores, readers, lengths, budget, **static)
 
         # Each part is a layer of some heads, in front of whose axes is that of the parts; counters are all alike.
         parts = jax.lax.map(one, starts(heads, together))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import allocate, inputs
-from minikv_jax.cache import KVCache, QueryStatistics, Shape
+from minikv_jax.cache import KVCache, Readers, Shape
 from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import Allocation, CacheConfig, Method, Rank
 from minikv_jax.errors import PromptError
@@ -66,23 +66,23 @@ def extend(
 
 @jax.jit
 def _extend_chunk(params, cache: KVCache, tokens, counts, counted):
-    """Logits after a chunk, the cache with it, and statistics of each layer's queries.
+    """Logits after a chunk, the cache with it, and what reads each layer.
 
     `counted` [B, T] of each layer are the queries whose attention is added to its scores.
     """
     model = as_model(params)
     x = model.embed(tokens)
     positions = cache.lengths[:, None] + row_numbers(tokens.shape[1], axes=2)
-    layers, queries = [], []
+    layers, readers = [], []
     for layer, layer_cache, rows in zip(model.layers, cache.layers, counted, strict=True):
         query, key, value = layer.before_attention(x, positions)
         layer_cache, attention = read_tokens(layer_cache, query, key, value, cache.lengths, counts, rows)
         x = layer.after_attention(x, attention)
         layers.append(layer_cache)
         read = below(counts, tokens.shape[1])
-        queries.append(QueryStatistics.of(query, key.shape[2], read))
+        readers.append(Readers.of(query, key.shape[2], read, layer.projection()))
     logits = logits_at(model, x, counts - 1)
-    return logits, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config), queries
+    return logits, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config), readers
 
 
 def prefill_in_chunks(
@@ -108,7 +108,7 @@ def prefill_in_chunks(
     cache = dataclasses.replace(cache, layers=tuple(held))
     scored: list[ScoreRows] = [cache_config.of_layer(i).score_rows for i in range(layers)]
     first_scored = [lengths - (longest if rows == "all" else rows) for rows in scored]
-    logits, queries = None, []
+    logits, readers = None, []
     for start in range(0, longest, chunk):
         part = tokens[:, start : start + chunk]
         place = row_numbers(part.shape[1], axes=2, first=start)
@@ -116,13 +116,13 @@ def prefill_in_chunks(
         counted = [(place < lengths[:, None]) & (place >= first[:, None]) for first in first_scored]
         new, cache, more = _extend_chunk(params, cache, part, counts, counted)
         logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
-        queries = [a.join(b) for a, b in zip(queries, more)] if queries else more
+        readers = [a.join(b) for a, b in zip(readers, more)] if readers else more
     compressed = []
     for i, layer in enumerate(cache.layers):
         first = cast(DenseSegment, layer.first)
         key, value = (x[:, :, :longest].swapaxes(1, 2) for x in (first.key, first.value))
         budget = allocate.budgets(cache_config, i, layers, lengths, longest)
         scores, shape = layer.flow.scores[:, :, :longest], Shape.of(cache_config, i, layers)
-        read = key, value, scores, queries[i], lengths, budget
+        read = key, value, scores, readers[i], lengths, budget
         compressed.append(compress_in_pieces(*read, cache_config.of_layer(i), shape, cache_config.dtype))
     return opened(cast(Array, logits), compressed, lengths, cache_config)

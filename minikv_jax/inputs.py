@@ -132,6 +132,16 @@ def check_heads(query: Array, key: Array, value: Array, cache: "LayerCache | Non
         raise PromptError(f"{shapes} do not fit a state of {batch} sequences, and {cache.heads} heads and head size.")
 
 
+def check_projection(projection: Array | None, query: Array) -> None:
+    """Refuses an output projection of other heads than the queries have.
+
+    Raises:
+        PromptError: naming the shapes.
+    """
+    if projection is not None and (projection.ndim != 3 or projection.shape[:2] != query.shape[2:]):
+        raise PromptError(f"projection has shape {projection.shape}: give [N, H, D], for query {query.shape}.")
+
+
 def next_tokens(tokens: Any, cache: "KVCache", vocabulary: int) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
     """One token id for each sequence of the cache, int32, and which of them are read: those with room and a known id.
 

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import allocate, basis, inputs, rank, segments
-from minikv_jax.cache import LayerCache, QueryStatistics, Shape, nbytes
+from minikv_jax.cache import LayerCache, Readers, Shape, nbytes
 from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import Allocation, CacheConfig, Method
 from minikv_jax.errors import ConfigError, PromptError
@@ -81,6 +81,7 @@ def prefill(
     soft_cap: float | None = None,
     sinks: Float[Array, "N"] | None = None,
     window: int | None = None,
+    projection: Float[Array, "N H D"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], State]:
     """Causal attention over prompts, and what the method keeps of them.
 
@@ -94,16 +95,19 @@ def prefill(
         sinks: [N] logits that take a share of each head's attention and have no value.
         window: newest tokens that a query sees, of a layer that is local by its model's design: it keeps these
             (`local`) whatever the config says, and its state knows.
+        projection: [N, H, D] what the output of each head is multiplied by next. Methods that balance values
+            (`minikv_plus`) weigh errors by it, and lose a little less.
 
     Returns:
         Attention [B, T, N, H] in the query's dtype, 0 behind a sequence's length, and the state. A traced sequence
         whose length is out of range has NaN and an empty state without room.
 
     Raises:
-        PromptError: lengths or shapes that do not fit, a prompt longer than prompt_capacity.
+        PromptError: lengths or shapes that do not fit one another, a prompt longer than prompt_capacity.
         ConfigError: a method that heads of this size cannot be held in.
     """
     inputs.check_heads(query, key, value)
+    inputs.check_projection(projection, query)
     longest = key.shape[1]
     lengths = inputs.row_counts(lengths, key.shape[0], longest, least=1)
     config = config if window is None else local(config, window)
@@ -114,10 +118,10 @@ def prefill(
         query, key, value, query_lengths=lengths, key_value_lengths=lengths, scale=scale, soft_cap=soft_cap,
         sinks=sinks, sliding_window=window, score_rows=method.score_rows,
     )  # fmt: skip
-    queries = QueryStatistics.of(query, key.shape[2], below(lengths, longest))
+    readers = Readers.of(query, key.shape[2], below(lengths, longest), projection)
     budget = allocate.budgets(config, layer, layers, lengths, longest)
     shape = Shape.of(config, layer, layers)
-    cache = compress_in_pieces(key, value, scores, queries, lengths, budget, method, shape, config.dtype)
+    cache = compress_in_pieces(key, value, scores, readers, lengths, budget, method, shape, config.dtype)
     read = lengths > 0
     room = jnp.where(read, jnp.int32(config.generated_capacity), 0)
     return jnp.where(read[:, None, None, None], output, jnp.nan), State(cache, jnp.array(lengths), room, window)

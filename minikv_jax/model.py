@@ -38,6 +38,11 @@ class Layer(Protocol):
     @property
     def config(self) -> Sizes: ...
 
+    def projection(self) -> Float[Array, "N H D"] | None:
+        """What `after_attention` multiplies each head's attention by, for methods that weigh errors by it; None where
+        there is no such thing."""
+        ...
+
     def before_attention(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
@@ -81,10 +86,16 @@ def as_model(params: Any) -> Model:
 
         if isinstance(params[0], nnx.GraphDef):
             return nnx.merge(*params)
-    missing = [name for name in ("config", "layers", "embed", "logits") if not hasattr(params, name)]
+    _require(params, "model", ("config", "layers", "embed", "logits"))
+    for layer in params.layers:
+        _require(layer, "model's layer", ("config", "projection", "before_attention", "after_attention"))
+    return cast(Model, params)
+
+
+def _require(given: Any, what: str, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not hasattr(given, name)]
     if missing:
         raise ConfigError(
-            f"The model is a {type(params).__name__} without {', '.join(missing)}: give a Llama, as `load` does, "
+            f"The {what} is a {type(given).__name__} without {', '.join(missing)}: give a Llama, as `load` does, "
             "nnx.split(model), or a model as minikv_jax.model describes it."
         )
-    return cast(Model, params)

@@ -156,12 +156,12 @@ def kivi(
     """KIVI (arXiv 2402.02750, section 4): every token; keys per channel, values per token, the newest dense."""
     groups = {"key_group": group_size, "value_group": group_size, "metadata_dtype": metadata_dtype}
     codec = Codec(key_bits, value_bits, **groups, balance=balance and not rotate, key_clip=clip, value_clip=clip)
-    return CacheConfig("kivi", Method(codec=codec, basis=_rotation(rotate, balance), inflow=Ring(residual)))
+    return CacheConfig("kivi", Method(codec=codec, basis=_rotation(rotate, balance, group_size), inflow=Ring(residual)))
 
 
-def _rotation(wanted: bool, balanced: bool) -> tuple[Basis, ...]:
+def _rotation(wanted: bool, balanced: bool, group: int) -> tuple[Basis, ...]:
     """The rotation if it is wanted, of balanced keys; without it the codec balances."""
-    return (Balance(), Hadamard())[not balanced :] if wanted else ()
+    return (Balance(group), Hadamard())[not balanced :] if wanted else ()
 
 
 @_method
@@ -212,7 +212,7 @@ def minikv(
         rank=Rank(by="attention", normalize=normalize, pooling=pooling, value_norm=value_norm),
         allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks, pyramid_depth=pyramid_depth),
         codec=dataclasses.replace(codec, **groups, balance=balance and not rotate),
-        basis=_rotation(rotate, balance),
+        basis=_rotation(rotate, balance, group_size),
         inflow=Append() if bits == 16 else Block(residual),
     )
     return CacheConfig("minikv" if pyramid_depth is None else "minikv_pyramid", method)
@@ -266,7 +266,7 @@ def minikv_plus(
         brief, brief_share: layers that keep this share of the prompt, half for attention and half newest; likewise.
         feedback: "all", of the "prompt" or "none": which keys are encoded with feedback. For those of new tokens a
             layer holds about as many bytes as H tokens take.
-        balance: scale key channels against the queries' before they are rotated (`basis.Balance`): without it the error
+        balance: scale channels against what reads them before they are rotated (`basis.Balance`): without it the error
             depends on how a model happens to hold its keys, by a hundredfold.
     """
     if keeps is None:
@@ -280,7 +280,7 @@ def minikv_plus(
         rank=Rank(by="attention"),
         allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks),
         codec=codec,
-        basis=_rotation(True, balance),
+        basis=_rotation(True, balance, group_size),
         inflow=Block(residual, keeps, exact_sinks=True),
     )
     if important:

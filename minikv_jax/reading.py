@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.cache import QueryStatistics
+from minikv_jax.cache import Readers
 from minikv_jax.compress import even_share, starts
 from minikv_jax.model import Layer, Model
 from pallas_kernels import two_pass_attention
@@ -57,7 +57,7 @@ def read_layer(
     rows: Chunks,
     score_rows: ScoreRows,
     sliding_window: int | None,
-) -> tuple[Array, Array, Array, Array, QueryStatistics]:
+) -> tuple[Array, Array, Array, Array, Readers]:
     """One layer over the whole prompt. Jitted on its own: called outside `jit`, it compiles once for all layers.
 
     x is donated, except while a gradient is traced, which needs it again.
@@ -75,7 +75,7 @@ def read_layer(
 
     Returns:
         x after the layer, and what `compress_layer` takes: keys and values [B, T, K, H], scores [B, K, T] in float32
-        and the queries' statistics.
+        and what reads them.
     """
     read = _read_layer if isinstance(x, Tracer) else _read_layer_in_place
     return read(layer, x, lengths, rows, score_rows, sliding_window)
@@ -96,8 +96,8 @@ def _read_whole_layer(layer: Layer, x, lengths, rows: Chunks, score_rows, slidin
         sliding_window=sliding_window,
     )
     counted = positions < lengths[:, None]
-    queries = QueryStatistics.of(query, key.shape[2], counted)
-    return layer.after_attention(x, attention), key, value, scores, queries
+    readers = Readers.of(query, key.shape[2], counted, layer.projection())
+    return layer.after_attention(x, attention), key, value, scores, readers
 
 
 _STATIC = ("rows", "score_rows", "sliding_window")
@@ -124,21 +124,21 @@ def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sl
         return two_pass_attention(query, key, value, query_lengths=counts, query_offset=offset, **options)
 
     def chunk(state, first):
-        x, key, value, scores, queries = state
+        x, key, value, scores, readers = state
 
         def before(state, start):
-            query, key, value, queries = state
+            query, key, value, readers = state
             positions = jnp.broadcast_to(first + start + row_numbers(rows.products, axes=2), (b, rows.products))
             present = positions < lengths[:, None]
             new = layer.before_attention(rows_of(x, first + start), positions)
-            queries = queries.join(QueryStatistics.of(new[0], heads, present))
+            readers = readers.join(Readers.of(new[0], heads, present, None))
             # Zeros instead of padding: the attention then needs no lengths of keys, and makes no cleaned copy.
             new = [jnp.where(present[..., None, None], y, 0) for y in new]
             key, value = (put(whole, y, first + start) for whole, y in zip((key, value), new[1:]))
-            return (put(query, new[0], start), key, value, queries), None
+            return (put(query, new[0], start), key, value, readers), None
 
         query = jnp.zeros_like(x, shape=(b, rows.attention, config.num_heads, head_size))
-        (query, key, value, queries), _ = jax.lax.scan(before, (query, key, value, queries), pieces)
+        (query, key, value, readers), _ = jax.lax.scan(before, (query, key, value, readers), pieces)
         counts = jnp.clip(lengths - first, 0, rows.attention)
         attention, received, _ = attend(query, key, value, first, counts, "all" if score_rows == "all" else 0)
 
@@ -147,20 +147,20 @@ def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sl
             return put(x, part, first + start), None
 
         x, _ = jax.lax.scan(after, x, pieces)
-        return (x, key, value, scores + received, queries), None
+        return (x, key, value, scores + received, readers), None
 
     # Each sequence's last rows may lie in different chunks: they are asked on their own, when all keys exist.
     last = None if score_rows in ("all", 0) else _last_queries(layer, x, lengths, score_rows)
 
     empty = jnp.zeros_like(x, shape=(b, tokens, heads, head_size))
     none = functools.partial(jnp.zeros_like, x, jnp.float32)
-    queries = QueryStatistics(none((b, heads, head_size)), none((b, heads, head_size, head_size)))
-    state = x, empty, empty, none((b, heads, tokens)), queries
-    (x, key, value, scores, queries), _ = jax.lax.scan(chunk, state, starts(tokens, rows.attention))
+    nobody = jnp.zeros_like(x, shape=(b, 1, config.num_heads, head_size)), heads, jnp.zeros((b, 1), bool)
+    state = x, empty, empty, none((b, heads, tokens)), Readers.of(*nobody, layer.projection())
+    (x, key, value, scores, readers), _ = jax.lax.scan(chunk, state, starts(tokens, rows.attention))
     if last is not None:
         their_query, first = last
         _, scores, _ = attend(their_query, key, value, first, jnp.minimum(lengths, their_query.shape[1]), "all")
-    return x, key, value, scores, queries
+    return x, key, value, scores, readers
 
 
 def _last_queries(layer: Layer, x, lengths, count: int) -> tuple[Float[Array, "B count N H"], Int[Array, "B"]]:

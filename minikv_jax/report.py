@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from minikv_jax import allocate
-from minikv_jax.cache import KVCache, LayerCache, QueryStatistics, Shape, nbytes
+from minikv_jax.basis import Moments
+from minikv_jax.cache import KVCache, LayerCache, Readers, Shape, nbytes
 from minikv_jax.compress import compress
 from minikv_jax.config import CacheConfig, Method
 from minikv_jax.errors import ConfigError, shortened
@@ -142,12 +143,13 @@ def _probed(method: Method, heads: int, head_size: int, dtype: str | None) -> li
     key = array(1, BLOCK, heads, head_size)
     scores = array(1, heads, BLOCK, dtype=jnp.float32)
     channels = (1, heads, head_size)
-    queries = QueryStatistics(array(*channels, dtype=jnp.float32), array(*channels, head_size, dtype=jnp.float32))
+    moments = Moments(array(*channels, head_size, dtype=jnp.float32), None)
+    readers = Readers(array(*channels, dtype=jnp.float32), moments)
     lengths = array(1, dtype=jnp.int32)
 
     def layer_of(*rows: int):
         make = functools.partial(compress, method=method, shape=Shape(*rows), dtype=dtype)
-        return jax.eval_shape(make, key, key, scores, queries, lengths, allocate.Budget(lengths, lengths))
+        return jax.eval_shape(make, key, key, scores, readers, lengths, allocate.Budget(lengths, lengths))
 
     return [layer_of(BLOCK, BLOCK), layer_of(2 * BLOCK, BLOCK), layer_of(BLOCK, 2 * BLOCK)]
 

@@ -193,7 +193,7 @@ def build(
         capacity: static.
         dtype: of dense rows.
         balance: MiKV's, used by codecs that balance.
-        moment: of the queries (`QueryStatistics`), used by codecs with feedback.
+        moment: of the queries (`basis.Moments`), used by codecs with feedback.
     """
     if codec.dense:
         return DenseSegment(fit(key, capacity).astype(dtype), fit(value, capacity).astype(dtype), length)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minikv_jax import allocate
-from minikv_jax.cache import LayerCache, QueryStatistics, Shape
+from minikv_jax.cache import LayerCache, Readers, Shape
 from minikv_jax.compress import compress
 from minikv_jax.config import CacheConfig
 from minikv_jax.layer import read_token
@@ -24,7 +24,9 @@ class Run(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer", "layers"))
-def run(config: CacheConfig, query, key, value, lengths, stream, layer: int = 0, layers: int = 1) -> Run:
+def run(
+    config: CacheConfig, query, key, value, lengths, stream, layer: int = 0, layers: int = 1, projection=None
+) -> Run:
     """Prompts [B, T, N | K, H] with true lengths, then a stream of tokens [steps, B, N | K, H], through one layer."""
     config = config.replace(
         prompt_capacity=config.prompt_capacity or key.shape[1], generated_capacity=stream[0].shape[0]
@@ -34,9 +36,10 @@ def run(config: CacheConfig, query, key, value, lengths, stream, layer: int = 0,
         query, key, value, query_lengths=lengths, key_value_lengths=lengths, score_rows=method.score_rows
     )
     budget = allocate.budgets(config, layer, layers, lengths, key.shape[1])
-    queries = QueryStatistics.of(query, key.shape[2], jnp.arange(key.shape[1]) < lengths[:, None])
+    counted = jnp.arange(key.shape[1]) < lengths[:, None]
+    readers = Readers.of(query, key.shape[2], counted, projection)
     shape = Shape.of(config, layer, layers)
-    prompt = compress(key, value, scores, queries, lengths, budget, method, shape, config.dtype)
+    prompt = compress(key, value, scores, readers, lengths, budget, method, shape, config.dtype)
     accept = jnp.ones(lengths.shape, bool)
 
     def step(state, token):

@@ -12,7 +12,7 @@ from flax import nnx
 from models import CONFIG, METHODS, MODEL, tokens
 
 from minikv_jax import CacheConfig, decode_step, forward, prefill, presets
-from minikv_jax.basis import Balance
+from minikv_jax.basis import Balance, Moments
 from minikv_jax.models import Llama
 from minikv_jax.models.change import changed
 
@@ -80,5 +80,5 @@ def test_a_few_tokens_say_little_about_channels(length):
     key, value = (jnp.where(jnp.arange(rows)[:, None] < length, x, 0) for x in (key, value))
     asked = jnp.asarray(rng.normal(size=(2, 3 * length, 64)), jnp.float32)
     moment = jnp.einsum("kth,kti->khi", asked, asked)[None]
-    for factors in Balance().fit(key, value, moment, jnp.asarray([length]), 4):
+    for factors in Balance().fit(key, value, Moments(moment, None), jnp.asarray([length]), 4):
         assert float(factors.min()) >= 0.25 and float(factors.max()) <= 4

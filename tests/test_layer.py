@@ -105,7 +105,8 @@ def test_our_own_models_hold_the_same(method):
     model, own = MODEL.layers[0], cache.layers[0]
     x = MODEL.embed(text)
     positions = jnp.broadcast_to(jnp.arange(40), (2, 40))
-    attention, state = layer.prefill(*model.before_attention(x, positions), lengths, config)
+    rows = model.before_attention(x, positions)
+    attention, state = layer.prefill(*rows, lengths, config, projection=model.projection())
     assert_alike(state.cache, own)
     last = jnp.take_along_axis(model.after_attention(x, attention), (lengths - 1)[:, None, None], axis=1)
     np.testing.assert_allclose(MODEL.logits(last)[:, 0], logits, atol=1e-5)
@@ -165,6 +166,11 @@ def test_an_empty_state_has_no_room():
         (lambda q, k, v, s: layer.prefill(q, k, v, np.array([0, 5]), FULL), PromptError, "from 1 to the 24"),
         (lambda q, k, v, s: layer.prefill(q, k, v, np.array([5]), FULL), PromptError, r"\[B\]=\(2,\)"),
         (lambda q, k, v, s: layer.prefill(q, k, v, np.array([5, 5]), FULL, window=0), ConfigError, "window=0"),
+        (
+            lambda q, k, v, s: layer.prefill(q, k, v, np.array([5, 5]), FULL, projection=jnp.ones((N * 16, 8))),
+            PromptError,
+            r"projection has shape .* give \[N, H, D\]",
+        ),
         (lambda q, k, v, s: layer.step(q, k, v, s), PromptError, "use extend"),
         (lambda q, k, v, s: layer.step(q[:1, :1], k[:1, :1], v[:1, :1], s), PromptError, "a state of 2 sequences"),
         (lambda q, k, v, s: layer.extend(q, k, v, np.array([24, 41]), s), PromptError, "from 0 to the 24"),

@@ -51,6 +51,10 @@ CASES = {
         presets.minikv_plus(0.3, 0.2, group_size=4, value_group=16, residual=8),
         functools.partial(reference.MiniKVPlus, heavy=0.3, recent=0.2, group=4, channels=16, residual=8, keeps=4),
     ),
+    "minikv_plus, projection known": (
+        presets.minikv_plus(group_size=8, residual=16),
+        functools.partial(reference.MiniKVPlus, heavy=1.0, group=8, residual=16, keeps=8),
+    ),
     "streaming_llm": (presets.streaming_llm(recent=20), functools.partial(reference.StreamingLLM, recent=20)),
     "h2o": (presets.h2o(), reference.H2O),
     "h2o, persistent": (
@@ -113,9 +117,16 @@ SLOW |= {"mikv, everything important", "mikv, 8 and 3 bits", "minikv_plus, half 
 @pytest.mark.promise("Every method keeps, stores and answers what an independent NumPy simulation of its paper does")
 def test_cache_agrees_with_its_simulation(case, seed, lengths):
     config, simulation = CASES[case]
-    prompt, stream = draw(np.random.default_rng(seed), BATCH, TOKENS, STEPS, HEADS, 3, HEAD_SIZE)
+    rng = np.random.default_rng(seed)
+    prompt, stream = draw(rng, BATCH, TOKENS, STEPS, HEADS, 3, HEAD_SIZE)
+    if "projection" in case:
+        loud = 2.0 ** rng.uniform(-3, 3, (3 * HEADS, HEAD_SIZE, 1))
+        projection = (rng.standard_normal((3 * HEADS, HEAD_SIZE, 7)) * loud).astype(np.float32)
+        simulation = functools.partial(simulation, projection=projection)
+    else:
+        projection = None
     layer = {"layer": 2, "layers": 5} if config.name.startswith(("minikv_pyramid", "pyramidkv")) else {}
-    result = run(config, *prompt, np.array(lengths), stream, **layer)
+    result = run(config, *prompt, np.array(lengths), stream, **layer, projection=projection)
     for b, length in enumerate(lengths):
         oracle = simulation()
         oracle.prefill(*(x[b, :length] for x in prompt))

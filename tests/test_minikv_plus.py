@@ -231,12 +231,13 @@ def test_keys_of_new_tokens_go_by_the_prompts_queries():
     asked = (rng.standard_normal((2, 64, 4, 3)) @ narrow).astype(np.float32)
     layer = run(PLUS, asked, *prompt[1:], np.array([64, 64]), stream).prompt
     new = draws.array(rng.standard_normal((2, 2, 64, 16)))
+    balance = np.asarray(layer.frames[0].key, np.float32)[:, :, None]
 
     def lost(segment):
         coupling = None if segment.coupling is None else quantize.unfold(segment.coupling)
         codes = jax.jit(codec.encode_keys, static_argnums=0)(segment.codec, new, segment.balance, coupling)
-        error = turn(decode(codes, 8, "tokens") - new)
-        return np.square(np.asarray(error) @ narrow.T).mean()
+        error = np.asarray(turn(decode(codes, 8, "tokens") - new)) / balance
+        return np.square(error @ narrow.T).mean()
 
     assert lost(layer.first) < 0.9 * lost(dataclasses.replace(layer.first, coupling=None))
 

@@ -78,6 +78,10 @@ class LlamaLayer(nnx.Module):
         self.mlp_norm = nnx.Param(jnp.ones((d,), param_dtype))
         self.gate_up, self.down = matrix(d, 2 * f), matrix(f, d)
 
+    def projection(self) -> Float[Array, "N H D"]:
+        """What each head's attention is multiplied by."""
+        return self.output[...].reshape(self.config.num_heads, self.config.head_dim, -1)
+
     def before_attention(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:

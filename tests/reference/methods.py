@@ -536,8 +536,9 @@ class MiniKV(Method):
 @dataclass(kw_only=True)
 class MiniKVPlus(MiniKV):
     """MiniKV with additions. The first `sinks` tokens are kept on top of the others, and stay dense for good. Channels
-    of keys are balanced against the queries', those of values scaled to one loudness, both by powers of two; then keys,
-    values and queries are rotated by a Hadamard matrix. Grids of the groups are searched and have metadata of four
+    of keys are balanced against the queries' by what varies within groups, those of values against the rows of the
+    output projection, or to one loudness, all by powers of two; then keys, values and queries are rotated by a Hadamard
+    matrix. Grids of the groups are searched and have metadata of four
     significant bits. Keys are rounded by GPTQ with the second moments of the prompt's queries, whose triangle is kept
     in eight bits for keys that come later. Of a prompt, and of each full buffer, the newest `keeps` tokens stay dense.
     Values are in groups of `channels`, or of `group`.
@@ -548,15 +549,29 @@ class MiniKVPlus(MiniKV):
     keeps: int = 0
     factors: tuple[float, ...] = (0.95, 0.9, 0.85)
     metadata: str = "float8_e4m3fn"
+    projection: np.ndarray | None = None
     later: list[np.ndarray] = field(init=False, repr=False, default_factory=list)
     units: list[tuple[float, float]] = field(init=False, repr=False, default_factory=list)
     balances: list[tuple[np.ndarray, np.ndarray]] = field(init=False, repr=False, default_factory=list)
 
-    def _balance(self, n: int, *squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Factors of one head's channels, from sums of squares of queries, keys and values over n tokens."""
-        tiny = float(np.finfo(np.float32).tiny)
-        logs = [np.log2(np.maximum(x + x.mean() / max(n, 1), tiny)) for x in squares]
-        exponents = [x - x.mean() for x in ((logs[0] - logs[1]) / 4, -logs[2] / 2)]
+    def _balance(self, query, key, value, rows) -> tuple[np.ndarray, np.ndarray]:
+        """Factors of one head's channels: its queries [T, G, H], keys and values behind the sinks, rows [.., H]."""
+        n, whole = len(key), len(key) // self.group * self.group
+        varying = key
+        if whole:
+            groups = key[:whole].reshape(-1, self.group, key.shape[1])
+            varying = (groups - groups.mean(axis=1, keepdims=True)).reshape(whole, -1)
+
+        def log_energy(squares, count):
+            return np.log2(np.maximum(squares + squares.mean() / max(count, 1), float(np.finfo(np.float32).tiny)))
+
+        of_query = log_energy(np.sum(query**2, axis=(0, 1)), n)
+        of_key = log_energy(np.sum(varying**2, axis=0), len(varying))
+        of_value = log_energy(np.sum(value**2, axis=0), n)
+        for_values = -of_value / 2
+        if rows is not None:
+            for_values = (log_energy(np.sum(rows**2, axis=0), 2**20) - of_value) / 4
+        exponents = [x - x.mean() for x in (of_query / 8 - 3 / 8 * of_key, for_values)]
         calls = [np.abs(np.abs(x - np.round(x)) - 0.5).min() for x in exponents]
         self.closest_call = min(self.closest_call, *calls)
         of_keys, of_values = (2.0 ** np.round(x) for x in exponents)
@@ -564,11 +579,13 @@ class MiniKVPlus(MiniKV):
 
     def _compress(self, query, key, value):
         turn = hadamard(key.shape[-1])
-        squares = [np.sum(x[self.sinks :] ** 2, axis=0) for x in (key, value)]
-        asked = np.sum(query.reshape(len(query), key.shape[1], -1, key.shape[2]) ** 2, axis=(0, 2))
-        self.balances = [
-            self._balance(len(key) - self.sinks, *of_head) for of_head in zip(asked, *squares, strict=True)
-        ]
+        grouped = query.reshape(len(query), key.shape[1], -1, key.shape[2])
+        for h in range(key.shape[1]):
+            rows = None
+            if self.projection is not None:
+                of_head = self.projection.reshape(*grouped.shape[1:], -1)[h]
+                rows = np.moveaxis(of_head, -1, 1).reshape(-1, key.shape[2])
+            self.balances.append(self._balance(grouped[:, h], key[self.sinks :, h], value[self.sinks :, h], rows))
         factors = [np.stack(x) for x in zip(*self.balances, strict=True)]
         loudest = (
             np.abs((x * factor)[self.sinks :] @ turn).max(axis=(0, 2), initial=0)
@@ -580,7 +597,6 @@ class MiniKVPlus(MiniKV):
         heavy, recent = count_of(n, self.heavy), count_of(n, self.recent)
         total = min(n, heavy + recent + self.sinks) if self.heavy + self.recent < 1 else n
         always = {t for t in range(n) if t < self.sinks or t >= n - recent}
-        grouped = query.reshape(n, key.shape[1], -1, key.shape[2])
         for h, scores in enumerate(column_sums(query, key, self.scale)):
             others = np.array([t for t in range(n) if t not in always], int)
             best = self._top(scores[others], total - len(always)) if len(others) else []
