@@ -87,9 +87,10 @@ def as_model(params: Any) -> Model:
         if isinstance(params[0], nnx.GraphDef):
             return nnx.merge(*params)
     _require(params, "model", ("config", "layers", "embed", "logits"))
-    for layer in params.layers:
+    model = cast(Model, params)
+    for layer in model.layers:
         _require(layer, "model's layer", ("config", "projection", "before_attention", "after_attention"))
-    return cast(Model, params)
+    return model
 
 
 def _require(given: Any, what: str, names: tuple[str, ...]) -> None:

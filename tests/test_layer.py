@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import types
 
 import chex
 import draws
@@ -218,3 +219,6 @@ def test_a_model_of_ones_own_runs_through_the_same_functions():
         np.testing.assert_allclose(logits, 2 * expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ConfigError, match="without config, layers"):
         decode_step(object(), cache, text[:, 0])
+    lacking = types.SimpleNamespace(config=CONFIG, layers=[object()], embed=MODEL.embed, logits=MODEL.logits)
+    with pytest.raises(ConfigError, match="layer is a object without config, projection"):
+        decode_step(lacking, cache, text[:, 0])

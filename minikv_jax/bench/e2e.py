@@ -114,6 +114,8 @@ QUANTISED = "transformers-quanto-2bit"
 _OWN_LAYERS = "minikv_plus:precise=[7,14,16,20],brief=[0,1,5,11,18,22,27,31]"
 # The sixteenth of the prompt that is attended to most in 4 bits: three launches of attention where others have one.
 _TWO_TIERS = "minikv_plus:important=0.0625"
+# Without the balance of channels, which kernels do in registers.
+_UNBALANCED = "minikv_plus:balance=false"
 _8B, _7B, _REAL = "llama3-8b", "llama2-7b", "qwen2.5-1.5b"
 _BOTH = ("decode", "prefill")
 _SLOW = ("h2o", "mikv")  # score every token at every step: fewer steps say the same
@@ -135,6 +137,8 @@ CASES = (
     *_each(("minikv", "full"), _8B, 1, 4096, *_BOTH),
     *_each((QUANTISED, "transformers"), _8B, 8, 32768),
     *_each((QUANTISED, "transformers"), _8B, 1, 32768, *_BOTH),
+    *_each((_UNBALANCED,), _8B, 8, 32768),
+    *_each((_UNBALANCED,), _8B, 1, 32768, *_BOTH),
     *_each((_TWO_TIERS, "kivi", "snapkv", "minikv_pyramid", "mikv", "h2o"), _8B, 8, 32768),
     Case(_7B, "minikv", 1, 400_000, _BOTH, steps=32, longest=True),
     Case(_7B, "full", 1, 0, _BOTH, steps=32, longest=True),
