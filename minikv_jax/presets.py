@@ -124,7 +124,7 @@ def _each_token(bits: int) -> Method:
 
 @_method
 def quarot(bits: int = 4) -> CacheConfig:
-    """QuaRot's cache (arXiv 2404.00456): every token in 4 bits of a Hadamard basis, a scale for each token and head."""
+    """QuaRot's cache (arXiv 2404.00456): every token rotated, in 4 bits with a scale. Not for large key biases."""
     return CacheConfig("quarot", _each_token(bits).replace(basis=(Hadamard(),)))
 
 
@@ -132,7 +132,7 @@ def quarot(bits: int = 4) -> CacheConfig:
 def qhitter(
     heavy: Amount = 0.15, recent: Amount = 0.05, protected: Amount = 0.07, attention_weight: float = 0.5, bits: int = 4
 ) -> CacheConfig:
-    """Q-Hitter (MLSys 2024, section 3): H2O that prefers tokens which survive 4 bits, and stores them so."""
+    """Q-Hitter (MLSys 2024, section 3): H2O that prefers what survives 4 bits. Not for large key biases."""
     method = Method(
         rank=Rank(by="attention", attention_weight=attention_weight, protected=protected),
         allocation=Allocation(heavy=heavy, recent=recent),
@@ -326,7 +326,7 @@ def mikv(
     persistent: bool = False,
     metadata_dtype: MetadataDtype = "float16",
 ) -> CacheConfig:
-    """MiKV (arXiv 2402.18096, section 3): no token is dropped; important ones stay precise, the others take 2 bits.
+    """MiKV (arXiv 2402.18096, section 3): important tokens stay precise, others take 2 bits. Not for large key biases.
 
     Args:
         ratio: share of the prompt that is important: by accumulated attention, and the newest `recent` share of it.

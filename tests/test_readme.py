@@ -73,10 +73,11 @@ def test_goals_follow_from_results():
     layers = "minikv_plus:key_bits=4,precise=[7,8,17,18,20,23],brief=[1,3,4,5,6,10,11,12,13,16,22,25,26,27,28,29],"
     layers += "brief_share=0.25"
     both = [f"layers-quality-{name}.json" for name in (small, large)]
+    plain = [f"coordinates-{name}.json" for name in (small, large)]
     short = "minikv_plus:heavy=0.320,recent=0.320,key_bits=2,value_bits=2,group_size=32,value_group=64,residual=64"
     minikv_short = "minikv:heavy=0.187,recent=0.187,bits=2,residual=64"
     questions = [(f"questions-{small}.json", layers), (f"questions-{large}.json", "minikv_plus:feedback=prompt")]
-    check("KL / `minikv`'s, in as many bytes", *(ratio(f, "minikv_plus", "minikv", "kl") for f in both))
+    check("KL / `minikv`'s, in as many bytes", *(ratio(f, "minikv_plus", "minikv", "kl") for f in plain))
     check(
         "the same, both in at most 14 % of bfloat16's, all held",
         *(ratio(f"budgets-{name}.json", short, minikv_short, "kl") for name in (small, large)),
@@ -109,7 +110,7 @@ def test_tables_of_results(tmp_path):
     assert sorted(sum(tables.DOCUMENTS.values(), ())) == sorted(tables.PARTS)
     text = "".join(f"<!-- {name} -->\nbehind\n<!-- /{name} -->\n" for name in names)
     written = tables.render(text, names, tmp_path)
-    assert written.count("Not measured yet.") == 12 and "behind" not in written and "`minikv`" in written
+    assert written.count("Not measured yet.") == 17 and "behind" not in written and "`minikv`" in written
     row = {"model": "tiny", "case": "all", "task": "kl", "method": "minikv_plus:precise=[1]", "value": 0.5, "low": 0.4}
     row |= {"high": 0.6, "bits_per_element": 3.5, "bits_of_tiers": 2.25, "cases": 2, "samples": 2}
     row |= {"bits_of_codes": 2.0, "bytes": 1 << 20}
@@ -120,6 +121,16 @@ def test_tables_of_results(tmp_path):
     two = [row | {"task": "lines", "case": case, "value": value} for case, value in (("20 lines", 1), ("all", 0.5))]
     (tmp_path / "lines-tiny.json").write_text(json.dumps(results | {"rows": two}))
     assert "| 20 lines |" in tables.render(text, names, tmp_path)
+    kl = [row | {"model": "tiny-repar1", "median": 0.45, "worst": 0.7, "method": "kivi", "cases": 9}]
+    (tmp_path / "coordinates-tiny.json").write_text(
+        json.dumps(results | {"rows": [row | {"median": 0.4, "worst": 0.6}]})
+    )
+    (tmp_path / "coordinates-tiny-repar1.json").write_text(json.dumps(results | {"rows": kl}))
+    (tmp_path / "keys-tiny.json").write_text(json.dumps(results | {"rows": kl}))
+    filled = tables.render(text, names, tmp_path)
+    assert "| model | `minikv_plus:precise=[1]` | `kivi` |" in filled
+    assert "| tiny, 2 passages | 0.5 (0.4, 0.6) | - |\n| tiny-repar1, 9 passages | - | 0.5 (0.45, 0.7) |" in filled
+    assert "| method | tiny-repar1, 9 passages |\n| --- | --- |\n| `kivi` | 0.5 |" in filled
     with pytest.raises(MiniKVError, match="cpu"):
         tables.render(text.replace("<!-- cpu -->", ""), names, tmp_path)
     with pytest.raises(MiniKVError, match="no document"):

@@ -23,7 +23,13 @@ from minikv_jax.report import planned_report
 RESULTS = Path("examples/results")
 _NOT_YET = "Not measured yet."
 # The study has many settings of each method; the README shows the published ones.
-_SHOWN = (*presets.METHODS, "minikv_plus:key_bits=3", "h2o:heavy=0.25,recent=0.25", "snapkv:budget=0.5")
+_SHOWN = (
+    *presets.METHODS,
+    "minikv_plus:key_bits=3",
+    "minikv_plus:balance=false",
+    "h2o:heavy=0.25,recent=0.25",
+    "snapkv:budget=0.5",
+)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -267,6 +273,53 @@ def lines(folder: Path) -> str:
     return _every_method(folder, "lines-*.json", ("lines",), by_case=True)
 
 
+def asked(folder: Path) -> str:
+    """Right answers about records that were compressed before, under the default and what it is measured against."""
+    return _every_method(folder, "asked-*.json", ("lines", "shared", "chain"))
+
+
+def running(folder: Path) -> str:
+    """Along the full cache's own text."""
+    return _every_method(folder, "running-*.json", ("run_kl", "run_top1", "run_ppl"))
+
+
+def growth(folder: Path) -> str:
+    """KL by the length of the prompt."""
+    return _every_method(folder, "growth-*.json", ("kl",), by_case=True)
+
+
+def coordinates(folder: Path) -> str:
+    """Mean KL, and the median and the worst passage, of models as they are and in other coordinates."""
+    return _by_model(folder, "coordinates-*.json", lambda x: f"{x['value']:.3g} ({x['median']:.3g}, {x['worst']:.3g})")
+
+
+def keys(folder: Path) -> str:
+    """Mean KL of every preset on models as they are and in other coordinates."""
+    return _by_model(folder, "keys-*.json", lambda row: f"{row['value']:.3g}", down=False)
+
+
+def _by_model(folder: Path, files: str, cell: Callable[[dict], str], down: bool = True) -> str:
+    """KL from the full cache: a line a model and a column a method, or the other way round."""
+    models: dict[str, dict[str, str]] = {}
+    sources = []
+    for path in sorted(folder.glob(files), key=lambda path: path.stem):
+        results = read_results(path)
+        found = [row for row in results["rows"] if (row["task"], row["case"]) == ("kl", "all")]
+        models[f"{found[0]['model']}, {found[0]['cases']} passages"] = {
+            row["method"]: cell(row) for row in found if row["method"] != "full"
+        }
+        sources.append(_source(results))
+    if not models:
+        return _NOT_YET
+    methods = list(dict.fromkeys(method for found in models.values() for method in found))
+    table = [[name, *(found.get(method, "-") for method in methods)] for name, found in models.items()]
+    titles = ["model", *(f"`{method}`" for method in methods)]
+    if not down:
+        titles, *table = [list(line) for line in zip(titles, *table)]
+        titles[0] = "method"
+    return f"The first: {sources[0]} The others stand in `examples/results/{files}`.\n\n{_table(titles, table)}"
+
+
 @_of("promises.json")
 def promises(results: dict) -> str:
     """What users may rely on, the test that shows it and what it measured."""
@@ -322,10 +375,18 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "lines": lines,
     "ruler": ruler,
     "promises": promises,
+    "coordinates": coordinates,
+    "keys": keys,
+    "asked": asked,
+    "running": running,
+    "growth": growth,
 }
 DOCUMENTS = {
     "README.md": ("methods", "sizes", "cpu", "prefill", "decode", "e2e", "steps", "quality"),
-    "quality.md": ("layers", "questions", "tiers", "lines", "ruler"),
+    "quality.md": (
+        *("coordinates", "keys", "asked", "running", "growth"),
+        *("layers", "questions", "tiers", "lines", "ruler"),
+    ),
     "promises.md": ("promises",),
 }
 
