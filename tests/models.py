@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from minikv_jax import decode_step, presets
+from minikv_jax import decode_step, prefill, presets
 from minikv_jax.block import Block
 from minikv_jax.config import CacheConfig
 from minikv_jax.models import ModelConfig
@@ -27,6 +27,7 @@ CONFIG = ModelConfig(
     tie_word_embeddings=True,
 )
 MODEL = Llama(CONFIG, rngs=nnx.Rngs(params=0))
+TWO_LAYERS = Llama(CONFIG.replace(num_layers=2), rngs=nnx.Rngs(params=0))
 
 
 def with_codes(config: CacheConfig, **changes) -> CacheConfig:
@@ -58,6 +59,7 @@ METHODS["pyramidkv"] = presets.pyramidkv(budget=24, window=8)
 
 # What tests share so that each of its programs is compiled once: caches of this room, for prompts [1 | 3, 64].
 step = jax.jit(decode_step)
+step_in_place = jax.jit(decode_step, donate_argnames="cache")
 
 
 def roomy(method: str) -> CacheConfig:
@@ -69,6 +71,14 @@ def every(*quick: str) -> list:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 
 
+def slow(*names: str) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+# One of each way a cache can change: appended to, slid, given up, encoded, demoted.
+CHANGING = [*slow("streaming_llm", "h2o", "minikv", "minikv_plus", "two_tiers"), "kivi", "mikv"]
+
+
 def tokens(*shape):
     return draws.array(draws.rng().integers(0, CONFIG.vocab_size, shape), "int32")
 
@@ -77,3 +87,22 @@ def nearly_equal(a, b) -> bool:
     """Equal up to summation order, which may round one code the other way or swap two tokens of nearly equal rank."""
     difference = np.abs(np.asarray(a) - np.asarray(b))
     return difference.max() < 0.3 and difference.mean() < 2e-2
+
+
+def decode(cache, later):
+    """Logits after each later token, [B, steps, V], and the cache."""
+    rows = []
+    for i in range(later.shape[1]):
+        logits, cache = step(MODEL, cache, later[:, i])
+        rows.append(logits)
+    return np.stack(rows, 1), cache
+
+
+def follow(config, prompt, lengths, later, params=TWO_LAYERS, step=step_in_place):
+    """Logits after the prompt and after each later token, [B, steps + 1, V], and the cache."""
+    logits, cache = prefill(params, prompt, lengths, config)
+    rows = [logits]
+    for i in range(later.shape[1]):
+        logits, cache = step(params, cache, later[:, i])
+        rows.append(logits)
+    return np.stack(rows, 1), cache
