@@ -13,7 +13,7 @@ from minikv_jax.errors import ConfigError
 
 
 class Sizes(Protocol):
-    """A model's sizes, which nothing changes."""
+    """A model's sizes and end tokens, which nothing changes."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -29,6 +29,10 @@ class Sizes(Protocol):
     def max_position_embeddings(self) -> int: ...
     @property
     def sliding_window(self) -> int | None: ...
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends an answer, where that is evaluated; may be none."""
+        ...
 
 
 @runtime_checkable

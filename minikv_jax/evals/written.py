@@ -6,7 +6,6 @@ the conversation, so that turns are judged alone (SCBench's default).
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,6 @@ from minikv_jax.errors import ConfigError
 from minikv_jax.evals import known
 from minikv_jax.evals.engine import best, read_on, write_on
 from minikv_jax.evals.task import Case, Lab, Measured, padded
-from minikv_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,7 @@ def measure(
     rounds = max(map(len, turns))
     room = max(room_of(lab, case) for case in cases)
     caches = known.read_cases(lab, cases, methods, room).caches
-    ends = cast(ModelConfig, lab.model.config).eos_token_ids
+    ends = lab.model.config.eos_token_ids
 
     def one(name: str) -> list[Measured]:
         cache, scores = caches[name], [[] for _ in cases]
