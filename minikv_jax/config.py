@@ -43,7 +43,7 @@ class Rank:
         value_norm: multiply a score by the length of the token's value (VATP, arXiv 2406.12335).
         attention_weight: below 1, scores are mixed with how well a token survives its codec, both scaled to 0..1 over
             the layer (Q-Hitter's lambda).
-        protected: tokens chosen by attention alone before the mix decides (Q-Hitter).
+        protected: tokens chosen by attention alone before the mix decides (Q-Hitter) or others merge (KVMerger).
     """
 
     by: Literal["position", "attention", "last_queries"] = "position"

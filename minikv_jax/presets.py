@@ -2,55 +2,31 @@
 
 import dataclasses
 import functools
-import inspect
-import typing
-from collections.abc import Callable, Iterable
-from typing import Literal, cast
+from typing import Literal
 
 from minikv_jax.append import Append
 from minikv_jax.basis import Balance, Basis, Hadamard
 from minikv_jax.block import Block
-from minikv_jax.checks import check_types, require
+from minikv_jax.checks import require
 from minikv_jax.codec import Codec, MetadataDtype
 from minikv_jax.config import Allocation, Amount, CacheConfig, Method, Rank
-from minikv_jax.errors import ConfigError, shortened
 from minikv_jax.evict import Evict
 from minikv_jax.inflow import Inflow
+from minikv_jax.merge import Merge
+from minikv_jax.registry import METHODS, by_name, parse, parse_one, row, with_settings
 from minikv_jax.ring import Ring
-from minikv_jax.settings import knobs_of, split
 from minikv_jax.tova import Tova
 
-METHODS: dict[str, Callable[..., CacheConfig]] = {}
-_MOST = 2**30 - 1  # sizes are 32-bit numbers, and so is twice a size
+__all__ = ["METHODS", "by_name", "parse", "parse_one", "with_settings"]  # beside the methods themselves
 
 
-def _method[**P](preset: Callable[P, CacheConfig]) -> Callable[P, CacheConfig]:
-    """A row of `METHODS`, whose knobs are checked against its annotations; lists are taken for tuples."""
-    signature, hints = inspect.signature(preset), typing.get_type_hints(preset)
-    knobs = dataclasses.make_dataclass(preset.__name__, [(name, hints[name]) for name in signature.parameters])
-
-    @functools.wraps(preset)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> CacheConfig:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        values = {name: tuple(x) if isinstance(x, list | range) else x for name, x in given.arguments.items()}
-        check_types(knobs(**values))
-        for name, value in values.items():
-            if isinstance(value, int) and abs(value) > _MOST:
-                raise ConfigError(f"{name}={shortened(value)}: no number here is above {_MOST}.")
-        return cast(Callable[..., CacheConfig], preset)(**values)
-
-    METHODS[preset.__name__] = checked
-    return checked
-
-
-@_method
+@row
 def full() -> CacheConfig:
     """Everything, in the model's dtype: what the others are measured against."""
     return CacheConfig("full", Method(inflow=Append()))
 
 
-@_method
+@row
 def streaming_llm(sinks: int = 4, recent: Amount = 512) -> CacheConfig:
     """StreamingLLM (arXiv 2309.17453): the first tokens and the newest ones; the oldest of these leaves at each step.
 
@@ -60,7 +36,7 @@ def streaming_llm(sinks: int = 4, recent: Amount = 512) -> CacheConfig:
     return CacheConfig("streaming_llm", Method(allocation=kept, inflow=Evict("before")))
 
 
-@_method
+@row
 def h2o(heavy: Amount = 0.1, recent: Amount = 0.1, persistent: bool = False, sinks: int = 0) -> CacheConfig:
     """H2O (arXiv 2306.14048, Algorithm 1): most attended and newest tokens; each step gives up the least attended.
 
@@ -74,7 +50,7 @@ def _giving_up(each_step: bool) -> Inflow:
     return Evict() if each_step else Append()
 
 
-@_method
+@row
 def tova(budget: Amount = 2048) -> CacheConfig:
     """TOVA (arXiv 2401.06104, section 3): what the newest query attends to; each step gives up what it wants least.
 
@@ -85,7 +61,7 @@ def tova(budget: Amount = 2048) -> CacheConfig:
     )
 
 
-@_method
+@row
 def snapkv(
     budget: Amount = 2048, window: int = 32, pooling: int = 5, pool: Literal["avg", "max"] = "avg"
 ) -> CacheConfig:
@@ -101,7 +77,7 @@ def _observed(window: int, pooling: int, pool: Literal["avg", "max"]) -> Rank:
     return Rank(by="last_queries", queries=window, pooling=pooling, pool=pool)
 
 
-@_method
+@row
 def pyramidkv(
     budget: int = 2048, window: int = 32, pooling: int = 5, pool: Literal["avg", "max"] = "avg", beta: int = 20
 ) -> CacheConfig:
@@ -111,7 +87,33 @@ def pyramidkv(
     return CacheConfig("pyramidkv", Method(rank=rank, allocation=kept, inflow=Append()))
 
 
-@_method
+@row
+def kvmerger(
+    budget: float = 0.5,
+    heavy: float = 0.12,
+    recent: float = 0.17,
+    threshold: float = 0.75,
+    sigma: float | None = None,
+    whole: tuple[int, ...] = (),
+) -> CacheConfig:
+    """KVMerger (arXiv 2407.08454, section 4): neighbours with like keys become one, weighted by their distance.
+
+    Args:
+        budget: share of the prompt that is left.
+        heavy: share of the prompt that attention saves from merging.
+        recent: newest share of the prompt, which stays as it is.
+        threshold, sigma: see `merge.Merge`.
+        whole: layers that keep everything.
+    """
+    require(0 <= recent <= budget, f"recent={recent} is a part of budget={budget}: give from 0 to that.")
+    require(budget > 0, f"budget={budget}: nothing would be kept.")
+    kept = Allocation(budget=budget, recent=recent / budget)
+    method = Method(rank=Rank(by="attention", protected=heavy), allocation=kept, inflow=Merge(threshold, sigma))
+    everything = tuple((i, method.replace(allocation=Allocation())) for i in sorted(whole))
+    return CacheConfig("kvmerger", method, everything)
+
+
+@row
 def int8() -> CacheConfig:
     """Every token in 8 bits, one scale for each token and head: what serving engines offer beside dense caches."""
     return CacheConfig("int8", _each_token(8))
@@ -122,13 +124,13 @@ def _each_token(bits: int) -> Method:
     return Method(codec=Codec(bits, bits, "head", "head", "channels"), inflow=Append())
 
 
-@_method
+@row
 def quarot(bits: int = 4) -> CacheConfig:
     """QuaRot's cache (arXiv 2404.00456): every token rotated, in 4 bits with a scale. Not for large key biases."""
     return CacheConfig("quarot", _each_token(bits).replace(basis=(Hadamard(),)))
 
 
-@_method
+@row
 def qhitter(
     heavy: Amount = 0.15, recent: Amount = 0.05, protected: Amount = 0.07, attention_weight: float = 0.5, bits: int = 4
 ) -> CacheConfig:
@@ -142,7 +144,7 @@ def qhitter(
     return CacheConfig("qhitter", method)
 
 
-@_method
+@row
 def kivi(
     key_bits: int = 2,
     value_bits: int = 2,
@@ -164,7 +166,7 @@ def _rotation(wanted: bool, balanced: bool, group: int) -> tuple[Basis, ...]:
     return (Balance(group), Hadamard())[not balanced :] if wanted else ()
 
 
-@_method
+@row
 def minikv(
     heavy: float = 0.25,
     recent: float = 0.25,
@@ -218,7 +220,7 @@ def minikv(
     return CacheConfig("minikv" if pyramid_depth is None else "minikv_pyramid", method)
 
 
-@_method
+@row
 def minikv_pyramid(
     heavy: float = 0.25, recent: float = 0.25, bits: int = 2, group_size: int = 16, residual: int = 128
 ) -> CacheConfig:
@@ -226,7 +228,7 @@ def minikv_pyramid(
     return minikv(heavy, recent, bits, group_size, residual, pyramid_depth=7)
 
 
-@_method
+@row
 def minikv_plus(
     heavy: float = 1.0,
     recent: float = 0.25,
@@ -316,7 +318,7 @@ def _own_layers(method: Method, precise: tuple[int, ...], brief: tuple[int, ...]
     return tuple(sorted(layers.items(), key=lambda item: item[0]))
 
 
-@_method
+@row
 def mikv(
     ratio: float = 0.2,
     recent: float = 0.5,
@@ -349,51 +351,3 @@ def mikv(
         inflow=_giving_up(not (persistent or everything)),
     )
     return CacheConfig("mikv", method)
-
-
-def by_name(name: str, **knobs) -> CacheConfig:
-    """The preset called `name`, with some knobs changed.
-
-    Raises:
-        ConfigError: an unknown name, an unknown knob, or a value of the wrong type or out of range.
-    """
-    if name not in METHODS:
-        raise ConfigError(f"Unknown method {shortened(name)}: choose one of {', '.join(METHODS)}.")
-    known = inspect.signature(METHODS[name]).parameters
-    unknown = sorted(set(knobs) - set(known))
-    if unknown:
-        raise ConfigError(f"{name} has no knob {shortened(', '.join(unknown))}: it has {', '.join(known) or 'none'}.")
-    return METHODS[name](**knobs)
-
-
-def with_settings(name: str, settings: Iterable[str]) -> CacheConfig:
-    """The preset called `name` with `knob=value` settings, values written as in JSON or as `minikv methods` shows them.
-
-    Raises:
-        ConfigError: as `by_name`; a setting without a value, or a knob that is set twice.
-    """
-    return by_name(name, **knobs_of(name, settings))
-
-
-def parse(methods: str) -> dict[str, CacheConfig]:
-    """Methods in one line, settings after a colon, by what was written: `full,minikv:heavy=0.1,recent=0.1,kivi`.
-
-    Raises:
-        ConfigError: as `with_settings`; nothing, or a setting without a method.
-    """
-    named = [
-        (name + (":" + ",".join(settings) if settings else ""), name, settings) for name, settings in split(methods)
-    ]
-    return {label: with_settings(name, settings) for label, name, settings in named}
-
-
-def parse_one(method: str, settings: Iterable[str] = ()) -> dict[str, CacheConfig]:
-    """One method as `parse` reads it, with more settings.
-
-    Raises:
-        ConfigError: as `parse`; several methods.
-    """
-    (name, own), *others = split(method)
-    if others:
-        raise ConfigError(f"{shortened(method)} names several methods: give one.")
-    return {method: with_settings(name, [*own, *settings])}

@@ -73,6 +73,11 @@ CASES = {
         presets.pyramidkv(budget=24, window=8),
         functools.partial(reference.PyramidKV, capacity=24, window=8, layer=2, layers=5),
     ),
+    "kvmerger": (presets.kvmerger(threshold=0.1), functools.partial(reference.KVMerger, threshold=0.1)),
+    "kvmerger, few like neighbours": (
+        presets.kvmerger(0.35, 0.1, 0.2, threshold=0.4, sigma=3.0),
+        functools.partial(reference.KVMerger, budget=0.35, heavy=0.1, recent=0.2, threshold=0.4, sigma=3.0),
+    ),
     # With minima of any size; the rounding of its own whole-numbered ones is tested with the quantiser.
     "qhitter": (
         presets.qhitter().replace(codec=Codec(4, 4, "head", "head", "channels")),

@@ -20,7 +20,7 @@ CHECKED = (
         f"minikv_jax.{name}"
         for name in [
             *("allocate", "append", "basis", "block", "cache", "choose", "codec", "compress", "evict", "inflow"),
-            *("rank", "ring", "tova", "reading", "report", "segments", "models.llama"),
+            *("merge", "rank", "ring", "tova", "reading", "report", "segments", "models.llama"),
         ]
     ),
     "pallas_kernels",

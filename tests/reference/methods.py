@@ -368,6 +368,67 @@ class PyramidKV(SnapKV):
 
 
 @dataclass(kw_only=True)
+class KVMerger(Method):
+    """Section 5.2, to a budget: neighbours whose keys have a cosine of `threshold` or more become one token, the likest
+    first, until int(N * budget) tokens are left; if these are too few, sets of the least attention leave.
+
+    The last int(budget * recent / share) tokens and the int(N * heavy) most attended others stay alone. A set's key is
+    the mean of its keys, weighted by a Gaussian of their distance from the most attended one, in whose place it stands;
+    its value is the weighted mean times the set's size.
+    """
+
+    budget: float = 0.5
+    heavy: float = 0.12
+    recent: float = 0.17
+    threshold: float = 0.75
+    sigma: float | None = None
+
+    def _compress(self, query, key, value):
+        n = len(key)
+        total = count_of(n, self.budget)
+        recent = min(count_of(total, self.recent / self.budget), total)
+        total, recent = (1, 1) if total == 0 else (total, recent)
+        heavy = min(count_of(n, self.heavy), total - recent)
+        for h, scores in enumerate(column_sums(query, key, self.scale)):
+            alone = set(range(n - recent, n)) | set(self._top(scores[: n - recent], heavy))
+            sets = self._sets(key[:, h], alone, n - total)
+            best = self._top(np.array([scores[members].sum() for members in sets]), total - len(alone))
+            kept = []
+            for members in (sets[i] for i in best):
+                self.closest_call = min(self.closest_call, margin(scores[members], 1))
+                pivot = members[int(np.argmax(scores[members]))]
+                self._merge(h, key[members, h], value[members, h], members.index(pivot), pivot)
+                kept.append(pivot)
+            self._keep(h, sorted(alone | set(kept)))
+
+    def _sets(self, key: np.ndarray, alone: set[int], joins: int) -> list[list[int]]:
+        pairs = [t for t in range(1, len(key)) if t not in alone and t - 1 not in alone]
+        exact = {t: 4096 * key[t] @ key[t - 1] / np.linalg.norm(key[t]) / np.linalg.norm(key[t - 1]) for t in pairs}
+        cosine = {t: np.round(c) / 4096 for t, c in exact.items()}
+        # float32 may round what is half-way to the other side.
+        self.closest_call = min([self.closest_call, *((0.5 - abs(c - np.round(c))) / 40 for c in exact.values())])
+        like = [t for t in pairs if cosine[t] >= self.threshold]
+        joined = {like[i] for i in self._top(np.array([cosine[t] for t in like]), min(joins, len(like)))}
+        sets: list[list[int]] = []
+        for t in range(len(key)):
+            if t in joined:
+                sets[-1].append(t)
+            elif t not in alone:
+                sets.append([t])
+        return sets
+
+    def _merge(self, h: int, keys, values, which: int, pivot: int) -> None:
+        if len(keys) == 1:
+            return
+        distance = np.linalg.norm(keys - keys[which], axis=1)
+        sigma = distance.sum() / (2**0.5 * len(keys)) if self.sigma is None else self.sigma
+        weight = np.exp(-((distance / sigma) ** 2) / 2)
+        weight /= weight.sum()
+        token = self.heads[h][pivot]
+        token.key, token.value = Stored(weight @ keys), Stored(len(keys) * (weight @ values))
+
+
+@dataclass(kw_only=True)
 class QHitter(Method):
     """Section 4.4: H2O's attention mixed with how well a token survives quantisation; every held token is quantised.
 
