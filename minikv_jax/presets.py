@@ -107,8 +107,10 @@ def kvmerger(
     """
     require(0 <= recent <= budget, f"recent={recent} is a part of budget={budget}: give from 0 to that.")
     require(budget > 0, f"budget={budget}: nothing would be kept.")
-    kept = Allocation(budget=budget, recent=recent / budget)
-    method = Method(rank=Rank(by="attention", protected=heavy), allocation=kept, inflow=Merge(threshold, sigma))
+    kept = Allocation(budget=float(budget), recent=float(recent) / budget)
+    method = Method(
+        rank=Rank(by="attention", protected=float(heavy)), allocation=kept, inflow=Merge(float(threshold), sigma)
+    )
     everything = tuple((i, method.replace(allocation=Allocation())) for i in sorted(whole))
     return CacheConfig("kvmerger", method, everything)
 
