@@ -108,9 +108,9 @@ def kvmerger(
     require(0 <= recent <= budget, f"recent={recent} is a part of budget={budget}: give from 0 to that.")
     require(budget > 0, f"budget={budget}: nothing would be kept.")
     kept = Allocation(budget=float(budget), recent=float(recent) / budget)
-    method = Method(
-        rank=Rank(by="attention", protected=float(heavy)), allocation=kept, inflow=Merge(float(threshold), sigma)
-    )
+    rank = Rank(by="attention", protected=float(heavy))
+    inflow = Merge(float(threshold), None if sigma is None else float(sigma))
+    method = Method(rank=rank, allocation=kept, inflow=inflow)
     everything = tuple((i, method.replace(allocation=Allocation())) for i in sorted(whole))
     return CacheConfig("kvmerger", method, everything)
 
