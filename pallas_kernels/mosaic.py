@@ -8,14 +8,22 @@ from jax import lax
 from pallas_kernels.dispatch import device_kind
 
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+OLDEST_JAX = "0.11.1"  # what an older one knows of Mosaic has other arguments
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 
 
+def is_known() -> bool:
+    """Whether this JAX can compile the kernels."""
+    return jax.__version_info__ >= tuple(map(int, OLDEST_JAX.split(".")))
+
+
 def decline_all_but_hopper() -> None:
-    """Raises NotImplementedError where the program is traced for another device."""
+    """Raises NotImplementedError where the program is traced for another device, or by a JAX that is too old."""
     if not any(name in device_kind() for name in _HOPPER):
         raise NotImplementedError(f"needs a Hopper GPU, this is {device_kind()!r}")
+    if not is_known():
+        raise NotImplementedError(f"needs jax {OLDEST_JAX} or newer, this is {jax.__version__}")
 
 
 def integer(x) -> jax.Array:

@@ -12,8 +12,14 @@ import promises
 import pytest
 from typed import check_annotations
 
-# The first example of a shape compiles, so time says nothing; each run draws afresh.
-hypothesis.settings.register_profile("suite", deadline=None, max_examples=25, print_blob=True)
+# The first example of a shape compiles, and others use the machine, so time says nothing; each run draws afresh.
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    max_examples=25,
+    print_blob=True,
+)
 hypothesis.settings.register_profile("many", hypothesis.settings.get_profile("suite"), max_examples=500)
 hypothesis.settings.load_profile("suite")
 

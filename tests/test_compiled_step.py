@@ -58,6 +58,7 @@ def test_the_cache_is_neither_copied_nor_unpacked(config):
     check(config, rows=PROMPT if config.method.codec.dense else PROMPT // 2)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="XLA then hid the copies inside fusions")
 def test_a_cache_that_is_not_donated_is_copied():
     assert copied(compiled(presets.full(), donated=None).as_text(), PROMPT * WIDE.num_kv_heads * WIDE.head_dim)
 

@@ -13,6 +13,7 @@ import pytest
 from test_packed_decode import attention, check_nothing_beyond_the_length, compare, dequantised, error, segment
 from test_two_pass_attention import on_device
 
+from pallas_kernels import mosaic
 from pallas_kernels.packed_decode.api import packed_decode_attention
 
 FORMATS = {
@@ -59,6 +60,10 @@ MORE_CASES = [
 ]
 
 
+on_mosaic = pytest.mark.skipif(not mosaic.is_known(), reason=f"Mosaic's kernels want jax {mosaic.OLDEST_JAX}")
+
+
+@on_mosaic
 @pytest.mark.parametrize("cases", [CASES, pytest.param(MORE_CASES, marks=pytest.mark.slow)], ids=["", "more"])
 @pytest.mark.promise("The Hopper kernels have no data races")
 def test_interpreted_it_is_the_definition_and_has_no_races(cases):
@@ -77,6 +82,7 @@ def arguments(fmt, rows=4, blocks=9, h=128):
     return jax.ShapeDtypeStruct((2, 1, 2 * rows, h), jnp.bfloat16), keys, values, jax.ShapeDtypeStruct((2,), jnp.int32)
 
 
+@on_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_lowers_for_hopper(name):
@@ -87,6 +93,7 @@ def test_lowers_for_hopper(name):
     assert "tensor<2x2x9x32x128xui8>" in text and "x128x128xf" not in text, "codes stay codes"
 
 
+@on_mosaic
 @pytest.mark.parametrize(
     ("kind", "fmt", "options", "reason"),
     [
@@ -105,6 +112,7 @@ def test_it_says_what_it_does_not_run(kind, fmt, options, reason):
         jax.eval_shape(partial(packed_decode_attention, implementation="mosaic_gpu", **options), *arguments(fmt))
 
 
+@on_mosaic
 def test_other_head_sizes_are_declined():
     with on_device("NVIDIA H100"), pytest.raises(NotImplementedError, match="head size 64"):
         jax.eval_shape(partial(packed_decode_attention, implementation="mosaic_gpu"), *arguments(FORMATS[QUICK], h=64))

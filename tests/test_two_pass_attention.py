@@ -13,8 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels import mosaic
 from pallas_kernels.two_pass_attention import mosaic_gpu
 from pallas_kernels.two_pass_attention.api import two_pass_attention
+
+on_mosaic = pytest.mark.skipif(not mosaic.is_known(), reason=f"Mosaic's kernels want jax {mosaic.OLDEST_JAX}")
 
 # Compiled once for all tests of a shape.
 attend = jax.jit(two_pass_attention, static_argnames=("is_causal", "sliding_window", "score_rows", "implementation"))
@@ -214,6 +217,7 @@ def lowered(kind, dtype, t, s, heads, kv_heads, h, **options):
         pytest.param(jnp.bfloat16, 256, 256, 2, 1, 256, dict(is_causal=False), marks=pytest.mark.slow),
     ],
 )
+@on_mosaic
 def test_lowers_for_hopper_by_default(dtype, t, s, heads, kv_heads, h, options):
     assert lowered("NVIDIA H100 80GB HBM3", dtype, t, s, heads, kv_heads, h, **options).count("mosaic_gpu") >= 2
 
@@ -223,6 +227,7 @@ def test_other_gpus_get_no_hopper_kernel(kind):
     assert "mosaic_gpu" not in lowered(kind, jnp.bfloat16, 64, 64, 4, 2, 64)
 
 
+@on_mosaic
 def test_no_scores_is_one_kernel():
     text = lowered("NVIDIA H100", jnp.bfloat16, 256, 256, 4, 2, 128, score_rows=0)
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
@@ -272,6 +277,7 @@ print("DONE")
         pytest.param(dict(causal=False, score_rows="all", blocks={}), marks=pytest.mark.slow),
     ],
 )
+@on_mosaic
 @pytest.mark.promise("The Hopper kernels have no data races")
 def test_kernels_in_the_interpreter_have_no_races(case):
     # The interpreter runs every warpgroup on a thread of JAX's CPU pool: with fewer threads than warpgroups it hangs.
@@ -379,6 +385,7 @@ def test_a_prompt_of_131072_tokens(implementation):
     assert jnp.isfinite(output).all() and jnp.isfinite(lse).all()
 
 
+@on_mosaic
 def test_shipped_blocks_fit_a_hopper():
     for h in mosaic_gpu._BLOCKS:
         text = lowered("NVIDIA H200", jnp.bfloat16, 128, 128, 2, 1, h)

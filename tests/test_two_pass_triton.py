@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pallas_kernels import mosaic
 from pallas_kernels.two_pass_attention import _triton_kernels as kernels
 from pallas_kernels.two_pass_attention import triton as implementation
 from pallas_kernels.two_pass_attention.triton import constants, tiles_for
@@ -141,13 +142,21 @@ def launched(monkeypatch):
         ("NVIDIA A100-SXM4-80GB", "triton"),
         ("NVIDIA L4", "triton"),
         ("NVIDIA B200", "triton"),
-        ("NVIDIA H100 80GB HBM3", "mosaic_gpu"),
+        ("NVIDIA H100 80GB HBM3", "mosaic_gpu" if mosaic.is_known() else "triton"),
     ],
 )
 def test_every_gpu_gets_the_best_it_can_run(kind, expected, launched):
     text = lowered(kind, jnp.bfloat16, 64, 64, 4, 2, 64)
     assert ("@mosaic_gpu" in text) == (expected == "mosaic_gpu")
     assert launched == (["forward_kernel", "scores_kernel"] if expected == "triton" else [])
+
+
+def test_an_older_jax_has_triton_on_hopper(launched, monkeypatch):
+    monkeypatch.setattr(mosaic, "is_known", lambda: False)
+    text = lowered("NVIDIA H100", jnp.bfloat16, 64, 64, 4, 2, 128)
+    assert launched == ["forward_kernel", "scores_kernel"] and "@mosaic_gpu" not in text
+    with pytest.raises(NotImplementedError, match=r"needs jax 0\.11\.1"):
+        lowered("NVIDIA H100", jnp.bfloat16, 64, 64, 4, 2, 128, implementation="mosaic_gpu")
 
 
 def test_a_sliding_window_on_hopper_is_tritons(launched):
