@@ -108,6 +108,7 @@ ROUNDED_TWICE = {"mikv, 8 and 3 bits"}
 # Variants of a method that another case already covers.
 SLOW = {"minikv, 4 bits, more recent", "h2o, persistent", "snapkv, max pool, a share", "kivi, 4 bits", "minikv_plus"}
 SLOW |= {"minikv_plus, wide groups of values", "minikv, 3 bits", "mikv, persistent, no balancer"}
+SLOW |= {"minikv_plus, projection known"}
 SLOW |= {"mikv, everything important", "mikv, 8 and 3 bits", "minikv_plus, half the tokens"}
 
 
