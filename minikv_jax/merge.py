@@ -6,6 +6,7 @@ keeps apart beyond that competes for the room by the attention that sets receive
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +33,13 @@ class Merge(Append):
         sigma: width of the Gaussian over distances from a set's pivot; None: that of each set, the sum of its tokens'
             distances over sqrt(2) |set|. The paper has the Gaussian's own values in the place of distances, which
             depend on sigma and would keep it below 0.71; its average of 5 fits distances.
+        values: "sum" multiplies a set's mean value by the set's size (equation 8). Its key takes part in the softmax
+            once, so outputs grow by it; "mean" does not.
     """
 
     threshold: float = 0.75
     sigma: float | None = None
+    values: Literal["sum", "mean"] = "sum"
 
     def __post_init__(self):
         check_types(self)
@@ -54,7 +58,7 @@ class Merge(Append):
         sets = _runs(prompt, alone, kept, self.threshold)
         received = _by_set(sets, prompt.scores)
         pivot = _pivots(sets, prompt.scores)
-        key, value = _merged(sets, pivot, prompt, self.sigma)
+        key, value = _merged(sets, pivot, prompt, self.sigma, self.values == "sum")
         of_best = rank.best(jnp.where(pivot, received, -jnp.inf), prompt.lengths, 0 * kept, 0, kept - count)
         rows = rank.in_text_order(alone | of_best, min(prompt.shape.first, tokens))
         held = (choose.gather(x, rows) for x in (key, value))
@@ -109,7 +113,7 @@ def _pivots(sets: Int[Array, "B K T"], scores: Float[Array, "B K T"]) -> Bool[Ar
 
 
 def _merged(
-    sets: Int[Array, "B K T"], pivot: Bool[Array, "B K T"], prompt: Prompt, sigma: float | None
+    sets: Int[Array, "B K T"], pivot: Bool[Array, "B K T"], prompt: Prompt, sigma: float | None, sums: bool
 ) -> tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]:
     """The prompt's keys and values with those of each whole set at its pivot (equations 6 to 8)."""
     key, value = (x.astype(jnp.float32) for x in (prompt.key, prompt.value))
@@ -118,7 +122,7 @@ def _merged(
     width = _by_set(sets, distance) / (2**0.5 * size) if sigma is None else jnp.float32(sigma)
     weight = jnp.exp(-jnp.square(distance / jnp.maximum(width, _TINY)) / 2)
     share = (weight / jnp.maximum(_by_set(sets, weight), _TINY))[..., None]
-    of_sets = _by_set(sets, share * key), size[..., None] * _by_set(sets, share * value)
+    of_sets = _by_set(sets, share * key), (size[..., None] if sums else 1) * _by_set(sets, share * value)
     key, value = (
         jnp.where(pivot[..., None], new.astype(old.dtype), old) for new, old in zip(of_sets, (prompt.key, prompt.value))
     )

@@ -94,6 +94,7 @@ def kvmerger(
     recent: float = 0.17,
     threshold: float = 0.75,
     sigma: float | None = None,
+    values: Literal["sum", "mean"] = "sum",
     whole: tuple[int, ...] = (),
 ) -> CacheConfig:
     """KVMerger (arXiv 2407.08454, section 4): neighbours with like keys become one, weighted by their distance.
@@ -102,14 +103,14 @@ def kvmerger(
         budget: share of the prompt that is left.
         heavy: share of the prompt that attention saves from merging.
         recent: newest share of the prompt, which stays as it is.
-        threshold, sigma: see `merge.Merge`.
+        threshold, sigma, values: see `merge.Merge`.
         whole: layers that keep everything.
     """
     require(0 <= recent <= budget, f"recent={recent} is a part of budget={budget}: give from 0 to that.")
     require(budget > 0, f"budget={budget}: nothing would be kept.")
     kept = Allocation(budget=float(budget), recent=float(recent) / budget)
     rank = Rank(by="attention", protected=float(heavy))
-    inflow = Merge(float(threshold), None if sigma is None else float(sigma))
+    inflow = Merge(float(threshold), None if sigma is None else float(sigma), values)
     method = Method(rank=rank, allocation=kept, inflow=inflow)
     everything = tuple((i, method.replace(allocation=Allocation())) for i in sorted(whole))
     return CacheConfig("kvmerger", method, everything)

@@ -75,8 +75,10 @@ CASES = {
     ),
     "kvmerger": (presets.kvmerger(threshold=0.1), functools.partial(reference.KVMerger, threshold=0.1)),
     "kvmerger, few like neighbours": (
-        presets.kvmerger(0.35, 0.1, 0.2, threshold=0.4, sigma=3.0),
-        functools.partial(reference.KVMerger, budget=0.35, heavy=0.1, recent=0.2, threshold=0.4, sigma=3.0),
+        presets.kvmerger(0.35, 0.1, 0.2, threshold=0.4, sigma=3.0, values="mean"),
+        functools.partial(
+            reference.KVMerger, budget=0.35, heavy=0.1, recent=0.2, threshold=0.4, sigma=3.0, values="mean"
+        ),
     ),
     # With minima of any size; the rounding of its own whole-numbered ones is tested with the quantiser.
     "qhitter": (

@@ -382,6 +382,7 @@ class KVMerger(Method):
     recent: float = 0.17
     threshold: float = 0.75
     sigma: float | None = None
+    values: str = "sum"
 
     def _compress(self, query, key, value):
         n = len(key)
@@ -425,7 +426,8 @@ class KVMerger(Method):
         weight = np.exp(-((distance / sigma) ** 2) / 2)
         weight /= weight.sum()
         token = self.heads[h][pivot]
-        token.key, token.value = Stored(weight @ keys), Stored(len(keys) * (weight @ values))
+        size = len(keys) if self.values == "sum" else 1
+        token.key, token.value = Stored(weight @ keys), Stored(size * (weight @ values))
 
 
 @dataclass(kw_only=True)
