@@ -108,10 +108,9 @@ def kvmerger(
     """
     require(0 <= recent <= budget, f"recent={recent} is a part of budget={budget}: give from 0 to that.")
     require(budget > 0, f"budget={budget}: nothing would be kept.")
-    kept = Allocation(budget=float(budget), recent=float(recent) / budget)
-    rank = Rank(by="attention", protected=float(heavy))
-    inflow = Merge(float(threshold), None if sigma is None else float(sigma), values)
-    method = Method(rank=rank, allocation=kept, inflow=inflow)
+    kept = Allocation(budget=budget, recent=recent / budget)
+    rank = Rank(by="attention", protected=heavy)
+    method = Method(rank=rank, allocation=kept, inflow=Merge(threshold, sigma, values))
     everything = tuple((i, method.replace(allocation=Allocation())) for i in sorted(whole))
     return CacheConfig("kvmerger", method, everything)
 
@@ -215,7 +214,7 @@ def minikv(
     groups = {"key_group": group_size, "value_group": group_size, "metadata_dtype": metadata_dtype}
     method = Method(
         rank=Rank(by="attention", normalize=normalize, pooling=pooling, value_norm=value_norm),
-        allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks, pyramid_depth=pyramid_depth),
+        allocation=Allocation(heavy=heavy, recent=recent, sinks=sinks, pyramid_depth=pyramid_depth),
         codec=dataclasses.replace(codec, **groups, balance=balance and not rotate),
         basis=_rotation(rotate, balance, group_size),
         inflow=Append() if bits == 16 else Block(residual),
@@ -283,14 +282,14 @@ def minikv_plus(
     )  # fmt: skip
     method = Method(
         rank=Rank(by="attention"),
-        allocation=Allocation(heavy=float(heavy), recent=float(recent), sinks=sinks),
+        allocation=Allocation(heavy=heavy, recent=recent, sinks=sinks),
         codec=codec,
         basis=_rotation(True, balance, group_size),
         inflow=Block(residual, keeps, exact_sinks=True),
     )
     if important:
-        method = _important_apart(method, float(important), not (precise or brief))
-    return CacheConfig("minikv_plus", method, _own_layers(method, precise, brief, float(brief_share)))
+        method = _important_apart(method, important, not (precise or brief))
+    return CacheConfig("minikv_plus", method, _own_layers(method, precise, brief, brief_share))
 
 
 def _finer(codec: Codec) -> Codec:
@@ -348,7 +347,7 @@ def mikv(
     everything = ratio >= 1
     method = Method(
         rank=Rank(by="attention"),
-        allocation=Allocation(budget=float(ratio), recent=float(recent)),
+        allocation=Allocation(budget=ratio, recent=recent),
         codec=Codec() if bits == 16 else half(bits, bits),
         rest=None if everything else half(retained_bits, retained_bits, balance=balance),
         inflow=_giving_up(not (persistent or everything)),

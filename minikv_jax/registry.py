@@ -20,7 +20,10 @@ _MOST = 2**30 - 1  # sizes are 32-bit numbers, and so is twice a size
 
 
 def row[**P](preset: Callable[P, CacheConfig]) -> Callable[P, CacheConfig]:
-    """A row of `METHODS`, whose knobs are checked against its annotations; lists are taken for tuples."""
+    """A row of `METHODS`, whose knobs are checked against its annotations.
+
+    Lists are taken for tuples, and whole numbers for the floats that a knob takes: 1 is the share 1.0.
+    """
     signature, hints = inspect.signature(preset), typing.get_type_hints(preset)
     knobs = dataclasses.make_dataclass(preset.__name__, [(name, hints[name]) for name in signature.parameters])
 
@@ -33,10 +36,19 @@ def row[**P](preset: Callable[P, CacheConfig]) -> Callable[P, CacheConfig]:
         for name, value in values.items():
             if isinstance(value, int) and abs(value) > _MOST:
                 raise ConfigError(f"{name}={shortened(value)}: no number here is above {_MOST}.")
+        values = {name: _as_float(value, hints[name]) for name, value in values.items()}
         return cast(Callable[..., CacheConfig], preset)(**values)
 
     METHODS[preset.__name__] = checked
     return checked
+
+
+def _as_float(value, hint):
+    kinds = typing.get_args(hint) or (hint,)
+    if isinstance(value, tuple):
+        return tuple(_as_float(x, kinds[0]) for x in value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and float in kinds and int not in kinds else value
 
 
 def by_name(name: str, **knobs) -> CacheConfig:

@@ -127,6 +127,24 @@ def test_settings_are_read_as_json_or_as_the_table_of_methods_shows_them(name, k
     assert (config is not None) == (text in expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("minikv", {"heavy": 1, "recent": 0}),
+        ("mikv", {"ratio": 1, "recent": 0}),
+        ("kvmerger", {"budget": 1, "heavy": 0, "recent": 0, "threshold": 1, "sigma": 2}),
+        ("qhitter", {"attention_weight": 0}),
+        ("kivi", {"clip": (1, 0.9)}),
+        ("minikv_plus", {"heavy": 1, "brief": [0], "brief_share": 1}),
+    ],
+)
+def test_a_whole_number_is_a_share_where_a_knob_takes_no_count(name, knobs):
+    with_floats = {knob: float(x) if isinstance(x, int) else x for knob, x in knobs.items()}
+    with_floats |= {"clip": (1.0, 0.9)} if "clip" in knobs else {}
+    # As text, for 1 and 1.0 are equal.
+    assert repr(presets.by_name(name, **knobs)) == repr(presets.by_name(name, **with_floats))
+
+
 def test_a_knob_is_not_replaced_by_its_default():
     for knobs in ({"key_bits": 0}, {"bits": 16, "key_bits": 0}):
         with pytest.raises(ConfigError, match="key_bits=0"):

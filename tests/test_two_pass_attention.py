@@ -170,6 +170,7 @@ def test_scores_add_up_to_the_rows(figure):
     figure(f"off by {off:.0e} of the number of rows")
 
 
+@on_mosaic
 def test_a_named_implementation_says_why_it_cannot_run():
     q, k, v = draw(1, 8, 8, 2, 1, 64, jnp.bfloat16)
     if jax.default_backend() == "cpu":
