@@ -212,6 +212,10 @@ DRAWN = {
         presets.pyramidkv(16 + g, 8),
         reference.PyramidKV(capacity=16 + g, window=8, layer=0, layers=1),
     ),
+    "kvmerger": lambda a, b, g: (
+        presets.kvmerger(a + b, a / 3, b / 2, threshold=0.1),
+        reference.KVMerger(budget=a + b, heavy=a / 3, recent=b / 2, threshold=0.1),
+    ),
     "qhitter": lambda a, b, g: (
         presets.qhitter(a, b).replace(codec=Codec(4, 4, "head", "head", "channels")),
         reference.QHitter(heavy=a, recent=b, quantiser="min-max"),
