@@ -72,8 +72,8 @@ def run(weights: Weights, tokens, positions, attend):
 
 def prefill(weights: Weights, tokens, lengths, config):
     def attend(i, *qkv):
-        next_product = {"projection": weights.layers[i].o}
-        return layer.prefill(*qkv, lengths, config, layer=i, layers=len(weights.layers), **next_product)
+        place = {"layer": i, "layers": len(weights.layers)}
+        return layer.prefill(*qkv, lengths, config, **place, projection=weights.layers[i].o)
 
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     logits, states = run(weights, tokens, positions, attend)

@@ -17,8 +17,7 @@ from pallas_kernels.rows import below
 
 
 class Moments(NamedTuple):
-    """How the channels of keys and of values are read, per key/value head, float32; what it is a multiple of says
-    nothing.
+    """Second moments of what reads keys and values, per key/value head, float32. A positive factor changes nothing.
 
     Attributes:
         query: sum of query^T query over a prompt's queries, which read keys.
@@ -56,9 +55,13 @@ class Basis:
         lengths: Int[Array, "B"],
         first: int,
     ) -> Any:
-        """The state for a prompt, zeros behind its length, that is read so.
+        """What the basis learns of a prompt.
 
-        Rows before `first` are held, but never encoded.
+        Args:
+            key, value: of the prompt, zeros behind each sequence's length.
+            moments: of what reads them.
+            lengths: true lengths.
+            first: the first row that may be encoded; rows before it stay dense.
         """
 
     def hold(
@@ -68,7 +71,7 @@ class Basis:
         return key, value
 
     def read(self, state: Any, moments: Moments) -> Moments:
-        """How the channels of what is held are read, where those of what comes are read like `moments`."""
+        """Moments of what reads keys and values as they are held, from those of what reads them as they come."""
         return moments
 
     def take_in(
@@ -154,7 +157,9 @@ class Balance(Basis):
     that of queries divided by it. MiKV (arXiv 2402.18096, equation 2) has maxima in the place of root mean squares, and
     no rotation behind. Feedback (`Codec.key_feedback`) changes that: as far as it moves errors to where queries do not
     look, all that counts is how far the step, which grows with the sum of squared keys, lies above the geometric mean
-    of the channels, and 1 / rms(key) is best. It does half of the work, so factors lie half-way between both.
+    of the channels, and 1 / rms(key) is best. Feedback does a part of that, and the factors used are the geometric mean
+    of both: query^1/4 / key^3/4. It was the best of five such means on two models and a copy of each in other
+    coordinates (`examples/quality.md`).
 
     Keys of a group share their minimum, so of keys only what varies within `group` tokens counts. A pair of channels
     with a large bias turns slowly or fast with the position, and costs little or much.
@@ -171,16 +176,16 @@ class Balance(Basis):
     group: int = 64
 
     def fit(self, key, value, moments, lengths, first):
-        of_query = _diagonal(moments.query)
         key, value = (x[:, :, first:].astype(jnp.float32) for x in (key, value))
         tokens = lengths - first
-        query = _log2_energy(of_query, tokens)
+        of_query = _log2_energy(_diagonal(moments.query), tokens)
         of_key = _log2_energy(*_within_groups(key, tokens, self.group))
         of_value = _log2_energy(jnp.square(value).sum(axis=2), tokens)
-        if moments.output is None:
-            return Factors(_power_of(query / 8 - 3 * of_key / 8), _power_of(-of_value / 2))
-        output = _log2_energy(_diagonal(moments.output), jnp.full_like(tokens, _ROWS))
-        return Factors(_power_of(query / 8 - 3 * of_key / 8), _power_of((output - of_value) / 4))
+        of_row = -of_value
+        if moments.output is not None:
+            of_row = _log2_energy(_diagonal(moments.output), jnp.full_like(tokens, _CERTAIN))
+        # Energies are squares: a fourth of a logarithm's difference is the square root of a ratio of amplitudes.
+        return Factors(_power_of((of_query - 3 * of_key) / 8), _power_of((of_row - of_value) / 4))
 
     def hold(self, state, key, value, lengths):
         key, value = (x * factor[:, :, None].astype(x.dtype) for x, factor in zip((key, value), state))
@@ -202,8 +207,8 @@ class Balance(Basis):
         return times_channels(output, 1 / state.value)
 
 
-# As many rows of the output projection as tokens: its channels' energies are no guess.
-_ROWS = 1 << 20
+# So many tokens that the one more of `_log2_energy` is nothing beside them: weights are known, not sampled.
+_CERTAIN = 1 << 20
 
 
 def _diagonal(moment: Float[Array, "B K H H"]) -> Float[Array, "B K H"]:

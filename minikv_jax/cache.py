@@ -105,28 +105,26 @@ class Readers(NamedTuple):
     moments: Moments
 
     @classmethod
-    def of(
-        cls,
-        query: Float[Array, "B T N H"],
-        heads: int,
-        counted: Bool[Array, "B T"],
-        projection: Float[Array, "N H D"] | None,
-    ) -> "Readers":
-        """The counted queries, of so many key/value heads, and the output projection where it is known."""
+    def of(cls, query: Float[Array, "B T N H"], heads: int, counted: Bool[Array, "B T"]) -> "Readers":
+        """The counted queries, of so many key/value heads. Nothing is known of the output projection."""
         b, t, n, h = query.shape
         grouped = jnp.where(counted[:, :, None, None], query, 0).reshape(b, t, heads, n // heads, h)
         moment = jnp.einsum("btkgh,btkgi->bkhi", grouped, grouped, preferred_element_type=jnp.float32)
-        output = None
-        if projection is not None:
-            rows = projection.reshape(heads, n // heads, h, -1)
-            output = jnp.einsum("kghd,kgid->khi", rows, rows, preferred_element_type=jnp.float32)
-            output = jnp.broadcast_to(output[None], moment.shape)
-        return cls(jnp.abs(grouped).max(axis=(1, 3)).astype(jnp.float32), Moments(moment, output))
+        return cls(jnp.abs(grouped).max(axis=(1, 3)).astype(jnp.float32), Moments(moment, None))
 
     def join(self, other: "Readers") -> "Readers":
-        """Those of both sets of queries, with the projection of the first."""
+        """Both sets of queries, and the output projection of the first."""
         query = self.moments.query + other.moments.query
         return Readers(jnp.maximum(self.loudest, other.loudest), Moments(query, self.moments.output))
+
+    def with_projection(self, projection: Float[Array, "N H D"] | None) -> "Readers":
+        """The same queries, and this output projection, which may be unknown."""
+        if projection is None:
+            return self
+        query = self.moments.query
+        rows = projection.reshape(query.shape[1], -1, *projection.shape[1:])
+        output = jnp.einsum("kghd,kgid->khi", rows, rows, preferred_element_type=jnp.float32)
+        return Readers(self.loudest, Moments(query, jnp.broadcast_to(output[None], query.shape)))
 
 
 class Shape(NamedTuple):

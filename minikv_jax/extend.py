@@ -66,7 +66,7 @@ def extend(
 
 @jax.jit
 def _extend_chunk(params, cache: KVCache, tokens, counts, counted):
-    """Logits after a chunk, the cache with it, and what reads each layer.
+    """Logits after a chunk, the cache with it, and the queries that read each layer.
 
     `counted` [B, T] of each layer are the queries whose attention is added to its scores.
     """
@@ -80,7 +80,7 @@ def _extend_chunk(params, cache: KVCache, tokens, counts, counted):
         x = layer.after_attention(x, attention)
         layers.append(layer_cache)
         read = below(counts, tokens.shape[1])
-        readers.append(Readers.of(query, key.shape[2], read, layer.projection()))
+        readers.append(Readers.of(query, key.shape[2], read))
     logits = logits_at(model, x, counts - 1)
     return logits, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config), readers
 
@@ -118,11 +118,11 @@ def prefill_in_chunks(
         logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
         readers = [a.join(b) for a, b in zip(readers, more)] if readers else more
     compressed = []
-    for i, layer in enumerate(cache.layers):
+    for i, (of_model, layer) in enumerate(zip(model.layers, cache.layers, strict=True)):
         first = cast(DenseSegment, layer.first)
         key, value = (x[:, :, :longest].swapaxes(1, 2) for x in (first.key, first.value))
         budget = allocate.budgets(cache_config, i, layers, lengths, longest)
         scores, shape = layer.flow.scores[:, :, :longest], Shape.of(cache_config, i, layers)
-        read = key, value, scores, readers[i], lengths, budget
+        read = key, value, scores, readers[i].with_projection(of_model.projection()), lengths, budget
         compressed.append(compress_in_pieces(*read, cache_config.of_layer(i), shape, cache_config.dtype))
     return opened(cast(Array, logits), compressed, lengths, cache_config)

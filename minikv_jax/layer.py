@@ -118,7 +118,7 @@ def prefill(
         query, key, value, query_lengths=lengths, key_value_lengths=lengths, scale=scale, soft_cap=soft_cap,
         sinks=sinks, sliding_window=window, score_rows=method.score_rows,
     )  # fmt: skip
-    readers = Readers.of(query, key.shape[2], below(lengths, longest), projection)
+    readers = Readers.of(query, key.shape[2], below(lengths, longest)).with_projection(projection)
     budget = allocate.budgets(config, layer, layers, lengths, longest)
     shape = Shape.of(config, layer, layers)
     cache = compress_in_pieces(key, value, scores, readers, lengths, budget, method, shape, config.dtype)

@@ -1,4 +1,4 @@
-"""KVMerger's inflow (arXiv 2407.08454, section 4): neighbours with like keys become one token before others leave.
+"""KVMerger's inflow (arXiv 2407.08454): neighbours with like keys become one token before others leave.
 
 Sets are runs of neighbouring tokens. The paper takes all runs of a cosine above a threshold; a budget that is the same
 in every head needs as many sets: the likest neighbours join until there are no more sets than room. What the threshold
@@ -33,8 +33,8 @@ class Merge(Append):
         sigma: width of the Gaussian over distances from a set's pivot; None: that of each set, the sum of its tokens'
             distances over sqrt(2) |set|. The paper has the Gaussian's own values in the place of distances, which
             depend on sigma and would keep it below 0.71; its average of 5 fits distances.
-        values: "sum" multiplies a set's mean value by the set's size (equation 8). Its key takes part in the softmax
-            once, so outputs grow by it; "mean" does not.
+        values: "sum" multiplies a set's mean value by the set's size, as the paper does; its key takes part in the
+            softmax once, so outputs grow by it. "mean" does not multiply.
     """
 
     threshold: float = 0.75
@@ -59,7 +59,7 @@ class Merge(Append):
         received = _by_set(sets, prompt.scores)
         pivot = _pivots(sets, prompt.scores)
         key, value = _merged(sets, pivot, prompt, self.sigma, self.values == "sum")
-        of_best = rank.best(jnp.where(pivot, received, -jnp.inf), prompt.lengths, 0 * kept, 0, kept - count)
+        of_best = _highest(jnp.where(pivot, received, -jnp.inf), prompt.lengths, kept - count)
         rows = rank.in_text_order(alone | of_best, min(prompt.shape.first, tokens))
         held = (choose.gather(x, rows) for x in (key, value))
         return LayerCache(prompt.tier(method.codec, *held, kept, prompt.shape.first), method)
@@ -74,6 +74,11 @@ def _alone(prompt: Prompt, kept: Int[Array, "B"], method: Method) -> tuple[Bool[
     return rank.best(prompt.scores, prompt.lengths, budget.recent, sinks, count), count
 
 
+def _highest(scores: Float[Array, "B K T"], lengths: Int[Array, "B"], count: Int[Array, "B"]) -> Bool[Array, "B K T"]:
+    """The `count` tokens of highest score, none of which is kept for its place."""
+    return rank.best(scores, lengths, jnp.zeros_like(count), 0, count)
+
+
 def _runs(prompt: Prompt, alone: Bool[Array, "B K T"], kept: Int[Array, "B"], least: float) -> Int[Array, "B K T"]:
     """The number of the set of each token, counted from 0; T for tokens alone and for padding."""
     tokens = prompt.key.shape[2]
@@ -85,7 +90,7 @@ def _runs(prompt: Prompt, alone: Bool[Array, "B K T"], kept: Int[Array, "B"], le
     cosine = jnp.round(jnp.pad(cosine, ((0, 0), (0, 0), (1, 0))) * _STEPS) / _STEPS
     pairs = others & jnp.pad(others[:, :, :-1], ((0, 0), (0, 0), (1, 0))) & (cosine >= least)
     wanted = prompt.lengths - kept  # each pair that joins leaves a token less
-    joins = pairs & rank.best(jnp.where(pairs, cosine, -jnp.inf), prompt.lengths, 0 * kept, 0, wanted)
+    joins = pairs & _highest(jnp.where(pairs, cosine, -jnp.inf), prompt.lengths, wanted)
     return jnp.where(others, jnp.cumsum(others & ~joins, axis=-1) - 1, tokens)
 
 
@@ -115,7 +120,7 @@ def _pivots(sets: Int[Array, "B K T"], scores: Float[Array, "B K T"]) -> Bool[Ar
 def _merged(
     sets: Int[Array, "B K T"], pivot: Bool[Array, "B K T"], prompt: Prompt, sigma: float | None, sums: bool
 ) -> tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]:
-    """The prompt's keys and values with those of each whole set at its pivot (equations 6 to 8)."""
+    """The prompt's keys and values with those of each whole set at its pivot."""
     key, value = (x.astype(jnp.float32) for x in (prompt.key, prompt.value))
     size = jnp.maximum(_by_set(sets, jnp.ones(sets.shape, jnp.float32)), 1)
     distance = jnp.linalg.norm(key - _by_set(sets, jnp.where(pivot[..., None], key, 0)), axis=-1)

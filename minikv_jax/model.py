@@ -4,6 +4,7 @@ A model is a pytree with these attributes; `models/llama.py` has ours. To use a 
 `layer.py` needs nothing of this.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -92,7 +93,7 @@ def as_model(params: Any) -> Model:
             return nnx.merge(*params)
     _require(params, "model", ("config", "layers", "embed", "logits"))
     model = cast(Model, params)
-    for layer in model.layers:
+    for layer in itertools.islice(model.layers, 1):  # callers come here at every step
         _require(layer, "model's layer", ("config", "projection", "before_attention", "after_attention"))
     return model
 

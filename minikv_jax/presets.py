@@ -97,7 +97,7 @@ def kvmerger(
     values: Literal["sum", "mean"] = "sum",
     whole: tuple[int, ...] = (),
 ) -> CacheConfig:
-    """KVMerger (arXiv 2407.08454, section 4): neighbours with like keys become one, weighted by their distance.
+    """KVMerger (arXiv 2407.08454): neighbours with like keys become one, weighted by their distance.
 
     Args:
         budget: share of the prompt that is left.
@@ -330,7 +330,7 @@ def mikv(
     persistent: bool = False,
     metadata_dtype: MetadataDtype = "float16",
 ) -> CacheConfig:
-    """MiKV (arXiv 2402.18096, section 3): important tokens stay precise, others take 2 bits. Not for large key biases.
+    """MiKV (arXiv 2402.18096, section 3): drops nothing, most tokens take 2 bits. Not for large key biases.
 
     Args:
         ratio: share of the prompt that is important: by accumulated attention, and the newest `recent` share of it.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from minikv_jax.basis import Moments
 from minikv_jax.cache import Readers
 from minikv_jax.compress import even_share, starts
 from minikv_jax.model import Layer, Model
@@ -96,7 +97,7 @@ def _read_whole_layer(layer: Layer, x, lengths, rows: Chunks, score_rows, slidin
         sliding_window=sliding_window,
     )
     counted = positions < lengths[:, None]
-    readers = Readers.of(query, key.shape[2], counted, layer.projection())
+    readers = Readers.of(query, key.shape[2], counted).with_projection(layer.projection())
     return layer.after_attention(x, attention), key, value, scores, readers
 
 
@@ -131,7 +132,7 @@ def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sl
             positions = jnp.broadcast_to(first + start + row_numbers(rows.products, axes=2), (b, rows.products))
             present = positions < lengths[:, None]
             new = layer.before_attention(rows_of(x, first + start), positions)
-            readers = readers.join(Readers.of(new[0], heads, present, None))
+            readers = readers.join(Readers.of(new[0], heads, present))
             # Zeros instead of padding: the attention then needs no lengths of keys, and makes no cleaned copy.
             new = [jnp.where(present[..., None, None], y, 0) for y in new]
             key, value = (put(whole, y, first + start) for whole, y in zip((key, value), new[1:]))
@@ -154,8 +155,9 @@ def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sl
 
     empty = jnp.zeros_like(x, shape=(b, tokens, heads, head_size))
     none = functools.partial(jnp.zeros_like, x, jnp.float32)
-    nobody = jnp.zeros_like(x, shape=(b, 1, config.num_heads, head_size)), heads, jnp.zeros((b, 1), bool)
-    state = x, empty, empty, none((b, heads, tokens)), Readers.of(*nobody, layer.projection())
+    no_queries = Moments(none((b, heads, head_size, head_size)), None)
+    readers = Readers(none((b, heads, head_size)), no_queries).with_projection(layer.projection())
+    state = x, empty, empty, none((b, heads, tokens)), readers
     (x, key, value, scores, readers), _ = jax.lax.scan(chunk, state, starts(tokens, rows.attention))
     if last is not None:
         their_query, first = last

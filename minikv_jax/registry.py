@@ -44,6 +44,7 @@ def row[**P](preset: Callable[P, CacheConfig]) -> Callable[P, CacheConfig]:
 
 
 def _as_float(value, hint):
+    """The value, its whole numbers as floats where the annotation has floats and no whole numbers."""
     kinds = typing.get_args(hint) or (hint,)
     if isinstance(value, tuple):
         return tuple(_as_float(x, kinds[0]) for x in value)

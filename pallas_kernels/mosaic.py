@@ -1,4 +1,4 @@
-"""What the Pallas Mosaic GPU kernels share: the GPUs they run on, index arithmetic, what wgmma reads and writes."""
+"""What the Pallas Mosaic GPU kernels share: where they run, index arithmetic, what wgmma reads and writes."""
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -13,16 +13,16 @@ ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 
 
-def is_known() -> bool:
+def jax_is_new_enough() -> bool:
     """Whether this JAX can compile the kernels."""
     return jax.__version_info__ >= tuple(map(int, OLDEST_JAX.split(".")))
 
 
-def decline_all_but_hopper() -> None:
+def decline_where_they_cannot_run() -> None:
     """Raises NotImplementedError where the program is traced for another device, or by a JAX that is too old."""
     if not any(name in device_kind() for name in _HOPPER):
         raise NotImplementedError(f"needs a Hopper GPU, this is {device_kind()!r}")
-    if not is_known():
+    if not jax_is_new_enough():
         raise NotImplementedError(f"needs jax {OLDEST_JAX} or newer, this is {jax.__version__}")
 
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import on_mosaic
 from test_packed_decode import attention, check_nothing_beyond_the_length, compare, dequantised, error, segment
 from test_two_pass_attention import on_device
 
-from pallas_kernels import mosaic
 from pallas_kernels.packed_decode.api import packed_decode_attention
 
 FORMATS = {
@@ -58,9 +58,6 @@ MORE_CASES = [
     dict(name=QUICK, lengths=[1], splits=2),
     *(dict(name=QUICK, lengths=[130], scales=[x], query_size=1e-3) for x in (0.0, 1e-6, 1e4)),
 ]
-
-
-on_mosaic = pytest.mark.skipif(not mosaic.is_known(), reason=f"Mosaic's kernels want jax {mosaic.OLDEST_JAX}")
 
 
 @on_mosaic

@@ -130,7 +130,7 @@ def test_tables_of_results(tmp_path):
     filled = tables.render(text, names, tmp_path)
     assert "| model | `minikv_plus:precise=[1]` | `kivi` |" in filled
     assert "| tiny, 2 passages | 0.5 (0.4, 0.6) | - |\n| tiny-repar1, 9 passages | - | 0.5 (0.45, 0.7) |" in filled
-    assert "| method | tiny-repar1, 9 passages |\n| --- | --- |\n| `kivi` | 0.5 |" in filled
+    assert "| method | tiny-repar1, 9 passages |\n| --- | --- |\n| `kivi` | 0.5 (0.7) |" in filled
     with pytest.raises(MiniKVError, match="cpu"):
         tables.render(text.replace("<!-- cpu -->", ""), names, tmp_path)
     with pytest.raises(MiniKVError, match="no document"):

@@ -10,14 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import on_mosaic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import mosaic
 from pallas_kernels.two_pass_attention import mosaic_gpu
 from pallas_kernels.two_pass_attention.api import two_pass_attention
-
-on_mosaic = pytest.mark.skipif(not mosaic.is_known(), reason=f"Mosaic's kernels want jax {mosaic.OLDEST_JAX}")
 
 # Compiled once for all tests of a shape.
 attend = jax.jit(two_pass_attention, static_argnames=("is_causal", "sliding_window", "score_rows", "implementation"))

@@ -142,7 +142,7 @@ def launched(monkeypatch):
         ("NVIDIA A100-SXM4-80GB", "triton"),
         ("NVIDIA L4", "triton"),
         ("NVIDIA B200", "triton"),
-        ("NVIDIA H100 80GB HBM3", "mosaic_gpu" if mosaic.is_known() else "triton"),
+        ("NVIDIA H100 80GB HBM3", "mosaic_gpu" if mosaic.jax_is_new_enough() else "triton"),
     ],
 )
 def test_every_gpu_gets_the_best_it_can_run(kind, expected, launched):
@@ -152,7 +152,7 @@ def test_every_gpu_gets_the_best_it_can_run(kind, expected, launched):
 
 
 def test_an_older_jax_has_triton_on_hopper(launched, monkeypatch):
-    monkeypatch.setattr(mosaic, "is_known", lambda: False)
+    monkeypatch.setattr(mosaic, "jax_is_new_enough", lambda: False)
     text = lowered("NVIDIA H100", jnp.bfloat16, 64, 64, 4, 2, 128)
     assert launched == ["forward_kernel", "scores_kernel"] and "@mosaic_gpu" not in text
     with pytest.raises(NotImplementedError, match=r"needs jax 0\.11\.1"):

@@ -294,8 +294,8 @@ def coordinates(folder: Path) -> str:
 
 
 def keys(folder: Path) -> str:
-    """Mean KL of every preset on models as they are and in other coordinates."""
-    return _by_model(folder, "keys-*.json", lambda row: f"{row['value']:.3g}", down=False)
+    """Mean KL, and the worst passage's, of every preset on models as they are and in other coordinates."""
+    return _by_model(folder, "keys-*.json", lambda row: f"{row['value']:.3g} ({row['worst']:.3g})", down=False)
 
 
 def _by_model(folder: Path, files: str, cell: Callable[[dict], str], down: bool = True) -> str:

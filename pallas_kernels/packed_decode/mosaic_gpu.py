@@ -509,7 +509,7 @@ def packed_decode_attention(
 ) -> Partial:
     """`api.packed_decode_attention` on Hopper. None for splits means what suits the device."""
     if not interpret:
-        mosaic.decline_all_but_hopper()
+        mosaic.decline_where_they_cannot_run()
     reason = "returns no logits" if return_logits else decline(query, keys, values, scale)
     if reason is not None:
         raise NotImplementedError(reason)

@@ -570,7 +570,7 @@ def _column_sums(
 
 def _decline_what_it_cannot_run(query, key, value, scale, sliding_window, interpret):
     if not interpret:
-        mosaic.decline_all_but_hopper()
+        mosaic.decline_where_they_cannot_run()
     if sliding_window is not None:
         raise NotImplementedError("has no sliding window")
     common.decline_what_no_kernel_takes(query, key, value, scale)
