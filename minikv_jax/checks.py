@@ -1,6 +1,5 @@
 """Whether the fields of a frozen value are what their annotations say, in words for people."""
 
-import dataclasses
 import types
 import typing
 from typing import Any, Literal
@@ -20,8 +19,8 @@ def check_types(part: Any) -> None:
         ConfigError: naming the field, its value and what it takes.
     """
     hints = typing.get_type_hints(type(part))
-    for name in (field.name for field in dataclasses.fields(part)):
-        value, wanted = getattr(part, name), hints[name]
+    for name, value in vars(part).items():
+        wanted = hints[name]
         require(_is_a(value, wanted), f"{name}={shortened(value)}: give {_described(wanted)}.")
 
 

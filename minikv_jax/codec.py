@@ -53,23 +53,20 @@ class Codec:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("key_bits", "value_bits"):
-            bits = getattr(self, name)
+        for name, bits in (("key_bits", self.key_bits), ("value_bits", self.value_bits)):
             require(bits in (*SUPPORTED_BITS, 16), f"{name}={bits}: choose one of {(*SUPPORTED_BITS, 16)}.")
         require(
             (self.key_bits == 16) == (self.value_bits == 16),
             f"key_bits={self.key_bits} and value_bits={self.value_bits}: 16 bits go for both or for neither.",
         )
-        for name in ("key_group", "value_group"):
-            size = getattr(self, name)
+        for name, size in (("key_group", self.key_group), ("value_group", self.value_group)):
             require(isinstance(size, str) or size >= 1, f"{name}={size}: give at least 1.")
         over_tokens = not self.dense and self.key_axis == "tokens"
         require(
             not over_tokens or (isinstance(self.key_group, int) and BLOCK % self.key_group == 0),
             f"key_group={self.key_group} over tokens must divide {BLOCK}.",
         )
-        for name in ("key_clip", "value_clip"):
-            factors = getattr(self, name)
+        for name, factors in (("key_clip", self.key_clip), ("value_clip", self.value_clip)):
             require(all(0 < f <= 1 for f in factors), f"{name}={factors}: factors lie above 0 and at most at 1.")
         require(
             self.key_feedback == "none" or (over_tokens and not self.integer_zero),

@@ -221,9 +221,9 @@ class CacheConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("prompt_capacity", "generated_capacity"):
-            tokens = getattr(self, name)
-            require(tokens is None or tokens >= 1, f"{name}={tokens}: give at least 1 token.")
+        prompt, generated = self.prompt_capacity, self.generated_capacity
+        require(prompt is None or prompt >= 1, f"prompt_capacity={prompt}: give at least 1 token.")
+        require(generated >= 1, f"generated_capacity={generated}: give at least 1 token.")
         named = [layer for layer, _ in self.layers]
         require(all(layer >= 0 for layer in named), f"layers={named}: layers are counted from 0.")
         require(len(set(named)) == len(named), f"layers={named}: give each layer one method.")

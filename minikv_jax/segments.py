@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from minikv_jax.codec import Codec, coupling, decode, encode_keys, encode_values, layouts
 from pallas_kernels import Part, Partial, partial_attention, quantize
@@ -200,14 +200,18 @@ def build(
     capacity = max(-(-capacity // BLOCK), 1) * BLOCK
     balance = balance if codec.balance else None
     matrix = coupling(codec, balance, moment)
-    codes = encode_keys(codec, fit(key, capacity), balance, matrix), encode_values(codec, fit(value, capacity))
+    # Room for later tokens stays empty: encoding its zeros costs time, and XLA would do so while it compiles.
+    blocks = max(-(-min(key.shape[2], capacity) // BLOCK), 1)
+    key, value = fit(key, blocks * BLOCK), fit(value, blocks * BLOCK)
+    codes = encode_keys(codec, key, balance, matrix), encode_values(codec, value)
     keys, values = (quantize.to_packed(x, *shape) for x, shape in zip(codes, layouts(codec, key.shape[-1])))
+    keys, values = jax.tree.map(lambda x: fit(x, capacity // BLOCK), (keys, values))
     later = None if codec.key_feedback != "all" else matrix
     kept = None if later is None else quantize.fold(later).astype(codec.metadata_dtype)
     return PackedSegment(keys, values, length, balance, kept, codec)
 
 
-def fit(x: Float[Array, "..."], rows: int, axis: int = 2) -> Float[Array, "..."]:
+def fit(x: Shaped[Array, "..."], rows: int, axis: int = 2) -> Shaped[Array, "..."]:
     """Cut or filled with zeros to `rows` along `axis`."""
     x = jax.lax.slice_in_dim(x, 0, min(rows, x.shape[axis]), axis=axis)
     return jnp.pad(x, [(0, rows - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])

@@ -408,9 +408,10 @@ def test_a_signal_ends_the_program_at_any_moment(tmp_path, figure):
     moments = draws.rng().uniform(0, 8, 24)
     for i, after in enumerate(moments):
         number = signal.SIGTERM if i % 4 == 0 else signal.SIGINT
-        command = ["generate", "--max-new-tokens", "400", "hi"]
+        # Both go on for longer than the last moment, on the fastest machine too: what has ended meets no signal.
+        command = ["generate", "--raw", "--max-new-tokens", "4000", "It was"]
         if i % 3 == 0:
-            command = ["eval", "--lengths", "512", "--limit", "2", "--jobs", "2", "--out", str(tmp_path / "out")]
+            command = ["eval", "--lengths", "512", "--limit", "64", "--jobs", "2", "--out", str(tmp_path / "out")]
         code, errors = interrupted(number, after, *command)
         assert (code, errors) == (128 + number, ""), after
     figure(f"{len(moments)} moments in the first 8 s of generate and eval")

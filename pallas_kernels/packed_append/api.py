@@ -132,10 +132,11 @@ def _check(
     keys: PackedTensor, values: PackedTensor, options: Options, rows: tuple[int, ...], *per_sequence: Array
 ) -> None:
     b, heads, _, h = rows
-    for name, shape in (("key_factor", (b, heads, h)), ("key_coupling", (b, heads, h // 2, h))):
-        given = getattr(options, name)
-        if given is not None and given.shape != shape:
-            raise ValueError(f"{name} {given.shape} must be {shape}.")
+    factor, coupling = (None if x is None else x.shape for x in (options.key_factor, options.key_coupling))
+    if factor not in (None, (b, heads, h)):
+        raise ValueError(f"key_factor {factor} must be {(b, heads, h)}.")
+    if coupling not in (None, (b, heads, h // 2, h)):
+        raise ValueError(f"key_coupling {coupling} must be {(b, heads, h // 2, h)}.")
     for packed in (keys, values):
         if packed.codes.shape[:2] != (b, heads) or packed.head_size != h:
             raise ValueError(f"Rows {rows} do not fit codes {packed.codes.shape} of head size {packed.head_size}.")
