@@ -1,5 +1,6 @@
 """What JAX reads when it starts, for the tests and the processes they start."""
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -34,10 +35,17 @@ def forget_old_programs() -> None:
 
 # A process may have 65,530 mappings (vm.max_map_count), each compiled program takes some, and LLVM dies without one.
 _MOST_MAPPINGS = 30_000
+_tests = itertools.count()
 
 
 def forget_programs_when_many() -> None:
-    """Lets a worker's compiled programs go before there are too many for one process."""
+    """Lets a worker's compiled programs go before there are too many for one process.
+
+    Called before each test, it looks before each eighth: the kernel writes its list of mappings for a hundredth of the
+    suite's time otherwise.
+    """
+    if next(_tests) % 8:
+        return
     mappings = Path("/proc/self/maps")
     if mappings.exists() and mappings.read_bytes().count(b"\n") > _MOST_MAPPINGS:
         import jax
