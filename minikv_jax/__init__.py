@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from minikv_jax.api import *  # noqa: F403
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Functions that share their module's name.
 _FUNCTIONS = ("extend", "generate", "prefill")

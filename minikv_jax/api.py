@@ -5,7 +5,14 @@ from minikv_jax.cache import KVCache, nbytes
 from minikv_jax.codec import Codec
 from minikv_jax.config import Allocation, CacheConfig, Method, Rank
 from minikv_jax.decode import decode_step
-from minikv_jax.errors import CheckpointError, ConfigError, MiniKVError, PromptError, UnsupportedModelError
+from minikv_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    MiniKVError,
+    MissingExtraError,
+    PromptError,
+    UnsupportedModelError,
+)
 from minikv_jax.extend import extend, prefill_in_chunks
 from minikv_jax.generate import generate, stream
 from minikv_jax.models import load
@@ -23,6 +30,7 @@ __all__ = [
     "KVCache",
     "Method",
     "MiniKVError",
+    "MissingExtraError",
     "PromptError",
     "Rank",
     "Sampling",

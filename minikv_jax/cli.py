@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from minikv_jax import outputs
+from minikv_jax import __version__, outputs
 from minikv_jax.chat import as_message
 from minikv_jax.errors import ConfigError, MiniKVError, PromptError
 
@@ -87,15 +87,28 @@ def _console(stderr: bool = False) -> "Console":
 
 
 @contextmanager
-def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function of (done, total) that moves a bar on standard error; nothing is drawn without a terminal."""
+def _progress_bar(title: str, unit: str = "", amount: int | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function of (done, total) that moves a bar on standard error; nothing is drawn without a terminal.
+
+    The bar says how many `unit`s are done a second; all of the work is `amount` of them, by default `total`.
+    """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    console = _console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    console, began = _console(stderr=True), time.monotonic()
+    texts = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[rate]}"))
+    columns = (next(texts), BarColumn(bar_width=20), TaskProgressColumn(), TimeElapsedColumn(), next(texts))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(title, total=None, rate="")
+
+        def moved(done: int, total: int) -> None:
+            rate = done / max(total, 1) * (amount or total) / max(time.monotonic() - began, 1e-3)
+            bar.update(task, completed=done, total=total, rate=f"{_rounded(rate)} {unit}/s" if unit else "")
+
+        yield moved
+
+
+def _rounded(x: float) -> str:
+    return f"{x:,.0f}" if x >= 10 else f"{x:.1f}"
 
 
 def _print_json(value: Any) -> None:
@@ -106,7 +119,7 @@ def _print_json(value: Any) -> None:
 
 
 def _load(model: str, dtype: str | None = None, change: int | None = None):
-    with _progress_bar(f"loading {model}") as progress:
+    with _progress_bar(f"loading {Path(model).name}", "bytes") as progress:
         return _loading(model, dtype, change)(progress=progress)
 
 
@@ -147,7 +160,7 @@ def _answer(
     ends = set(model.config.eos_token_ids)
     config = config.replace(generated_capacity=request.max_new_tokens)
     start, times, written, shown = time.perf_counter(), [], [], ""
-    with _progress_bar(f"reading {len(ids):,} tokens ({method})") as progress:
+    with _progress_bar(f"reading {len(ids):,} tokens ({method})", "tokens", len(ids)) as progress:
         tokens = stream(
             model,
             jnp.asarray([ids], jnp.int32),
@@ -263,6 +276,7 @@ def _asking(command: Callable) -> Callable:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="minikv", message="%(prog)s %(version)s")
 def app() -> None:
     """LLM KV cache compression in JAX."""
 
@@ -425,6 +439,78 @@ def _print_sizes(model_shape: str, prompt: int, generated: int, as_json: bool) -
     _console().print(table)
 
 
+# ---- this machine ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def doctor(as_json: bool) -> None:
+    """Say what is here: device, versions, kernels that run and why others do not, weights."""
+    from minikv_jax.doctor import examine
+
+    found = examine()
+    if as_json:
+        _print_json(found._asdict() | {"models": {name: path and str(path) for name, path in found.models.items()}})
+        return
+    print(f"device\n  {found.device}\n\nversions")
+    for name, version in found.versions.items():
+        print(f"  {name:<14} {version or 'not installed'}")
+    for operation, reasons in found.kernels.items():
+        print(f"\n{operation}")
+        for name, reason in reasons.items():
+            print(f"  {name:<14} {reason or 'runs'}")
+    print("\nweights known by name")
+    for name, path in found.models.items():
+        print(f"  {name:<14} {path or 'not here: downloaded when first used'}")
+
+
+@app.command()
+@click.argument("model")
+@click.option("--method", default="minikv_plus", show_default=True, help="With settings: minikv:bits=4.")
+@click.option("--memory", required=True, type=_TEXT, help="Of the device: 24GB, 80GiB.")
+@click.option("--prompt", type=click.IntRange(min=1), help="Tokens of a prompt; by default the longest that fits.")
+@click.option("--generated", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens after it.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def plan(model: str, method: str, memory: str, prompt: int | None, generated: int, batch: int, as_json: bool) -> None:
+    """Say what a run of MODEL takes of a memory, and the longest prompt that fits, before anything is loaded.
+
+    MODEL is a folder, a GGUF file, or a shape: llama3-8b, llama2-7b, ... Weights are counted in bfloat16.
+    """
+    from minikv_jax import plan as plans
+    from minikv_jax import presets
+    from minikv_jax.models import locate, open_checkpoint
+    from minikv_jax.models.shapes import SHAPES
+
+    there = plans.bytes_of(memory)
+    shape = SHAPES[model] if model in SHAPES else open_checkpoint(locate(model)).config
+    ((label, config),) = presets.parse_one(method, ()).items()
+    longest = plans.longest_prompt(shape, config, there, generated, batch)
+    found = plans.plan(shape, config, prompt or max(longest, 1), generated, batch)
+    if as_json:
+        parts = dataclasses.asdict(found)
+        _print_json(parts | {"total": found.total, "memory": there, "longest_prompt": longest})
+        return
+    print(f"{label}, {batch} x ({prompt or max(longest, 1):,} + {generated:,}) tokens, bfloat16\n")
+    for name, size in (("weights", found.weights), ("cache", found.cache), ("one layer, dense", found.layer),
+                       ("programs", found.workspace), ("together", found.total), ("there is", there)):  # fmt: skip
+        print(f"  {name:<18} {size / 2**30:9.2f} GiB")
+    positions = shape.max_position_embeddings - generated
+    limit = " (the model's positions)" if longest == positions else ""
+    print(f"\nlongest prompt that fits: {f'{longest:,} tokens{limit}' if longest > 0 else 'none'}")
+
+
+@app.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a script that completes commands and options: `eval "$(minikv completion bash)"`."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    print(kind(app, {}, "minikv", "_MINIKV_COMPLETE").source())
+
+
 # ---- figures -------------------------------------------------------------------------------------------------------
 
 
@@ -523,7 +609,7 @@ def evaluate(
         loaded, tokenizer = _load(model, dtype, change)
         for title, (piece, tasks_of) in work.items():
             lab = Lab(loaded, tokenizer, piece.settings(loaded.config, asked))
-            with _progress_bar(title or tasks) as progress:
+            with _progress_bar(title or tasks, "cases") as progress:
                 run(lab, name, piece.methods(loaded.config, lab.settings), tasks_of, out, _command(), progress)
     print((out / "table.md").read_text(encoding="utf-8"))
 
@@ -549,7 +635,7 @@ def _evaluate_in_parallel(
     for title, (piece, tasks) in work.items():
         settings = piece.settings(config, asked)
         todo += parallel.orders(title, list(tasks), piece.methods(config, settings), settings)
-    with _progress_bar(f"{len(todo)} orders, {jobs} jobs") as progress:
+    with _progress_bar(f"{len(todo)} orders, {jobs} jobs", "orders") as progress:
         parallel.run_orders(todo, jobs, loading, name, out, _command(), progress)
 
 

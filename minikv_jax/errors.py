@@ -19,6 +19,10 @@ class ConfigError(MiniKVError):
     """An unknown method, or a budget, width or capacity outside its range."""
 
 
+class MissingExtraError(MiniKVError):
+    """A package that is not installed by default: the message names the extra that brings it."""
+
+
 class PromptError(MiniKVError):
     """A prompt that is empty or does not fit the model or the cache."""
 

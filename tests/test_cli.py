@@ -1,5 +1,7 @@
 """The program as a person meets it: mistakes are one line and exit code 2, answers are text, table or JSON."""
 
+import io
+import itertools
 import json
 import os
 import re
@@ -16,12 +18,14 @@ import jax.numpy as jnp
 import pytest
 import tiny
 from models import CONFIG, MODEL
+from rich.console import Console
 
-from minikv_jax import PromptError, chat, cli, models, presets, program
+from minikv_jax import MissingExtraError, PromptError, __version__, chat, cli, doctor, models, presets, program
 from minikv_jax.bench import cpu
 from minikv_jax.evals import calibrate as finding
 from minikv_jax.evals import parallel
 from minikv_jax.models.llama import Llama
+from minikv_jax.plot import save_cache_picture
 
 COMMAND = [sys.executable, "-m", "minikv_jax"]
 
@@ -77,6 +81,11 @@ MISTAKES = [
     (["generate", "--temperature", "inf", "hi"], "inf"),
     (["generate", "--top-p", "nan", "hi"], "top-p"),
     (["generate", "--top-p", "0", "hi"], "top-p"),
+    (["plan", "llama3-8b", "--memory", "much"], "24GB"),
+    (["plan", "llama3-8b"], "--memory"),
+    (["plan", "llama9", "--memory", "24GB"], "llama9"),
+    (["plan", "llama3-8b", "--memory", "24GB", "--method", "full,kivi"], "give one"),
+    (["completion", "tcsh"], "tcsh"),
     (["generate", "--max-new-tokens", "0", "hi"], "max-new-tokens"),
     (["generate", "--max-new-tokens", "9" * 30, "hi"], "positions"),
     (["generate", "--seed", "9999999999999999999999", "hi"], "seed"),
@@ -257,6 +266,49 @@ def test_compare_takes_the_methods_that_eval_takes(here, tmp_path):
     assert code == 0 and list(answers) == ["full", "minikv:bits=4,residual=16", "kivi:group_size=16,residual=16"]
     assert errors == f"Picture: {picture}\n" and picture.read_bytes().startswith(b"\x89PNG")
     assert answers["full"]["bits_per_element"] > answers["minikv:bits=4,residual=16"]["cache_bytes"] * 0
+
+
+def test_a_plan_says_what_is_taken_and_what_fits(here):
+    ask = ("plan", "llama3-8b", "--memory", "24GB", "--method", "kivi:group_size=64")
+    code, output, _ = here(*ask, "--json")
+    plan = json.loads(output)
+    assert code == 0 and plan["total"] <= plan["memory"] == 24 * 10**9 and plan["weights"] == 2 * 8_030_261_248
+    code, output, _ = here(*ask)
+    assert code == 0 and f"longest prompt that fits: {plan['longest_prompt']:,} tokens" in output
+    assert max(map(len, output.splitlines())) <= 80
+    assert "fits: none" in here("plan", "llama3-8b", "--memory", "8GiB")[1]
+
+
+def test_the_doctor_names_what_is_here(here):
+    code, output, _ = here("doctor")
+    assert code == 0 and __version__ in output and jax.devices()[0].device_kind in output
+    assert max(map(len, output.splitlines())) <= 120
+    found = json.loads(here("doctor", "--json")[1])
+    assert found["kernels"].keys() == doctor.examine().kernels.keys() and "smollm2" in found["models"]
+
+
+def test_version_and_completion(here):
+    assert here("--version")[:2] == (0, f"minikv {__version__}\n")
+    for shell in ("bash", "zsh", "fish"):
+        code, script, _ = here("completion", shell)
+        assert code == 0 and "_MINIKV_COMPLETE" in script
+    completed = minikv(_MINIKV_COMPLETE="bash_complete", COMP_WORDS="minikv comp", COMP_CWORD="1")
+    assert {line.partition(",")[2] for line in completed.stdout.splitlines()} == {"compare", "completion"}
+
+
+def test_progress_says_how_fast_it_goes(monkeypatch):
+    shown = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(cli, "_console", lambda stderr: shown)
+    monkeypatch.setattr(cli.time, "monotonic", itertools.count(0, 2.0).__next__)
+    with cli._progress_bar("reading", "tokens", 4000) as progress:
+        progress(5, 10)
+    assert "1,000 tokens/s" in shown.file.getvalue()
+
+
+def test_an_extra_that_is_missing_is_named(here, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'minikv-jax\[plot\]'"):
+        save_cache_picture({}, tmp_path / "picture.png")
 
 
 def test_answers_are_text_and_a_table(here):

@@ -161,7 +161,7 @@ def require(score: Callable | str, name: str) -> None:
     missing = [package for package in _NEEDS.get(score, ()) if importlib.util.find_spec(package) is None]
     if missing:
         packages = " ".join(missing).replace("_", "-")
-        raise ConfigError(f"{name} is judged with {packages}, as its authors do: `pip install {packages}`.")
+        raise ConfigError(f"{name} is judged with {packages}, as its authors do: pip install 'minikv-jax[longbench]'.")
 
 
 def classification(written: str, reference: str, classes: Sequence[str]) -> float:

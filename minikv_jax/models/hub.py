@@ -66,11 +66,20 @@ def locate(name: str | os.PathLike[str]) -> Path:
             f"{shortened(os.fspath(name), 300)} is neither an existing file or folder nor a known model; known: "
             f"{', '.join(_MODELS)}."
         )
+    return _present(model) or _download(model, _models_folder() / model.file)
+
+
+def installed_models() -> dict[str, Path | None]:
+    """The models known by name, and where their weights are; None: `locate` would download them."""
+    return {name: _present(model) for name, model in _MODELS.items()}
+
+
+def _present(model: _Packaged) -> Path | None:
     cached = _models_folder() / model.file
     # Files get here only after their checksum was verified, in one step; the size guards against a full disk's remains.
     if cached.is_file() and cached.stat().st_size == model.size:
         return cached
-    return _installed(model) or _download(model, cached)
+    return _installed(model)
 
 
 def given_path(path: str | os.PathLike[str]) -> Path:
