@@ -291,11 +291,14 @@ class Pool:
         return self.token[slot] < 0
 
 
-def soak(method: str, requests: int, slots: int) -> str:
-    """Requests of drawn lengths through slots, a fifth of them cancelled on the way, each against a pool of its own."""
+def soak(method: str, requests: int, slots: int, longest: int = 96) -> str:
+    """Requests through slots, a fifth of them cancelled on the way, each against a pool of its own.
+
+    Prompts have drawn lengths, up to `longest`.
+    """
     rng, room = draws.rng(), 104
-    config = METHODS[method].replace(prompt_capacity=96, generated_capacity=room)
-    for width in {bucket(np.zeros((1, n), np.int32), limit=96).shape[1] for n in range(1, 97)}:
+    config = METHODS[method].replace(prompt_capacity=longest, generated_capacity=room)
+    for width in {bucket(np.zeros((1, n), np.int32), limit=longest).shape[1] for n in range(1, longest + 1)}:
         prefill(MODEL, np.zeros((1, width), np.int32), [width], config)
     ends = [3]
     pool, alone = Pool(config, slots, ends), Pool(config, slots, ends)
@@ -319,15 +322,15 @@ def soak(method: str, requests: int, slots: int) -> str:
             alone.stop(place)
             pool.stop(slot)
         if number < requests:
-            prompt = rng.integers(4, CONFIG.vocab_size, rng.integers(1, 97)).tolist()
-            logits, prefix = prefill(MODEL, bucket([prompt], limit=96), [len(prompt)], config)
+            prompt = rng.integers(4, CONFIG.vocab_size, rng.integers(1, longest + 1)).tolist()
+            logits, prefix = prefill(MODEL, bucket([prompt], limit=longest), [len(prompt)], config)
             first = int(logits[0].argmax())
             pool.start(slot, prefix, first)
             # Most go on until the cache is full or an end token comes, which every eighth step is looked for.
             steps = int(rng.integers(1, 5)) if rng.random() < 0.2 else room // STEPS
             running[slot] = steps, prefix, first, prompt
         if number >= requests // 2:
-            gc.collect()
+            gc.collect(1)  # what the last requests left; a look through all programs takes longer than a request
             counted = sum(x.nbytes for x in jax.live_arrays()) - sum(
                 x.nbytes for _, prefix, _, _ in running.values() for x in jax.tree.leaves(prefix)
             )
@@ -342,7 +345,7 @@ def soak(method: str, requests: int, slots: int) -> str:
 
 @pytest.mark.promise("Sequences that come and go through slots answer as alone; memory and programs stay flat")
 def test_requests_through_slots_are_single_runs(figure):
-    figure(soak("minikv", 10, 4))
+    figure(soak("minikv", 10, 4, longest=32))
 
 
 @pytest.mark.slow
