@@ -43,20 +43,23 @@ CASES += [
 ]
 
 
+def steps(cache, later):
+    """The cache after tokens [steps, B] of which each is a step, and their logits: under leak checks a loop in Python
+    would be traced at each step."""
+    return jax.lax.scan(lambda cache, token: decode_step(MODEL, cache, token)[::-1], cache, later)
+
+
 def life(method: str, text, turn, later, room: int = 64):
     """Logits of a prompt, 40 steps over a flush, a second turn, forks of it, and a step of a slot it is put into."""
     config = METHODS[method].replace(prompt_capacity=32, generated_capacity=room)
     step = jax.jit(decode_step)
-    logits, cache = prefill(MODEL, text, np.array([30]), config)
-    seen = [logits]
-    for token in later:
-        logits, cache = step(MODEL, cache, token)
-        seen.append(logits)
+    first, cache = prefill(MODEL, text, np.array([30]), config)
+    cache, seen = jax.jit(steps)(cache, later)
     logits, cache = extend(MODEL, cache, turn, np.array([turn.shape[1]]))
     forked, _ = step(MODEL, fork(cache, 2), jnp.concatenate([later[0], later[1]]))
     slots = insert(insert(empty_cache(MODEL, config, 2), 0, cache), 1, cache)
     inserted, slots = step(MODEL, slots, jnp.concatenate([later[0], later[0]]))
-    return np.stack([*seen, logits, forked[:1], inserted[1:]]), slots
+    return np.stack([first, *seen, logits, forked[:1], inserted[1:]]), slots
 
 
 @pytest.mark.promise("Every preset gives the same under x64, debug_nans, strict promotion and leak checks")
