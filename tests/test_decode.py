@@ -99,7 +99,7 @@ def test_300_steps_cross_two_flushes_without_a_retrace_and_in_place():
 def test_minikv_lengths_of_the_paper():
     # 600 tokens, half of them kept: 300, of which 288 fill groups of 16. The window of 128 starts with 12.
     config = presets.minikv().replace(generated_capacity=300)
-    _, cache = prefill(TWO_LAYERS, tokens(1, 600), jnp.array([600]), config)
+    _, cache = prefill(models.MODEL, tokens(1, 600), jnp.array([600]), config)
 
     def lengths(cache):
         return int(cache.layers[0].first.length[0]), int(cache.layers[0].flow.length[0])
@@ -107,7 +107,7 @@ def test_minikv_lengths_of_the_paper():
     assert lengths(cache) == (288, 12)
     flushes = []
     for i in range(1, 260):
-        _, cache = step_in_place(TWO_LAYERS, cache, tokens(1))
+        _, cache = step_in_place(models.MODEL, cache, tokens(1))
         if lengths(cache)[1] == 0:
             flushes.append((i, lengths(cache)[0]))
     assert flushes == [(116, 288 + 128), (244, 288 + 256)]
@@ -115,9 +115,9 @@ def test_minikv_lengths_of_the_paper():
 
 def test_a_split_model_is_as_good_as_the_module():
     text, lengths = tokens(1, 20), jnp.array([20])
-    logits, cache = prefill(nnx.split(TWO_LAYERS), text, lengths, METHODS["minikv"])
-    np.testing.assert_allclose(logits, prefill(TWO_LAYERS, text, lengths, METHODS["minikv"])[0], atol=1e-6)
-    assert step_in_place(nnx.split(TWO_LAYERS), cache, tokens(1))[0].shape == (1, CONFIG.vocab_size)
+    logits, cache = prefill(nnx.split(models.MODEL), text, lengths, METHODS["minikv"])
+    np.testing.assert_allclose(logits, prefill(models.MODEL, text, lengths, METHODS["minikv"])[0], atol=1e-6)
+    assert step_in_place(nnx.split(models.MODEL), cache, tokens(1))[0].shape == (1, CONFIG.vocab_size)
 
 
 @pytest.mark.parametrize("method", EVERY)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import METHODS, TWO_LAYERS, every, tokens
+from models import METHODS, MODEL, TWO_LAYERS, every, tokens
 
 from minikv_jax import ConfigError, generate, presets, stream
 
@@ -29,10 +29,10 @@ def test_generate_is_decode_step_after_decode_step(method):
 @pytest.mark.parametrize("count", [12, 30])
 def test_generation_ends_with_the_end_token(count):
     text, lengths, config = tokens(2, 24), jnp.array([24, 9]), METHODS["minikv"]
-    free, _ = generate(TWO_LAYERS, text, lengths, config, count)
+    free, _ = generate(MODEL, text, lengths, config, count)
     ends = [int(free[0, 4]), int(free[1, 6])]
     first = [next(i for i, token in enumerate(row.tolist()) if token in ends) for row in free]
-    ended, cache = generate(TWO_LAYERS, text, lengths, config, count, eos_token_ids=ends)
+    ended, cache = generate(MODEL, text, lengths, config, count, eos_token_ids=ends)
     for b in range(2):
         assert ended[b].tolist() == free[b, : first[b]].tolist() + [int(free[b, first[b]])] * (count - first[b])
     # Nothing is read of a sequence after the step in which it ends, wherever that lies in a run of steps.

@@ -244,7 +244,10 @@ def test_write_matches_the_cache_on_a_gpu():
         check_write(packed_write, draws.rng(), CODECS["KIVI's groups"])
 
 
-@pytest.mark.parametrize("which", ["test_append and 2-bit or rotates", pytest.param("test", marks=pytest.mark.slow)])
+QUICK = "test_append and 2-bit or append_rotates and 6 or merging"
+
+
+@pytest.mark.parametrize("which", [QUICK, pytest.param("test", marks=pytest.mark.slow)])
 @pytest.mark.promise("The append kernels write the codes that the cache writes without them")
 def test_the_interpreter_agrees(which):
     pytest.importorskip("triton")

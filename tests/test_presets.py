@@ -99,7 +99,6 @@ def made(make, *arguments, **knobs) -> CacheConfig | None:
     return config
 
 
-@settings(max_examples=1500)
 @given(st.lists(st.tuples(st.sampled_from(KNOBS), VALUES), min_size=1, max_size=3))
 def _every_value_is_taken_or_refused(chosen):
     ((name, _), _), *_ = chosen
@@ -112,9 +111,10 @@ def _every_value_is_taken_or_refused(chosen):
 
 
 @pytest.mark.promise("Whatever a knob is given, the answer is a method that runs, or one line")
-def test_whatever_a_knob_is_given_it_is_a_method_or_one_line(figure):
-    _every_value_is_taken_or_refused()
-    figure(f"1,500 draws of values for {len(KNOBS)} knobs of {len(presets.METHODS)} methods")
+@pytest.mark.parametrize("draws_of_values", [400, pytest.param(5000, marks=pytest.mark.slow)])
+def test_whatever_a_knob_is_given_it_is_a_method_or_one_line(draws_of_values, figure):
+    settings(max_examples=draws_of_values)(_every_value_is_taken_or_refused)()
+    figure(f"{draws_of_values:,} draws of values for {len(KNOBS)} knobs of {len(presets.METHODS)} methods")
 
 
 @pytest.mark.parametrize(
