@@ -153,7 +153,8 @@ def draw_rotation(rng, new, group) -> tuple[Rotation, list, jax.Array]:
     """Queries, units and, of several queries, balances, and what new rows and queries become."""
     b, heads, _, h = new[0].shape
     query = numbers(rng, b, 1, heads * group, h).astype(new[0].dtype)
-    units = [jnp.asarray(2.0 ** rng.integers(-4, 4, (b, heads)), jnp.float32) for _ in range(2)]
+    # Of smaller units rows would become larger than scales of eight bits can hold.
+    units = [jnp.asarray(2.0 ** rng.integers(-2, 4, (b, heads)), jnp.float32) for _ in range(2)]
     balances = [jnp.asarray(2.0 ** rng.integers(-4, 4, (b, heads, h)), jnp.bfloat16) for _ in range(2)]
     if group == 1:
         balances = [jnp.ones_like(x) for x in balances]
