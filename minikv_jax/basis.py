@@ -106,6 +106,10 @@ class Hadamard(Basis):
             not self.keys or not any(codec.balance for codec in codecs),
             "A codec balances what is rotated already, and the rotation undoes it: put a Balance before the Hadamard.",
         )
+        require(
+            not self.keys or not any(codec.key_drop for codec in codecs),
+            "A rotation mixes the channels that key_drop would tell apart: leave key_drop at 0, or out the rotation.",
+        )
         require(any(not codec.dense for codec in codecs), "Rotation needs a tier of fewer than 16 bits.")
 
     def takes(self, head_size: int) -> bool:

@@ -76,7 +76,7 @@ class Block(Inflow):
         # Exact sinks, the newest tokens and those that do not fill a group are not encoded: they start the window.
         encoded = self._encoded(choice.kept, method)
         rows = choice.key[:, :, sinks:], choice.value[:, :, sinks:]
-        first = prompt.tier(method.codec, *rows, encoded, prompt.shape.first)
+        first = prompt.tier(method.codec, *rows, encoded, prompt.shape.first, (choice.key, choice.kept))
         window = self._begun(choice.key, choice.value, choice.kept, encoded, sinks, prompt.dtype)
         return LayerCache(first, method, flow=window)
 

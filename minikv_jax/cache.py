@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from minikv_jax import allocate, segments
+from minikv_jax import allocate, channels, segments
 from minikv_jax.allocate import Budget
 from minikv_jax.basis import Moments
 from minikv_jax.codec import Codec
@@ -98,24 +98,35 @@ class Readers(NamedTuple):
 
     Attributes:
         loudest: the largest magnitude of each channel of the prompt's queries.
+        latest: sums of squares of each channel of the prompt's last `channels.LAST` queries.
         moments: of these queries, and of the output projection.
     """
 
     loudest: Float[Array, "B K H"]
+    latest: Float[Array, "B K H"]
     moments: Moments
 
     @classmethod
-    def of(cls, query: Float[Array, "B T N H"], heads: int, counted: Bool[Array, "B T"]) -> "Readers":
-        """The counted queries, of so many key/value heads. Nothing is known of the output projection."""
+    def of(
+        cls, query: Float[Array, "B T N H"], heads: int, counted: Bool[Array, "B T"], last: Bool[Array, "B T"]
+    ) -> "Readers":
+        """The counted queries, of so many key/value heads. Nothing is known of the output projection.
+
+        `last` are those among them that are the last of their prompts.
+        """
         b, t, n, h = query.shape
         grouped = jnp.where(counted[:, :, None, None], query, 0).reshape(b, t, heads, n // heads, h)
         moment = jnp.einsum("btkgh,btkgi->bkhi", grouped, grouped, preferred_element_type=jnp.float32)
-        return cls(jnp.abs(grouped).max(axis=(1, 3)).astype(jnp.float32), Moments(moment, None))
+        loudest = jnp.abs(grouped).max(axis=(1, 3)).astype(jnp.float32)
+        squares = jnp.square(grouped.astype(jnp.float32)).sum(axis=3)
+        latest = jnp.where(last[:, :, None, None], squares, 0).sum(axis=1)
+        return cls(loudest, latest, Moments(moment, None))
 
     def join(self, other: "Readers") -> "Readers":
         """Both sets of queries, and the output projection of the first."""
         query = self.moments.query + other.moments.query
-        return Readers(jnp.maximum(self.loudest, other.loudest), Moments(query, self.moments.output))
+        loudest = jnp.maximum(self.loudest, other.loudest)
+        return Readers(loudest, self.latest + other.latest, Moments(query, self.moments.output))
 
     def with_projection(self, projection: Float[Array, "N H D"] | None) -> "Readers":
         """The same queries, and this output projection, which may be unknown."""
@@ -124,7 +135,7 @@ class Readers(NamedTuple):
         query = self.moments.query
         rows = projection.reshape(query.shape[1], -1, *projection.shape[1:])
         output = jnp.einsum("kghd,kgid->khi", rows, rows, preferred_element_type=jnp.float32)
-        return Readers(self.loudest, Moments(query, jnp.broadcast_to(output[None], query.shape)))
+        return self._replace(moments=Moments(query, jnp.broadcast_to(output[None], query.shape)))
 
 
 class Shape(NamedTuple):
@@ -158,6 +169,7 @@ class Prompt(NamedTuple):
         budget: of the first tier.
         balance: of key channels (`codec.balance`), or None.
         moment: of the queries as they meet the keys.
+        latest: of `Readers`.
         dtype: of dense rows.
         shape: rows of the tiers; static.
     """
@@ -169,9 +181,25 @@ class Prompt(NamedTuple):
     budget: Budget
     balance: Float[Array, "B K H"] | None
     moment: Float[Array, "B K H H"]
+    latest: Float[Array, "B K H"]
     dtype: DTypeLike
     shape: Shape
 
-    def tier(self, codec: Codec, key, value, count: Int[Array, "B"], capacity: int) -> Segment:
-        """A tier of the first `count` rows of key and value."""
-        return segments.build(codec, key, value, count, capacity, self.dtype, self.balance, self.moment)
+    def tier(
+        self,
+        codec: Codec,
+        key: Float[Array, "B K S H"],
+        value: Float[Array, "B K S H"],
+        count: Int[Array, "B"],
+        capacity: int,
+        kept: tuple[Float[Array, "B K R H"], Int[Array, "B"]] | None = None,
+    ) -> Segment:
+        """A tier of the first `count` rows of key and value.
+
+        `kept` are the keys that channels are chosen by, and how many of them are tokens; None: those of the tier.
+        """
+        head_size = key.shape[-1]
+        width, chosen = codec.key_channels(head_size), None
+        if width < head_size:
+            chosen = channels.chosen(self.latest, *((key, count) if kept is None else kept), width)
+        return segments.build(codec, key, value, count, capacity, self.dtype, self.balance, self.moment, chosen)

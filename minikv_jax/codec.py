@@ -6,6 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from minikv_jax import channels
 from minikv_jax.checks import check_types, require
 from pallas_kernels import quantize
 from pallas_kernels.packed_decode.layout import BLOCK, SUPPORTED_BITS, GroupAxis
@@ -37,6 +38,8 @@ class Codec:
             of the "prompt", where it costs no memory, or of "all" keys: for those of new tokens a tier keeps half a
             matrix [H, H] a head, in the metadata's dtype, of what the prompt's queries were.
         integer_zero: the minimum is a whole number of scales (Q-Hitter's quantiser).
+        key_drop: share of a head's key channels that are left out, those that the prompt's last queries use least
+            (`channels`, ThinK).
     """
 
     key_bits: int = 16
@@ -50,6 +53,7 @@ class Codec:
     value_clip: tuple[float, ...] = ()
     key_feedback: Literal["none", "prompt", "all"] = "none"
     integer_zero: bool = False
+    key_drop: float = 0.0
 
     def __post_init__(self):
         check_types(self)
@@ -75,6 +79,7 @@ class Codec:
         clipped = bool(self.key_clip or self.value_clip)
         plain = not (self.balance or clipped or self.integer_zero)
         require(plain or not self.dense, "balance, clip and integer_zero need fewer than 16 bits.")
+        require(0 <= self.key_drop < 1, f"key_drop={self.key_drop}: give a share from 0.0 to below 1.0.")
 
     @property
     def dense(self) -> bool:
@@ -91,12 +96,20 @@ class Codec:
 
     def fits(self, head_size: int) -> bool:
         """Whether the groups over channels divide a head."""
-        groups = (self.value_group, self.key_group) if self.key_axis == "channels" else (self.value_group,)
-        return self.dense or not any(head_size % group_size(group, head_size) for group in groups)
+        if self.dense:
+            return True
+        width = self.key_channels(head_size)
+        over_channels = self.key_axis == "channels"
+        keys_fit = not over_channels or width % group_size(self.key_group, width) == 0
+        return keys_fit and head_size % group_size(self.value_group, head_size) == 0
+
+    def key_channels(self, head_size: int) -> int:
+        """Channels that are held of each key."""
+        return channels.kept(head_size, self.key_drop)
 
 
 def group_size(size: GroupSize, head_size: int) -> int:
-    """Numbers in a group of a head of `head_size` channels."""
+    """Numbers in a group of rows of `head_size` channels."""
     if isinstance(size, int):
         return size
     return {"head": head_size, "half_head": head_size // 2}[size]
@@ -106,13 +119,14 @@ def group_size(size: GroupSize, head_size: int) -> int:
 type Layout = tuple[int, int, GroupAxis, bool]
 
 
-def layouts(codec: Codec, head_size: int) -> tuple[Layout, Layout]:
-    """Those of keys and of values."""
-    key_group, value_group = (group_size(x, head_size) for x in (codec.key_group, codec.value_group))
-    return (
-        (codec.key_bits, key_group, codec.key_axis, False),
-        (codec.value_bits, value_group, "channels", True),
-    )
+def key_layout(codec: Codec, width: int) -> Layout:
+    """That of keys of so many channels."""
+    return codec.key_bits, group_size(codec.key_group, width), codec.key_axis, False
+
+
+def value_layout(codec: Codec, width: int) -> Layout:
+    """That of values of so many channels."""
+    return codec.value_bits, group_size(codec.value_group, width), "channels", True
 
 
 def encode_keys(
@@ -122,7 +136,7 @@ def encode_keys(
     coupling: Float[Array, "B K H H"] | None = None,
 ) -> Codes:
     """Codes of keys; with feedback where there is a `coupling` (`quantize.coupling_of`)."""
-    bits, group, axis, _ = layouts(codec, key.shape[-1])[0]
+    bits, group, axis, _ = key_layout(codec, key.shape[-1])
     if balance is not None:
         key = key.astype(jnp.float32) * balance[:, :, None]
     if coupling is None:
@@ -132,18 +146,16 @@ def encode_keys(
 
 def encode_values(codec: Codec, value: Float[Array, "B K S H"]) -> Codes:
     """Codes of values."""
-    bits, group, axis, _ = layouts(codec, value.shape[-1])[1]
+    bits, group, axis, _ = value_layout(codec, value.shape[-1])
     return quantize.encode(value, bits, group, axis, codec.metadata_dtype, codec.value_clip, codec.integer_zero)
 
 
 def decode(
-    codec: Codec, keys: Codes, values: Codes, balance: Float[Array, "B K H"] | None
-) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    codec: Codec, keys: Codes, values: Codes, balance: Float[Array, "B K C"] | None
+) -> tuple[Float[Array, "B K S C"], Float[Array, "B K S H"]]:
     """Keys and values as attention effectively sees them, float32."""
-    key, value = (
-        quantize.decode(codes, group, axis)
-        for codes, (_, group, axis, _) in zip((keys, values), layouts(codec, keys.codes.shape[-1]))
-    )
+    layouts = key_layout(codec, keys.codes.shape[-1]), value_layout(codec, values.codes.shape[-1])
+    key, value = (quantize.decode(codes, group, axis) for codes, (_, group, axis, _) in zip((keys, values), layouts))
     return key if balance is None else key / balance[:, :, None], value
 
 

@@ -56,7 +56,7 @@ def compress(
     frames, key, value, moments = basis.fit(method.bases, key, value, readers.moments, lengths, method.first_encoded)
     balances = any(codec.balance for codec in method.codecs)
     balance = channel_balance(readers.loudest, key) if balances else None
-    prompt = Prompt(key, value, scores, lengths, budget, balance, moments.query, dtype, shape)
+    prompt = Prompt(key, value, scores, lengths, budget, balance, moments.query, readers.latest, dtype, shape)
     layer = method.inflow.begin(prompt, method)
     return dataclasses.replace(layer, frames=frames)
 

@@ -180,8 +180,8 @@ class Method:
     @property
     def keeps_all_as_it_is(self) -> bool:
         """Whether a prompt's cache is its keys and values."""
-        plain = self.codec.dense and not self.basis and self.rest is None
-        return plain and self.inflow.grows and not self.selects
+        plain = self.codec.dense and not self.codec.key_drop and not self.basis and self.rest is None
+        return plain and self.inflow.grows and not self.inflow.apart and not self.selects
 
     @property
     def first_encoded(self) -> int:

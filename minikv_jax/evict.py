@@ -52,6 +52,10 @@ class Evict(Inflow):
     def check(self, method):
         one_by_one(method)
         require(
+            method.rest is None or not any(codec.key_drop for codec in method.codecs),
+            "A token that moves to a second tier must be whole: leave key_drop at 0, or rest at None.",
+        )
+        require(
             self.scored or method.rank.by == "position", "Eviction before a step goes with a rank by position only."
         )
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax import allocate, inputs
 from minikv_jax.cache import KVCache, Readers, Shape
+from minikv_jax.channels import LAST
 from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import Allocation, CacheConfig, Method, Rank
 from minikv_jax.errors import PromptError
@@ -59,16 +60,17 @@ def extend(
         chunk = tokens[:, start : start + _CHUNK]
         counts = jnp.clip(lengths - start, 0, chunk.shape[1])
         counted = [below(counts, chunk.shape[1])] * len(cache.layers)
-        new, cache, _ = _extend_chunk(params, cache, chunk, counts, counted)
+        new, cache, _ = _extend_chunk(params, cache, chunk, counts, counted, lengths - start)
         logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
     return jnp.where((lengths > 0)[:, None], cast(Array, logits), jnp.nan), cache  # there is at least one chunk
 
 
 @jax.jit
-def _extend_chunk(params, cache: KVCache, tokens, counts, counted):
+def _extend_chunk(params, cache: KVCache, tokens, counts, counted, left):
     """Logits after a chunk, the cache with it, and the queries that read each layer.
 
-    `counted` [B, T] of each layer are the queries whose attention is added to its scores.
+    `counted` [B, T] of each layer are the queries whose attention is added to its scores; `left` [B] tokens are still
+    to be read, the chunk's among them.
     """
     model = as_model(params)
     x = model.embed(tokens)
@@ -80,7 +82,7 @@ def _extend_chunk(params, cache: KVCache, tokens, counts, counted):
         x = layer.after_attention(x, attention)
         layers.append(layer_cache)
         read = below(counts, tokens.shape[1])
-        readers.append(Readers.of(query, key.shape[2], read))
+        readers.append(Readers.of(query, key.shape[2], read, read & ~below(left - LAST, tokens.shape[1])))
     logits = logits_at(model, x, counts - 1)
     return logits, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config), readers
 
@@ -114,7 +116,7 @@ def prefill_in_chunks(
         place = row_numbers(part.shape[1], axes=2, first=start)
         counts = jnp.clip(lengths - start, 0, part.shape[1])
         counted = [(place < lengths[:, None]) & (place >= first[:, None]) for first in first_scored]
-        new, cache, more = _extend_chunk(params, cache, part, counts, counted)
+        new, cache, more = _extend_chunk(params, cache, part, counts, counted, lengths - start)
         logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
         readers = [a.join(b) for a, b in zip(readers, more)] if readers else more
     compressed = []

@@ -25,10 +25,12 @@ class Inflow:
     Attributes:
         scored: whether each step adds its attention to the scores of the first tier's tokens.
         grows: whether the prompt's tokens stay where they are, so that forks may share them.
+        apart: whether a prompt's newest tokens lie apart from its tiers.
     """
 
     scored: ClassVar[bool] = False
     grows: ClassVar[bool] = True
+    apart: ClassVar[bool] = False
 
     def check(self, method) -> None:
         """Refuses, by ConfigError, a method that tokens cannot come into in this way."""

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import allocate, basis, inputs, rank, segments
 from minikv_jax.cache import LayerCache, Readers, Shape, nbytes
+from minikv_jax.channels import LAST
 from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import Allocation, CacheConfig, Method
 from minikv_jax.errors import ConfigError, PromptError
@@ -118,7 +119,9 @@ def prefill(
         query, key, value, query_lengths=lengths, key_value_lengths=lengths, scale=scale, soft_cap=soft_cap,
         sinks=sinks, sliding_window=window, score_rows=method.score_rows,
     )  # fmt: skip
-    readers = Readers.of(query, key.shape[2], below(lengths, longest)).with_projection(projection)
+    counted = below(lengths, longest)
+    readers = Readers.of(query, key.shape[2], counted, counted & ~below(lengths - LAST, longest))
+    readers = readers.with_projection(projection)
     budget = allocate.budgets(config, layer, layers, lengths, longest)
     shape = Shape.of(config, layer, layers)
     cache = compress_in_pieces(key, value, scores, readers, lengths, budget, method, shape, config.dtype)

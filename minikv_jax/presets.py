@@ -13,6 +13,7 @@ from minikv_jax.config import Allocation, Amount, CacheConfig, Method, Rank
 from minikv_jax.evict import Evict
 from minikv_jax.inflow import Inflow
 from minikv_jax.merge import Merge
+from minikv_jax.newest import Newest
 from minikv_jax.registry import METHODS, by_name, parse, parse_one, row, with_settings
 from minikv_jax.ring import Ring
 from minikv_jax.tova import Tova
@@ -75,6 +76,40 @@ def snapkv(
 def _observed(window: int, pooling: int, pool: Literal["avg", "max"]) -> Rank:
     require(window >= 1, f"window={window}: give at least 1 query.")
     return Rank(by="last_queries", queries=window, pooling=pooling, pool=pool)
+
+
+@row
+def think(
+    drop: float = 0.4,
+    base: Literal["snapkv", "h2o", "full"] = "snapkv",
+    budget: Amount = 2048,
+    window: int = 32,
+    recent: int = 32,
+    bits: int = 16,
+    group_size: int = 32,
+    residual: int = 128,
+) -> CacheConfig:
+    """ThinK (arXiv 2407.21018): each head leaves out the key channels that the prompt's last 32 queries use least.
+
+    Args:
+        drop: share of the channels, rounded down to what leaves a multiple of 8.
+        base: the rank of tokens; "h2o" as its choice after the prompt, half of it newest; "full" keeps all of them.
+        budget: tokens that the base keeps.
+        window: queries of `snapkv`.
+        recent: newest tokens whose keys stay whole.
+        bits: of what is left of keys, and of values; 16 keeps them dense.
+        group_size, residual: as in `minikv`, for fewer bits.
+    """
+    half = budget / 2 if isinstance(budget, float) else budget // 2
+    method = {
+        "full": Method(inflow=Append()),
+        "h2o": h2o(half, half, persistent=True).method,
+        "snapkv": snapkv(budget, window).method,
+    }[base]
+    inflow = Newest(recent) if bits == 16 else Block(residual, recent)
+    return CacheConfig(
+        "think", method.replace(codec=Codec(bits, bits, group_size, group_size, key_drop=drop), inflow=inflow)
+    )
 
 
 @row

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax.basis import Moments
 from minikv_jax.cache import Readers
+from minikv_jax.channels import LAST
 from minikv_jax.compress import even_share, starts
 from minikv_jax.model import Layer, Model
 from pallas_kernels import two_pass_attention
@@ -97,7 +98,8 @@ def _read_whole_layer(layer: Layer, x, lengths, rows: Chunks, score_rows, slidin
         sliding_window=sliding_window,
     )
     counted = positions < lengths[:, None]
-    readers = Readers.of(query, key.shape[2], counted).with_projection(layer.projection())
+    last = counted & (positions >= lengths[:, None] - LAST)
+    readers = Readers.of(query, key.shape[2], counted, last).with_projection(layer.projection())
     return layer.after_attention(x, attention), key, value, scores, readers
 
 
@@ -132,7 +134,7 @@ def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sl
             positions = jnp.broadcast_to(first + start + row_numbers(rows.products, axes=2), (b, rows.products))
             present = positions < lengths[:, None]
             new = layer.before_attention(rows_of(x, first + start), positions)
-            readers = readers.join(Readers.of(new[0], heads, present))
+            readers = readers.join(Readers.of(new[0], heads, present, present & (positions >= lengths[:, None] - LAST)))
             # Zeros instead of padding: the attention then needs no lengths of keys, and makes no cleaned copy.
             new = [jnp.where(present[..., None, None], y, 0) for y in new]
             key, value = (put(whole, y, first + start) for whole, y in zip((key, value), new[1:]))
@@ -156,7 +158,8 @@ def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sl
     empty = jnp.zeros_like(x, shape=(b, tokens, heads, head_size))
     none = functools.partial(jnp.zeros_like, x, jnp.float32)
     no_queries = Moments(none((b, heads, head_size, head_size)), None)
-    readers = Readers(none((b, heads, head_size)), no_queries).with_projection(layer.projection())
+    silent = none((b, heads, head_size))
+    readers = Readers(silent, silent, no_queries).with_projection(layer.projection())
     state = x, empty, empty, none((b, heads, tokens)), readers
     (x, key, value, scores, readers), _ = jax.lax.scan(chunk, state, starts(tokens, rows.attention))
     if last is not None:

@@ -144,7 +144,8 @@ def _probed(method: Method, heads: int, head_size: int, dtype: str | None) -> li
     scores = array(1, heads, BLOCK, dtype=jnp.float32)
     channels = (1, heads, head_size)
     moments = Moments(array(*channels, head_size, dtype=jnp.float32), None)
-    readers = Readers(array(*channels, dtype=jnp.float32), moments)
+    of_channels = array(*channels, dtype=jnp.float32)
+    readers = Readers(of_channels, of_channels, moments)
     lengths = array(1, dtype=jnp.int32)
 
     def layer_of(*rows: int):

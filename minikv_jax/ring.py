@@ -54,6 +54,9 @@ class Ring(Inflow):
         require(not method.codec.dense, f"window={self.window}: only tokens that are encoded together need a window.")
         require(self.window % group == 0, f"window={self.window} must be a multiple of the key group {group}.")
         require(not method.selects, "A ring of values needs every token: let the allocation keep all of them.")
+        require(
+            not method.codec.key_drop, "A ring of values reads packed keys whole: leave key_drop at 0, or use Block."
+        )
         require(method.rest is None, "A ring of values keeps every token in one tier: give no second one.")
 
     def rows(self, method, kept, left, total, config):

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from minikv_jax.codec import Codec, coupling, decode, encode_keys, encode_values, layouts
+from minikv_jax import channels as narrow
+from minikv_jax.codec import Codec, coupling, decode, encode_keys, encode_values, key_layout, value_layout
 from pallas_kernels import Part, Partial, partial_attention, quantize
 from pallas_kernels.packed_append.api import Options as AppendOptions
 from pallas_kernels.packed_append.xla import encode_new_keys, encode_new_values
@@ -25,11 +26,18 @@ from pallas_kernels.rows import put_row
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseSegment:
-    """Keys and values in a float dtype, head-major. Rows at and past `length` are meaningless."""
+    """Keys and values in a float dtype, head-major. Rows at and past `length` are meaningless.
 
-    key: Float[Array, "B K S H"]
+    Attributes:
+        key, value: the rows; keys have the channels `channels` alone, if there are any.
+        length: rows held.
+        channels: of keys (`Codec.key_drop`).
+    """
+
+    key: Float[Array, "B K S C"]
     value: Float[Array, "B K S H"]
     length: Int[Array, "B"]
+    channels: Int[Array, "B K C"] | None = None
 
     @property
     def capacity(self) -> int:
@@ -38,7 +46,7 @@ class DenseSegment:
     @property
     def heads(self) -> tuple[int, int]:
         """Key/value heads, and their size."""
-        return self.key.shape[1], self.key.shape[3]
+        return self.value.shape[1], self.value.shape[3]
 
     @property
     def stored(self) -> tuple[Array, ...]:
@@ -52,27 +60,31 @@ class DenseSegment:
 
     def part(self, query: Float[Array, "B T N H"]) -> Part:
         """The segment for `decode_attention`, and the queries as they meet its keys."""
-        return Part(query, self.key, self.value, self.length)
+        return Part(narrow.of_queries(query, self.channels), self.key, self.value, self.length)
 
     def put(self, slot: Int[Array, "B K"], key, value, accept: Bool[Array, "B"]) -> "DenseSegment":
         """Writes one token [B, K, 1, H] per head into its slot, for the sequences that accept it."""
-        key, value = (put_row(x, slot, new, accept) for x, new in ((self.key, key), (self.value, value)))
-        return DenseSegment(key, value, self.length)
+        return self._put(slot, narrow.of_keys(key, self.channels), value, accept)
 
-    def take(self, slot: Int[Array, "B K"]) -> tuple[Float[Array, "B K 1 H"], Float[Array, "B K 1 H"]]:
+    def _put(self, slot: Int[Array, "B K"], key, value, accept: Bool[Array, "B"]) -> "DenseSegment":
+        key, value = (put_row(x, slot, new, accept) for x, new in ((self.key, key), (self.value, value)))
+        return dataclasses.replace(self, key=key, value=value)
+
+    def take(self, slot: Int[Array, "B K"]) -> tuple[Float[Array, "B K 1 C"], Float[Array, "B K 1 H"]]:
         """Key and value of one token per head, as attention sees them."""
         key, value = (jnp.take_along_axis(x, slot[..., None, None], axis=2) for x in (self.key, self.value))
         return key, value
 
     def move(self, source: Int[Array, "B K"], target: Int[Array, "B K"], accept: Bool[Array, "B"]) -> "DenseSegment":
         """Copies one token per head from slot to slot."""
-        return self.put(target, *self.take(source), accept)
+        return self._put(target, *self.take(source), accept)
 
     def empty(self, batch: int, capacity: int) -> "DenseSegment":
         """An empty segment of the same kind for `batch` sequences, with room for `capacity` tokens each."""
-        heads, head_size = self.heads
-        key, value = (jnp.zeros((batch, heads, capacity, head_size), x.dtype) for x in (self.key, self.value))
-        return DenseSegment(key, value, jnp.zeros((batch,), jnp.int32))
+        rows = ((x.shape[1], capacity, x.shape[3]) for x in (self.key, self.value))
+        key, value = (jnp.zeros((batch, *shape), x.dtype) for shape, x in zip(rows, (self.key, self.value)))
+        channels = None if self.channels is None else jnp.repeat(self.channels, batch, axis=0)
+        return DenseSegment(key, value, jnp.zeros((batch,), jnp.int32), channels)
 
     def final(self) -> "DenseSegment":
         """The segment without what only more tokens would need."""
@@ -91,14 +103,16 @@ class PackedSegment:
         coupling: the folded matrix of error feedback (`quantize.coupling_of`) for keys that are appended later, in the
             dtype of metadata.
         codec: static.
+        channels: those that are held of keys (`Codec.key_drop`); None: all. `balance` and `coupling` are of these.
     """
 
     keys: PackedTensor
     values: PackedTensor
     length: Int[Array, "B"]
-    balance: Float[Array, "B K H"] | None
-    coupling: Float[Array, "B K half H"] | None
+    balance: Float[Array, "B K C"] | None
+    coupling: Float[Array, "B K half C"] | None
     codec: Codec = dataclasses.field(metadata={"static": True})
+    channels: Int[Array, "B K C"] | None = None
 
     @property
     def capacity(self) -> int:
@@ -107,7 +121,7 @@ class PackedSegment:
     @property
     def heads(self) -> tuple[int, int]:
         """Key/value heads, and their size."""
-        return self.keys.codes.shape[1], self.keys.head_size
+        return self.values.codes.shape[1], self.values.head_size
 
     @property
     def stored(self) -> tuple:
@@ -123,11 +137,14 @@ class PackedSegment:
     def options(self) -> AppendOptions:
         """How new tokens are encoded, for `packed_append` and `packed_write`."""
         codec = self.codec
-        return AppendOptions(codec.key_clip, codec.value_clip, self.balance, self.coupling, codec.integer_zero)
+        return AppendOptions(
+            codec.key_clip, codec.value_clip, self.balance, self.coupling, codec.integer_zero, self.channels
+        )
 
     def part(self, query: Float[Array, "B T N H"]) -> Part:
         """The segment for `decode_attention`, and the queries as they meet its keys."""
         dtype = query.dtype
+        query = narrow.of_queries(query, self.channels)
         if self.balance is not None:
             heads = self.balance.shape[1]
             query = query / jnp.repeat(self.balance, query.shape[2] // heads, axis=1)[:, None]
@@ -147,7 +164,7 @@ class PackedSegment:
     def _take_codes(self, slot: Int[Array, "B K"]) -> tuple[Codes, Codes]:
         return take_codes(self.keys, slot), take_codes(self.values, slot)
 
-    def take(self, slot: Int[Array, "B K"]) -> tuple[Float[Array, "B K 1 H"], Float[Array, "B K 1 H"]]:
+    def take(self, slot: Int[Array, "B K"]) -> tuple[Float[Array, "B K 1 C"], Float[Array, "B K 1 H"]]:
         """Key and value of one token per head, as attention sees them."""
         return decode(self.codec, *self._take_codes(slot), self.balance)
 
@@ -162,9 +179,10 @@ class PackedSegment:
         def zeros(packed):
             return jax.tree.map(lambda x: jnp.zeros((batch, x.shape[1], blocks, *x.shape[3:]), x.dtype), packed)
 
-        balance, coupling = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), (self.balance, self.coupling))
+        learnt = self.balance, self.coupling, self.channels
+        balance, coupling, channels = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), learnt)
         length = jnp.zeros((batch,), jnp.int32)
-        return PackedSegment(zeros(self.keys), zeros(self.values), length, balance, coupling, self.codec)
+        return PackedSegment(zeros(self.keys), zeros(self.values), length, balance, coupling, self.codec, channels)
 
     def final(self) -> "PackedSegment":
         """The segment without what only more tokens would need."""
@@ -183,6 +201,7 @@ def build(
     dtype: DTypeLike,
     balance: Float[Array, "B K H"] | None,
     moment: Float[Array, "B K H H"],
+    channels: Int[Array, "B K C"] | None = None,
 ) -> Segment:
     """A segment of the first rows, with room for `capacity` tokens (packed: rounded up to whole blocks).
 
@@ -194,21 +213,24 @@ def build(
         dtype: of dense rows.
         balance: MiKV's, used by codecs that balance.
         moment: of the queries (`basis.Moments`), used by codecs with feedback.
+        channels: those to hold of the keys; None: all.
     """
+    key = narrow.of_keys(key, channels)
     if codec.dense:
-        return DenseSegment(fit(key, capacity).astype(dtype), fit(value, capacity).astype(dtype), length)
+        return DenseSegment(fit(key, capacity).astype(dtype), fit(value, capacity).astype(dtype), length, channels)
     capacity = max(-(-capacity // BLOCK), 1) * BLOCK
-    balance = balance if codec.balance else None
-    matrix = coupling(codec, balance, moment)
+    balance = narrow.of_heads(balance, channels) if codec.balance and balance is not None else None
+    matrix = coupling(codec, balance, narrow.of_moment(moment, channels))
     # Room for later tokens stays empty: encoding its zeros costs time, and XLA would do so while it compiles.
     blocks = max(-(-min(key.shape[2], capacity) // BLOCK), 1)
     key, value = fit(key, blocks * BLOCK), fit(value, blocks * BLOCK)
     codes = encode_keys(codec, key, balance, matrix), encode_values(codec, value)
-    keys, values = (quantize.to_packed(x, *shape) for x, shape in zip(codes, layouts(codec, key.shape[-1])))
+    layouts = key_layout(codec, key.shape[-1]), value_layout(codec, value.shape[-1])
+    keys, values = (quantize.to_packed(x, *layout) for x, layout in zip(codes, layouts))
     keys, values = jax.tree.map(lambda x: fit(x, capacity // BLOCK), (keys, values))
     later = None if codec.key_feedback != "all" else matrix
     kept = None if later is None else quantize.fold(later).astype(codec.metadata_dtype)
-    return PackedSegment(keys, values, length, balance, kept, codec)
+    return PackedSegment(keys, values, length, balance, kept, codec, channels)
 
 
 def fit(x: Shaped[Array, "..."], rows: int, axis: int = 2) -> Shaped[Array, "..."]:

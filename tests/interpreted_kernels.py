@@ -11,11 +11,13 @@ import pytest
 import triton
 import triton.language as tl
 from test_packed_append import CODECS, check_append, check_write
+from test_packed_decode import compare_dense
 
 from pallas_kernels.hadamard import hadamard
 from pallas_kernels.packed_append import _triton_kernels as kernels
 from pallas_kernels.packed_append.api import packed_append, packed_write
 from pallas_kernels.packed_decode import triton as decode
+from pallas_kernels.packed_decode.api import dense_decode_attention
 from pallas_kernels.packed_decode.triton import Shares
 
 
@@ -37,6 +39,12 @@ def test_append(name, first, keeps):
 def test_append_rotates(group):
     codec = CODECS["3 and 2 bits, fp8, clipped"]
     check_append(packed_append, draws.rng(), codec, group=group)
+
+
+@pytest.mark.parametrize(("h", "width"), [(64, 64), (64, 40), (128, 80)])
+def test_dense_keys_as_wide_as_values_and_narrower(h, width):
+    worst = compare_dense("triton", t=2, h=h, width=width, s=130, attend=dense_decode_attention)
+    assert worst < 1e-5
 
 
 @pytest.mark.parametrize(("splits", "h"), [((1,), 32), ((2,), 64), ((5, 3), 128), ((1, 1), 256)])

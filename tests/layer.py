@@ -37,7 +37,8 @@ def run(
     )
     budget = allocate.budgets(config, layer, layers, lengths, key.shape[1])
     counted = jnp.arange(key.shape[1]) < lengths[:, None]
-    readers = Readers.of(query, key.shape[2], counted).with_projection(projection)
+    last = counted & (jnp.arange(key.shape[1]) >= lengths[:, None] - 32)
+    readers = Readers.of(query, key.shape[2], counted, last).with_projection(projection)
     shape = Shape.of(config, layer, layers)
     prompt = compress(key, value, scores, readers, lengths, budget, method, shape, config.dtype)
     accept = jnp.ones(lengths.shape, bool)

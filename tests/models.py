@@ -54,6 +54,7 @@ METHODS["two_tiers"] = small(presets.minikv_plus(important=0.3))
 METHODS["streaming_llm"] = presets.streaming_llm(recent=20)
 METHODS["tova"] = presets.tova(24)
 METHODS["kvmerger"] = presets.kvmerger(threshold=0.1)  # random keys are little alike
+METHODS["think"] = presets.think(0.6, budget=24, window=8, recent=8)
 METHODS["snapkv"] = presets.snapkv(budget=24, window=8)
 METHODS["pyramidkv"] = presets.pyramidkv(budget=24, window=8)
 

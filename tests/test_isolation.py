@@ -107,7 +107,8 @@ def _poison_packed(rng, packed: PackedTensor, length) -> PackedTensor:
 
 def _poison_dense(rng, segment: DenseSegment) -> DenseSegment:
     held = np.arange(segment.capacity) < np.asarray(segment.length)[:, None]
-    return DenseSegment(_poison_rows(rng, segment.key, held), _poison_rows(rng, segment.value, held), segment.length)
+    key, value = (_poison_rows(rng, x, held) for x in (segment.key, segment.value))
+    return dataclasses.replace(segment, key=key, value=value)
 
 
 def _poison_tier(rng, tier, keys_held=None):

@@ -69,6 +69,14 @@ CASES = {
         presets.snapkv(budget=0.4, window=8, pooling=7, pool="max"),
         functools.partial(reference.SnapKV, capacity=0.4, window=8, kernel=7, pooling="max"),
     ),
+    "think": (
+        presets.think(0.6, budget=0.5, window=8, recent=12),
+        functools.partial(reference.ThinK, drop=0.6, capacity=0.5, recent=12, window=8),
+    ),
+    "think, every token": (
+        presets.think(0.6, "full", recent=12),
+        functools.partial(reference.ThinK, drop=0.6, capacity=1.0, recent=12, window=1),
+    ),
     "pyramidkv": (
         presets.pyramidkv(budget=24, window=8),
         functools.partial(reference.PyramidKV, capacity=24, window=8, layer=2, layers=5),
@@ -110,7 +118,7 @@ ROUNDED_TWICE = {"mikv, 8 and 3 bits"}
 # Variants of a method that another case already covers.
 SLOW = {"minikv, 4 bits, more recent", "h2o, persistent", "snapkv, max pool, a share", "kivi, 4 bits", "minikv_plus"}
 SLOW |= {"minikv_plus, wide groups of values", "minikv, 3 bits", "mikv, persistent, no balancer"}
-SLOW |= {"minikv_plus, projection known"}
+SLOW |= {"minikv_plus, projection known", "think, every token"}
 SLOW |= {"mikv, everything important", "mikv, 8 and 3 bits", "minikv_plus, half the tokens"}
 
 
@@ -208,6 +216,10 @@ DRAWN = {
     "streaming_llm": lambda a, b, g: (presets.streaming_llm(2, 4 + g), reference.StreamingLLM(sinks=2, recent=4 + g)),
     "h2o": lambda a, b, g: (presets.h2o(a, b), reference.H2O(heavy=a, recent=b)),
     "snapkv": lambda a, b, g: (presets.snapkv(a, 4), reference.SnapKV(capacity=a, window=4)),
+    "think": lambda a, b, g: (
+        presets.think(a + b, "full", recent=g),
+        reference.ThinK(drop=a + b, capacity=1.0, recent=g, window=1),
+    ),
     "pyramidkv": lambda a, b, g: (
         presets.pyramidkv(16 + g, 8),
         reference.PyramidKV(capacity=16 + g, window=8, layer=0, layers=1),

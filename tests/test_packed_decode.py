@@ -98,7 +98,7 @@ def attention(query, key, value, lengths, scale):
     query = np.asarray(query).astype(np.float64)
     b, t, n, _ = query.shape
     group = n // key.shape[1]
-    out, maximum, total = np.zeros(query.shape), np.full((b, t, n), -np.inf), np.zeros((b, t, n))
+    out, maximum, total = np.zeros((b, t, n, value.shape[-1])), np.full((b, t, n), -np.inf), np.zeros((b, t, n))
     for i in range(b):
         for head in range(n):
             length = int(lengths[i, head // group])
@@ -263,16 +263,18 @@ def test_merging_segments_is_attention_over_all_of_them():
     np.testing.assert_allclose(lse, want[1] + np.log(want[2]), rtol=1e-5)
 
 
-def compare_dense(implementation, *, b=2, heads=2, group=2, t=1, h=64, s=90, dtype="float32") -> float:
-    """Drawn rows visible to every query and head; what nobody sees is NaN."""
-    rng = draws.rng()
-    query = draws.array(rng.normal(size=(b, t, heads * group, h)), dtype)
-    key, value = (draws.array(rng.normal(size=(b, heads, s, h)), dtype) for _ in range(2))
+def compare_dense(
+    implementation, *, b=2, heads=2, group=2, t=1, h=64, width=None, s=90, dtype="float32", attend=attend_dense
+) -> float:
+    """Drawn rows visible to every query and head, keys of `width` channels; what nobody sees is NaN."""
+    rng, width = draws.rng(), width or h
+    query = draws.array(rng.normal(size=(b, t, heads * group, width)), dtype)
+    key, value = (draws.array(rng.normal(size=(b, heads, s, channels)), dtype) for channels in (width, h))
     lengths = rng.integers(0, s + 1, (b, t, heads))
     seen = (np.arange(s) < lengths.max(1)[:, :, None])[..., None]
     dirty = [draws.array(np.where(seen, np.asarray(x, np.float32), np.nan), dtype) for x in (key, value)]
     options = {"return_logits": True, "implementation": implementation}
-    got, logits = attend_dense(query, *dirty, jnp.asarray(lengths, jnp.int32), **options)
+    got, logits = attend(query, *dirty, jnp.asarray(lengths, jnp.int32), **options)
     key, value = (np.asarray(x.astype(jnp.float32), np.float64) for x in (key, value))
     worst = 0.0
     for i in range(t):
@@ -290,9 +292,10 @@ def compare_dense(implementation, *, b=2, heads=2, group=2, t=1, h=64, s=90, dty
     heads=st.sampled_from([(1, 1), (1, 8), (2, 4), (3, 3)]),
     t=st.integers(1, 3),
     s=st.integers(1, 200),
+    width=st.sampled_from([64, 40]),
 )
-def test_dense_matches_float64(heads, t, s):
-    assert compare_dense("xla", heads=heads[0], group=heads[1], t=t, s=s) < 1e-5
+def test_dense_matches_float64(heads, t, s, width):
+    assert compare_dense("xla", heads=heads[0], group=heads[1], t=t, s=s, width=width) < 1e-5
 
 
 @pytest.mark.promise("Grouped heads attend as repeated heads would")

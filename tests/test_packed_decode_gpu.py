@@ -67,6 +67,13 @@ def test_dense_rows(heads, h, t, dtype):
     assert worst < {"bfloat16": 4e-3, "float16": 1e-3, "float32": 1e-5}[dtype]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("h", "width"), [(64, 40), (128, 64), (128, 80), (256, 160)])
+def test_dense_keys_narrower_than_values(h, width, dtype):
+    worst = compare_dense("triton", heads=4, group=4, h=h, width=width, s=777, dtype=dtype)
+    assert worst < {"bfloat16": 4e-3, "float32": 1e-5}[dtype]
+
+
 @pytest.mark.parametrize("s", [1, 63, 64, 65, 5000])
 def test_dense_rows_of_every_capacity(s):
     assert compare_dense("triton", h=128, s=s, dtype="float16") < 1e-3

@@ -145,15 +145,16 @@ def _dense(query, key, value, lengths):
     return decode_attention([Part(query, key, value, lengths)], implementation="triton")[0]
 
 
-def dense_seconds(case: Case, chained: bool) -> dict:
-    """Our own attention over the whole cache in bfloat16, head-major as caches hold it."""
+def dense_seconds(case: Case, chained: bool, channels: int = _HEAD) -> dict:
+    """Our own attention over the whole cache in bfloat16, head-major as caches hold it, keys of so many channels."""
 
     @jax.jit
     def make(key):
-        shape = (2, case.batch, case.kv_heads, case.length, _HEAD)
-        return tuple(jax.random.normal(key, shape, jnp.bfloat16))
+        rows = case.batch, case.kv_heads, case.length
+        shapes = (*rows, channels), (*rows, _HEAD)
+        return tuple(jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(jax.random.split(key), shapes))
 
-    query, lengths = _query(case), jnp.full((case.batch,), case.length, jnp.int32)
+    query, lengths = _query(case)[..., :channels], jnp.full((case.batch,), case.length, jnp.int32)
     inputs = [(query, *kv, lengths) for kv in _rotation(make)]
     row = {"us": kernel_seconds(jax.jit(_dense), inputs) * 1e6, "bytes": _bytes(inputs[0][1:3])}
     if chained:
@@ -184,6 +185,10 @@ def _measurements(case: Case) -> Iterator[Measurement]:
         )
 
     yield Measurement(case, "triton", "bfloat16", partial(dense_seconds, case, full))
+    if case.name == "A":
+        for channels in (80, 64):
+            narrow = partial(dense_seconds, case, False, channels)
+            yield Measurement(case, "triton", f"bfloat16, keys of {channels} channels", narrow)
     yield packed(case, TWO_BITS, chained=full)
     if case.name in ("A", "B"):
         half = Case(f"{case.name}, half the tokens kept", case.batch, case.length // 2, case.kv_heads, case.group)

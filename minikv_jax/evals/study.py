@@ -63,6 +63,7 @@ def _dense(name: str, x: float, window: int, bits: int) -> str:
         "h2o": f"h2o:heavy={x / 2:.3f},recent={x / 2:.3f}",
         "qhitter": f"qhitter:heavy={0.75 * x:.3f},recent={0.25 * x:.3f},protected={0.35 * x:.3f}",
         "snapkv": f"snapkv:budget={x:.3f}",
+        "think": f"think:budget={x:.3f}",
         "kvmerger": f"kvmerger:budget={x:.3f},heavy={0.24 * x:.3f},recent={0.34 * x:.3f}",
     }[name]
 
@@ -85,6 +86,7 @@ _KNOBS: Mapping[str, _Knobs] = {
     "streaming_llm": _Knobs(_counted),
     "h2o": _Knobs(_dense),
     "snapkv": _Knobs(_dense),
+    "think": _Knobs(_dense),
     "kvmerger": _Knobs(_dense),
     "pyramidkv": _Knobs(_counted),
     "qhitter": _Knobs(_dense, (4,)),

@@ -49,7 +49,8 @@ def packed_append(
             smallest squared error is kept. `key_factor` [B, K, H] multiplies keys before they are encoded.
             `key_coupling` [B, K, H / 2, H], a folded triangle (`pallas_kernels.quantize.fold`) in the metadata's dtype,
             says how the rounding error of each channel of a key is added to later ones. With `integer_zero` a minimum
-            is a whole number of scales (Q-Hitter).
+            is a whole number of scales (Q-Hitter). With `key_channels` [B, K, C] the packed keys have these channels of
+            the window's alone, and factors and couplings are of C channels; "xla" alone does so.
         rotation: the new rows, and the `query` [B, 1, N, H] with them, are as a model gives them, and those held are
             rotated (`pallas_kernels.hadamard.rotate`) and in units of their head, `key_unit` and `value_unit` [B, K],
             powers of two. With `key_balance` and `value_balance` [B, K, H], powers of two likewise, their channels are
@@ -132,13 +133,17 @@ def _check(
     keys: PackedTensor, values: PackedTensor, options: Options, rows: tuple[int, ...], *per_sequence: Array
 ) -> None:
     b, heads, _, h = rows
-    factor, coupling = (None if x is None else x.shape for x in (options.key_factor, options.key_coupling))
-    if factor not in (None, (b, heads, h)):
-        raise ValueError(f"key_factor {factor} must be {(b, heads, h)}.")
-    if coupling not in (None, (b, heads, h // 2, h)):
-        raise ValueError(f"key_coupling {coupling} must be {(b, heads, h // 2, h)}.")
-    for packed in (keys, values):
-        if packed.codes.shape[:2] != (b, heads) or packed.head_size != h:
+    given = options.key_factor, options.key_coupling, options.key_channels
+    factor, coupling, channels = (None if x is None else x.shape for x in given)
+    width = h if channels is None else channels[-1]
+    if channels not in (None, (b, heads, width)):
+        raise ValueError(f"key_channels {channels} must be [B, K, C] of {(b, heads)} heads.")
+    if factor not in (None, (b, heads, width)):
+        raise ValueError(f"key_factor {factor} must be {(b, heads, width)}.")
+    if coupling not in (None, (b, heads, width // 2, width)):
+        raise ValueError(f"key_coupling {coupling} must be {(b, heads, width // 2, width)}.")
+    for packed, own in ((keys, width), (values, h)):
+        if packed.codes.shape[:2] != (b, heads) or packed.head_size != own:
             raise ValueError(f"Rows {rows} do not fit codes {packed.codes.shape} of head size {packed.head_size}.")
     if any(x.shape != (b,) for x in per_sequence):
         raise ValueError(f"Counters {[x.shape for x in per_sequence]} must be [B]={(b,)}.")

@@ -47,6 +47,7 @@ class Options(NamedTuple):
 
     key_clip: tuple[float, ...] = ()
     value_clip: tuple[float, ...] = ()
-    key_factor: Float[Array, "B K H"] | None = None
-    key_coupling: Float[Array, "B K half H"] | None = None
+    key_factor: Float[Array, "B K C"] | None = None
+    key_coupling: Float[Array, "B K half C"] | None = None
     integer_zero: bool = False
+    key_channels: Int[Array, "B K C"] | None = None

@@ -59,6 +59,8 @@ def decline(rows: tuple[Array, ...], keys: PackedTensor, values: PackedTensor, k
 
 def _require(rows, keys: PackedTensor, values: PackedTensor, key_count: int, options: Options) -> None:
     reason = decline(rows, keys, values, key_count) or triton_call.decline()
+    if options.key_channels is not None:
+        reason = "packed keys of some channels alone have no kernel"
     if options.integer_zero:
         reason = "minima that are whole numbers of scales have no kernel"
     if reason is not None:

@@ -22,6 +22,8 @@ def _per_head(x: Int[Array, "B"], heads: int) -> Int[Array, "B K"]:
 
 def encode_new_keys(rows: Float[Array, "B K S H"], keys: PackedTensor, options: Options) -> Codes:
     """Rows as `keys` are stored; with feedback between channels where there is a coupling."""
+    if options.key_channels is not None:
+        rows = jnp.take_along_axis(rows, options.key_channels[:, :, None], axis=-1)
     if options.key_factor is not None:
         rows = rows.astype(jnp.float32) * options.key_factor[:, :, None]
     dtype, clip = keys.scale.dtype.name, options.key_clip

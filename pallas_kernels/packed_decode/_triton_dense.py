@@ -26,6 +26,8 @@ def dense_kernel(
     stats,
     logits,
     H: tl.constexpr,
+    KEY: tl.constexpr,
+    KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -36,7 +38,8 @@ def dense_kernel(
 
     Writes, per split and query row: unnormalised output [B K, splits, rows, H] and (max in base 2, sum)
     [B K, splits, rows, 2]; with LOGITS the logits in base 2 of the tokens held, [B K, rows, capacity]. A split without
-    tokens writes zeros, (-inf, 0) and no logits. The sizes arrive negated, as in `decode_kernel`.
+    tokens writes zeros, (-inf, 0) and no logits. The sizes arrive negated, as in `decode_kernel`. Keys have KEY
+    channels, of which KEYS is the next power of two; what they have fewer than values is never loaded.
     """
     capacity, heads, group, rows, splits = -capacity, -heads, -group, -rows, -splits
     row = ROWS * tl.program_id(0) + tl.arange(0, ROWS)
@@ -58,8 +61,10 @@ def dense_kernel(
     first = (split * (tiles // splits) + tl.minimum(split, tiles % splits)) * TOKENS
     last = first + (tiles // splits + tl.where(split < tiles % splits, 1, 0)) * TOKENS
     last = tl.minimum(last, held)
-    start = head.to(tl.int64) * capacity * H
-    queries = tl.load(q + position[:, None] * H + channel[None, :], mask=real[:, None], other=0.0)
+    start = head.to(tl.int64) * capacity
+    key_channel = tl.arange(0, KEYS)
+    wide = key_channel < KEY
+    queries = tl.load(q + position[:, None] * KEY + key_channel[None, :], mask=real[:, None] & wide[None, :], other=0.0)
     queries = queries.to(k.dtype.element_ty)
     factor = softmax_scale * 1.4426950408889634
 
@@ -69,8 +74,8 @@ def dense_kernel(
     for at in tl.range(first, last, TOKENS):
         index = at + token
         inside = index < last
-        place = start + index[:, None] * H + channel[None, :]
-        keys = tl.load(k + place, mask=inside[:, None], other=0.0)
+        place = start + index[:, None]
+        keys = tl.load(k + place * KEY + key_channel[None, :], mask=inside[:, None] & wide[None, :], other=0.0)
         x = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor
         x = tl.where(index[None, :] < tl.minimum(visible, last)[:, None], x, -float("inf"))
         if LOGITS:
@@ -81,7 +86,7 @@ def dense_kernel(
         p = tl.exp2(x - shift[:, None])
         fade = tl.exp2(maximum - shift)
         total = total * fade + tl.sum(p, 1)
-        values = tl.load(v + place, mask=inside[:, None], other=0.0)
+        values = tl.load(v + place * H + channel[None, :], mask=inside[:, None], other=0.0)
         acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
         maximum = new
 

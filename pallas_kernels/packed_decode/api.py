@@ -32,11 +32,11 @@ _DEFAULT = ("triton", "xla")
 class Part(NamedTuple):
     """One segment, and the queries that meet it: as `packed_decode_attention` and `dense_decode_attention` take them.
 
-    Segments may hold keys in different bases (balanced, rotated), so each has its own queries.
+    Segments may hold keys in different bases (balanced, rotated, some channels alone), so each has its own queries.
     """
 
-    query: Float[Array, "B T N H"]
-    keys: PackedTensor | Float[Array, "B K S H"]
+    query: Float[Array, "B T N C"]
+    keys: PackedTensor | Float[Array, "B K S C"]
     values: PackedTensor | Float[Array, "B K S H"]
     lengths: Int[Array, "..."]
 
@@ -47,7 +47,7 @@ type _Dense = tuple[Array, Array, Array, Array]
 
 
 def packed_decode_attention(
-    query: Float[Array, "B T N H"],
+    query: Float[Array, "B T N C"],
     keys: PackedTensor,
     values: PackedTensor,
     lengths: Int[Array, "B"] | Int[Array, "B K"],
@@ -63,9 +63,9 @@ def packed_decode_attention(
     into a result.
 
     Args:
-        query: [B, T, N, H], T new tokens; any float dtype. N is a multiple of K.
-        keys: packed keys, layout of `layout.py`.
-        values: packed values.
+        query: [B, T, N, C], T new tokens; any float dtype. N is a multiple of K.
+        keys: packed keys of C channels, layout of `layout.py`.
+        values: packed values of H channels; C differs from H where keys are held narrower.
         lengths: tokens held, per sequence or per sequence and key/value head; 0 <= length <= capacity.
         scale: of the logits; default H ** -0.5.
         return_logits: also return the scaled logits of every token, float32; beyond a length they mean nothing. With
@@ -86,8 +86,8 @@ def packed_decode_attention(
 
 
 def dense_decode_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B K S H"],
+    query: Float[Array, "B T N C"],
+    key: Float[Array, "B K S C"],
     value: Float[Array, "B K S H"],
     lengths: Int[Array, "B"] | Int[Array, "B T"] | Int[Array, "B T K"],
     *,
@@ -99,9 +99,9 @@ def dense_decode_attention(
     """Partial attention over dense keys and values; query t of a sequence sees the first `lengths[b, t]` rows.
 
     Args:
-        query: [B, T, N, H].
-        key: [B, K, S, H], head-major, the layout of a cache.
-        value: as key.
+        query: [B, T, N, C].
+        key: [B, K, S, C], head-major, the layout of a cache.
+        value: [B, K, S, H]; C differs from H where keys are held narrower.
         lengths: visible rows, per sequence, per query or per query and key/value head; 0 <= length <= S.
         scale: of the logits; default H ** -0.5.
         return_logits: as in `packed_decode_attention`.
@@ -149,7 +149,7 @@ def decode_attention(
     behind the last of them goes along in its launch, if that one is packed. XLA joins what is more than that.
 
     Args:
-        parts: the segments; all queries have one shape and dtype.
+        parts: the segments; all queries have one dtype and, but for channels, one shape. Values are of one head size.
         scale: of the logits; default H ** -0.5.
         return_logits: also return the logits of the first part, as `packed_decode_attention` does.
         rotated: values are held rotated (`pallas_kernels.hadamard.rotate`) in these units of their head: the output is
@@ -172,8 +172,9 @@ def decode_attention(
     if not parts:
         raise ValueError("decode_attention needs at least one segment.")
     parts = [_checked_packed(p) if isinstance(p.keys, PackedTensor) else _checked_dense(p) for p in parts]
-    if len({(p.query.shape, p.query.dtype) for p in parts}) > 1:
-        raise ValueError(f"all queries must be alike, not {[(p.query.shape, str(p.query.dtype)) for p in parts]}.")
+    if len({(p.query.shape[:3], p.query.dtype, _head_size(p)) for p in parts}) > 1:
+        found = [(p.query.shape, str(p.query.dtype), _head_size(p)) for p in parts]
+        raise ValueError(f"all queries and head sizes of values must be alike, not {found}.")
     if rotated is not None or balanced is not None:
         _check_rotated(rotated, balanced, parts[0])
     check_softmax(soft_cap, sinks, parts[0].query.shape[2])
@@ -183,7 +184,7 @@ def decode_attention(
         "one by one": _one_by_one,
     }
     default = ("triton", "one by one")
-    scale = parts[0].query.shape[-1] ** -0.5 if scale is None else scale
+    scale = _head_size(parts[0]) ** -0.5 if scale is None else scale
     output, lse, *logits = first_that_accepts(
         "decode_attention", together, implementation, default,
         parts, scale=scale, return_logits=return_logits, rotated=rotated, balanced=balanced,
@@ -220,7 +221,8 @@ def _one_by_one(
 
 
 def _check_rotated(units: Array | None, balances: Array | None, part: Part) -> None:
-    b, _, n, h = part.query.shape
+    b, _, n, _ = part.query.shape
+    h = _head_size(part)
     if units is None:
         raise ValueError("balanced goes with rotated: give the units of the heads too.")
     if units.ndim != 2 or units.shape[0] != b or n % units.shape[1] or h & (h - 1):
@@ -231,17 +233,22 @@ def _check_rotated(units: Array | None, balances: Array | None, part: Part) -> N
 
 def _dispatch(name: str, implementations, chosen: Implementation, part: Part, scale, return_logits: bool, soft_cap):
     check_softmax(soft_cap, None, part.query.shape[2])
-    scale = part.query.shape[-1] ** -0.5 if scale is None else scale
+    scale = _head_size(part) ** -0.5 if scale is None else scale
     return first_that_accepts(
         name, implementations, chosen, _DEFAULT, *part, scale=scale, return_logits=return_logits, soft_cap=soft_cap
     )
+
+
+def _head_size(part: Part) -> int:
+    """That of values, and of the model: keys may be held narrower."""
+    return part.values.head_size if isinstance(part.values, PackedTensor) else part.values.shape[-1]
 
 
 def _checked_packed(part: Part) -> Part:
     query, keys, values, lengths = cast(_Packed, part)
     b, _, n, h = query.shape
     heads = _check("keys", keys, h)
-    if _check("values", values, h) != heads or keys.codes.shape[:3] != values.codes.shape[:3]:
+    if _check("values", values, values.head_size) != heads or keys.codes.shape[:3] != values.codes.shape[:3]:
         raise ValueError(f"keys {keys.codes.shape} and values {values.codes.shape} must agree in [B, K, blocks].")
     if keys.codes.shape[0] != b or n % heads:
         raise ValueError(f"query {query.shape} does not fit keys of batch {keys.codes.shape[0]} and {heads} heads.")
@@ -254,7 +261,7 @@ def _checked_dense(part: Part) -> Part:
     query, key, value, lengths = cast(_Dense, part)
     b, t, n, h = query.shape
     heads = key.shape[1]
-    if key.shape != value.shape or key.shape[0] != b or key.shape[3] != h or n % heads:
+    if key.shape[:3] != value.shape[:3] or key.shape[0] != b or key.shape[3] != h or n % heads:
         raise ValueError(f"query {query.shape}, key {key.shape} and value {value.shape} do not fit together.")
     if lengths.shape not in ((b,), (b, t), (b, t, heads)):
         raise ValueError(f"lengths {lengths.shape} must be [B], [B, T] or [B, T, K] for query {query.shape}.")

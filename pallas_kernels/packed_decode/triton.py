@@ -87,9 +87,11 @@ REGISTERS = 200  # ten warps a processor
 
 def decline_format(keys: PackedTensor, values: PackedTensor) -> str | None:
     """Why no Triton kernel, be it of decoding or of appending, can run on this storage; None when they can."""
-    h = keys.head_size
+    h = values.head_size
     if h not in (64, 128):
         return f"head size {h}: 64 and 128 run"
+    if keys.head_size != h:
+        return f"keys of {keys.head_size} channels beside values of {h}: they run as wide as values"
     if keys.bits not in (2, 3, 4, 8) or values.bits not in (2, 4, 8):
         return f"{keys.bits}-bit keys and {values.bits}-bit values: keys of 2, 3, 4, 8 and values of 2, 4, 8 bits run"
     if keys.tokens_last or not values.tokens_last:
@@ -114,10 +116,13 @@ def decline(keys: PackedTensor, values: PackedTensor, scale: float) -> str | Non
     return decline_format(keys, values)
 
 
-def decline_dense(query: Float[Array, "B T N H"], key: Float[Array, "B K S H"]) -> str | None:
+def decline_dense(key: Float[Array, "B K S C"], value: Float[Array, "B K S H"]) -> str | None:
     """As `decline`, for dense keys."""
-    if query.shape[-1] not in (64, 128, 256):
-        return f"head size {query.shape[-1]}: 64, 128 and 256 run"
+    width, head_size = key.shape[-1], value.shape[-1]
+    if head_size not in (64, 128, 256):
+        return f"head size {head_size}: 64, 128 and 256 run"
+    if width % 8 or width > head_size:
+        return f"keys of {width} channels: a multiple of 8 runs, up to the values' {head_size}"
     if key.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"keys of {key.dtype}: bfloat16, float16 and float32 run"
     if key.shape[2] == 0:
@@ -257,8 +262,8 @@ def attend_packed(
 
 
 def attend_dense(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B K S H"],
+    query: Float[Array, "B T N C"],
+    key: Float[Array, "B K S C"],
     value: Float[Array, "B K S H"],
     lengths: Int[Array, "..."],
     *,
@@ -270,15 +275,15 @@ def attend_dense(
     """`splits` programs for each key/value head and 16 query rows."""
     from pallas_kernels.packed_decode import _triton_dense as kernels
 
-    b, t, n, h = query.shape
-    heads, capacity = key.shape[1:3]
+    b, t, n, width = query.shape
+    heads, capacity, h = value.shape[1:]
     rows = t * (n // heads)
     lengths = longest = lengths.astype(jnp.int32)
     if lengths.ndim > 1:
         lengths = jnp.broadcast_to(lengths.reshape(b, t, -1), (b, t, heads))
         longest = lengths.max(axis=1)
     # Keys and values of a step, in shared memory once for every stage but one.
-    step_bytes = 2 * tokens * h * key.dtype.itemsize
+    step_bytes = tokens * (width + h) * key.dtype.itemsize
     return _launch(
         kernels.dense_kernel,
         query,
@@ -298,6 +303,8 @@ def attend_dense(
         num_warps=4,
         num_stages=max(2, min(4, (128 << 10) // step_bytes)),
         H=h,
+        KEY=width,
+        KEYS=max(_power_of_two(width), 16),
         ROWS=16,
         TOKENS=tokens,
         PER_QUERY=lengths.ndim > 1,
@@ -311,7 +318,7 @@ def _power_of_two(x: int) -> int:
 
 
 def _merge(
-    query: Float[Array, "B T N H"],
+    query: Float[Array, "B T N C"],
     heads: int,
     first: Shares,
     second: Shares | None,
@@ -323,7 +330,8 @@ def _merge(
     the output is rotated, and times it; with `balance` then divided by that."""
     from pallas_kernels.packed_decode import _triton_dense as kernels
 
-    b, t, n, h = query.shape
+    b, t, n, _ = query.shape
+    h = first.part.shape[-1]
     rows = t * (n // heads)
     other = first if second is None else second
     splits, other_splits = (x.part.shape[1] for x in (first, other))
@@ -416,7 +424,7 @@ def _as_window(part: Sequence) -> Window | None:
     query, keys, values, lengths = part
     if isinstance(keys, PackedTensor) or lengths.ndim > 1 or keys.shape[2] > WINDOW:
         return None
-    if keys.dtype != query.dtype or keys.dtype not in (jnp.bfloat16, jnp.float16):
+    if keys.dtype != query.dtype or keys.dtype not in (jnp.bfloat16, jnp.float16) or keys.shape != values.shape:
         return None
     return Window(query, keys, values, lengths)
 
@@ -442,7 +450,7 @@ def packed_decode_attention(query, keys, values, lengths, *, scale: float, retur
 
 def dense_decode_attention(query, key, value, lengths, *, scale: float, return_logits: bool):
     """`api.dense_decode_attention` in two launches."""
-    _require(decline_dense(query, key))
+    _require(decline_dense(key, value))
     return _partial(query, key, value, lengths, scale, return_logits)
 
 
@@ -459,9 +467,9 @@ def decode_attention(
     are joined by XLA."""
     behind = _as_window(parts[-1]) if len(parts) > 1 and isinstance(parts[-2][1], PackedTensor) else None
     segments = parts if behind is None else parts[:-1]
-    for query, keys, values, _ in parts:
+    for _, keys, values, _ in parts:
         packed = isinstance(keys, PackedTensor)
-        _require(decline(keys, values, scale) if packed else decline_dense(query, keys))
+        _require(decline(keys, values, scale) if packed else decline_dense(keys, values))
     query, keys = parts[0][:2]
     if len(segments) > 2:
         found = [_partial(*part, scale, return_logits and i == 0) for i, part in enumerate(parts)]

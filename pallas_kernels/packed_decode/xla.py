@@ -24,7 +24,7 @@ class _Chunk(NamedTuple):
     """A run of tokens: how queries meet its keys, and how probabilities meet its values."""
 
     logits: Callable[[Float[Array, "B K M H"]], Float[Array, "B K M C"]]
-    output: Callable[[Float[Array, "B K M C"], Bool[Array, "B K C"]], Float[Array, "B K M H"]]
+    output: Callable[[Float[Array, "B K M C"], Bool[Array, "B K C"]], Float[Array, "B K M V"]]
 
 
 def _chunk_tokens(capacity: int, rows: int, head_size: int) -> int:
@@ -37,13 +37,14 @@ def _attend(
     read: Callable[[Int[Array, ""]], _Chunk],
     visible: Int[Array, "B K M"],
     capacity: int,
+    width: int,
     chunk: int,
     return_logits: bool,
     soft_cap: float | None,
 ) -> tuple[Array, ...]:
-    """Running softmax over chunks of tokens; row m of a sequence sees its first `visible` tokens.
+    """Running softmax over chunks of tokens; row m of a sequence sees its first `visible` tokens, values of `width`.
 
-    Returns output [B, K, M, H], maximum and total [B, K, M], and the logits [B, K, M, capacity] where asked for.
+    Returns output [B, K, M, width], maximum and total [B, K, M], and the logits [B, K, M, capacity] where asked for.
     """
 
     def step(i: Int[Array, ""], carry):
@@ -65,7 +66,7 @@ def _attend(
 
     # Like the query, so that they vary over a mesh as it does inside `shard_map`.
     start = (
-        jnp.zeros_like(query, jnp.float32),
+        jnp.zeros_like(query, jnp.float32, shape=(*query.shape[:-1], width)),
         jnp.full_like(query, -jnp.inf, jnp.float32, shape=query.shape[:-1]),
         jnp.zeros_like(query, jnp.float32, shape=query.shape[:-1]),
         *([jnp.zeros_like(query, jnp.float32, shape=(*query.shape[:-1], capacity))] if return_logits else []),
@@ -131,13 +132,14 @@ def packed_decode_attention(
 
     rows = _rows(query, heads, scale)
     visible = jnp.broadcast_to(lengths.reshape(b, -1, 1), rows.shape[:-1])
-    return _partial(_attend(rows, read, visible, keys.capacity, chunk, return_logits, soft_cap), t)
+    width = values.head_size
+    return _partial(_attend(rows, read, visible, keys.capacity, width, chunk, return_logits, soft_cap), t)
 
 
 def dense_decode_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S H"],
+    value: Float[Array, "B K S V"],
     lengths: Int[Array, "B"] | Int[Array, "B T"] | Int[Array, "B T K"],
     *,
     scale: float,
@@ -164,4 +166,5 @@ def dense_decode_attention(
     rows = _rows(query, heads, scale).astype(key.dtype)
     lengths = jnp.broadcast_to(lengths.reshape(*lengths.shape, *(1,) * (3 - lengths.ndim)), (b, t, heads))
     visible = jnp.repeat(jnp.swapaxes(lengths, 1, 2), n // heads, axis=2)
-    return _partial(_attend(rows, read, visible, capacity, chunk, return_logits, soft_cap), t)
+    width = value.shape[-1]
+    return _partial(_attend(rows, read, visible, capacity, width, chunk, return_logits, soft_cap), t)

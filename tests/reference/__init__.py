@@ -25,6 +25,7 @@ from .methods import (
     QHitter,
     SnapKV,
     StreamingLLM,
+    ThinK,
     channel_balancer,
 )
 from .quantiser import (
@@ -60,6 +61,7 @@ __all__ = [
     "Quantised",
     "SnapKV",
     "StreamingLLM",
+    "ThinK",
     "View",
     "attend",
     "bits_per_element",

@@ -356,6 +356,39 @@ class SnapKV(Method):
 
 
 @dataclass(kw_only=True)
+class ThinK(SnapKV):
+    """Section 5.1 on SnapKV: keys that are not among the newest `recent` held ones lose the channels of the lowest
+    mean(q_c^2) mean(k_c^2), over the last 32 queries of the head's group and all kept keys.
+
+    int(H drop) channels go, or as many fewer as make the number of the others a multiple of 8. A lost channel is 0.
+    """
+
+    drop: float = 0.4
+    recent: int = 32
+    channels: list[np.ndarray] = field(init=False, repr=False, default_factory=list)
+
+    def _compress(self, query, key, value):
+        super()._compress(query, key, value)
+        size, group = key.shape[-1], query.shape[1] // key.shape[1]
+        left = -(-(size - int(size * self.drop)) // 8) * 8
+        self.channels = []
+        for h, head in enumerate(self.heads):
+            of_query = np.mean(query[-32:, h * group : (h + 1) * group] ** 2, axis=(0, 1))
+            of_key = np.mean(np.stack([token.key.array for token in head]) ** 2, axis=0)
+            self.channels.append(np.isin(np.arange(size), self._top(of_query * of_key, left)))
+        self._prune()
+
+    def _arrive(self, key, value):
+        super()._arrive(key, value)
+        self._prune()
+
+    def _prune(self) -> None:
+        for held, head in zip(self.channels, self.heads):
+            for token in head[: -self.recent]:
+                token.key = Stored(np.where(held, token.key.array, 0))
+
+
+@dataclass(kw_only=True)
 class PyramidKV(SnapKV):
     """Section 4.3: SnapKV's scores, and a budget that falls with the layer."""
 
