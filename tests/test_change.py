@@ -30,7 +30,15 @@ def with_loud_biases() -> Llama:
     return model
 
 
-@pytest.mark.parametrize("make", [lambda: MODEL, with_loud_biases])
+def with_norms() -> Llama:
+    """A model that normalises queries and keys, with weights that differ from channel to channel."""
+    model = Llama(dataclasses.replace(CONFIG, query_key_norm=True), rngs=nnx.Rngs(params=0))
+    for norm in (model.layers[0].query_norm, model.layers[0].key_norm):
+        norm[...] = draws.array(draws.rng().uniform(0.5, 1.5, CONFIG.head_dim), "float32")
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: MODEL, with_loud_biases, with_norms])
 @pytest.mark.promise("A changed copy of a model, as `minikv eval --change` measures it, has the model's logits")
 def test_a_changed_model_answers_as_before(make):
     model, text = make(), tokens(2, 50)

@@ -19,7 +19,7 @@ from test_weights import gguf_tensors, write_folder, write_gguf
 
 from minikv_jax.errors import MiniKVError
 from minikv_jax.models import load_tokenizer, open_checkpoint
-from minikv_jax.models.weights import parameter_shapes
+from minikv_jax.models.checkpoint import parameter_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 

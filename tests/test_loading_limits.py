@@ -130,7 +130,7 @@ import json, math, sys, time
 import jax, numpy as np
 from memory import peak_growth
 from minikv_jax.models import load_model, open_checkpoint
-from minikv_jax.models.weights import parameter_shapes
+from minikv_jax.models.checkpoint import parameter_shapes
 
 def cpu(call):
     began = time.process_time()

@@ -32,6 +32,7 @@ LLAMA = {
 }
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "sliding_window": 4096}
+QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "sliding_window": 4096}
 LLAMA3_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -256,14 +257,15 @@ def test_settings_in_every_spelling_are_read_as_transformers_reads_them_or_refus
     figure(f"600 drawn files, {accepted} accepted, each read alike")
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama2", "mistral", "qwen2"])
+@pytest.mark.parametrize("name", ["llama3", "llama2", "mistral", "qwen2", "qwen3"])
 def test_files_written_by_transformers(name):
     config = ModelConfig.from_hf(json.loads((GOLDEN / name / "config.json").read_text()))
     assert config.architecture == {"llama2": "llama", "llama3": "llama"}.get(name, name)
     assert config.query_key_value_bias == (name == "qwen2")
     assert config.sliding_window == (12 if name == "mistral" else None)
     assert (config.rope_scaling is not None) == (name == "llama3")
-    assert config.tie_word_embeddings == (name == "llama3")
+    assert config.tie_word_embeddings == (name in ("llama3", "qwen3"))
+    assert config.query_key_norm == (name == "qwen3")
 
 
 @pytest.mark.parametrize(
@@ -406,6 +408,21 @@ def test_gguf_options():
     assert ModelConfig.from_gguf(GGUF | {"llama.logit_scale": 0.0, "llama.rope.scaling.attn_factor": 1.0})
     qwen = {key.replace("llama.", "qwen2."): value for key, value in GGUF.items()} | {"general.architecture": "qwen2"}
     assert ModelConfig.from_gguf(qwen).query_key_value_bias
+    qwen3 = {key.replace("qwen2.", "qwen3."): value for key, value in qwen.items()} | {"general.architecture": "qwen3"}
+    assert ModelConfig.from_gguf(qwen3).query_key_norm
+
+
+def test_qwen3():
+    config = ModelConfig.from_hf(QWEN3)
+    assert (config.query_key_norm, config.query_key_value_bias, config.sliding_window) == (True, False, None)
+    silent = {key: value for key, value in QWEN3.items() if key not in ("eos_token_id", "bos_token_id")}
+    silent |= {"num_attention_heads": 64, "hidden_size": 5120}  # as Qwen3-32B: 64 heads of 128 beside 5,120 channels
+    assert ModelConfig.from_hf(silent).head_dim == 128
+    assert ModelConfig.from_hf(silent).eos_token_ids == ()
+    with pytest.raises(UnsupportedModelError, match=r"attention_bias is True.*output projection"):
+        ModelConfig.from_hf(QWEN3 | {"attention_bias": True})
+    with pytest.raises(UnsupportedModelError, match="28 of 32 layers"):
+        ModelConfig.from_hf(QWEN3 | {"use_sliding_window": True, "max_window_layers": 28})
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from minikv_jax.errors import CheckpointError, UnsupportedModelError
 from minikv_jax.models import load_tokenizer, locate
+from minikv_jax.models.gguf_file import read_gguf_metadata
 from minikv_jax.models.refusing import refusing
 from minikv_jax.models.tokenizer import _from_gguf
-from minikv_jax.models.weights import read_gguf_metadata
 
 BYTES = sorted(ByteLevel.alphabet())
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from minikv_jax.errors import CheckpointError, MiniKVError, UnsupportedModelError
 from minikv_jax.models import RopeScaling, hub, load_model, load_tokenizer, locate, open_checkpoint
-from minikv_jax.models.weights import parameter_shapes
+from minikv_jax.models.checkpoint import parameter_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -56,6 +56,7 @@ LAYER = {
     "mlp.up_proj.weight": "ffn_up.weight",
     "mlp.down_proj.weight": "ffn_down.weight",
 }
+NORMS = {f"self_attn.{x}_norm.weight": f"attn_{x}_norm.weight" for x in "qk"}
 BIASES = {f"self_attn.{x}_proj.bias": f"attn_{x}.bias" for x in "qkv"}
 
 
@@ -74,6 +75,8 @@ def random_state(architecture="llama", tied=False) -> dict[str, np.ndarray]:
     per_layer = dict(zip(LAYER, [(d,), (d,), (q, d), (kv, d), (kv, d), (d, q), (f, d), (f, d), (d, f)], strict=True))
     if architecture == "qwen2":
         per_layer |= dict(zip(BIASES, [(q,), (kv,), (kv,)], strict=True))
+    if architecture == "qwen3":
+        per_layer |= dict.fromkeys(NORMS, (128,))
     for i in range(SIZES["num_hidden_layers"]):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in per_layer.items()}
     return {name: rng.integers(-64, 64, shape).astype(np.float32) / 32 for name, shape in shapes.items()}
@@ -105,7 +108,7 @@ def gguf_tensors(config: dict, state: dict[str, np.ndarray]) -> dict[str, np.nda
         if config["model_type"] == "llama" and part.split(".")[1] in ("q_proj", "k_proj"):
             heads = config["num_attention_heads" if ".q_proj" in part else "num_key_value_heads"]
             weight = permute(weight, heads)
-        tensors[f"blk.{i}.{(LAYER | BIASES)[part]}"] = weight
+        tensors[f"blk.{i}.{(LAYER | BIASES | NORMS)[part]}"] = weight
     return tensors
 
 
@@ -163,7 +166,7 @@ def expected_parameters(state: dict[str, np.ndarray], tied: bool) -> dict[str, n
         parameters["embedding"] = state["model.embed_tokens.weight"]
     names = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm", "gate_proj": "gate"}
     names |= {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
-    names |= {"up_proj": "up", "down_proj": "down"}
+    names |= {"up_proj": "up", "down_proj": "down", "q_norm": "query_norm", "k_norm": "key_norm"}
     for name, weight in state.items():
         if not name.startswith("model.layers."):
             continue
@@ -185,7 +188,7 @@ def assert_parameters(checkpoint, expected: dict[str, np.ndarray], dtype=np.floa
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tied"), [("llama", False), ("llama", True), ("mistral", False), ("qwen2", True)]
+    ("architecture", "tied"), [("llama", False), ("llama", True), ("mistral", False), ("qwen2", True), ("qwen3", True)]
 )
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_folder(tmp_path, architecture, tied, stored):
@@ -257,7 +260,9 @@ def test_generation_config_names_the_ends(tmp_path):
     assert open_checkpoint(folder).config.eos_token_ids == (2, 7)
 
 
-@pytest.mark.parametrize(("architecture", "tied"), [("llama", False), ("llama", True), ("qwen2", False)])
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [("llama", False), ("llama", True), ("qwen2", False), ("qwen3", False)]
+)
 @pytest.mark.parametrize("encoding", [None, GGMLQuantizationType.F16, GGMLQuantizationType.BF16])
 def test_gguf_holds_the_same_as_the_folder(tmp_path, architecture, tied, encoding):
     config, state = model_config(architecture, tied), random_state(architecture, tied)

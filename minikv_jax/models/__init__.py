@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from jax.typing import DTypeLike
 
-from minikv_jax.models.config import ModelConfig, RopeScaling
+from minikv_jax.models.checkpoint import Checkpoint
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.hub import locate
+from minikv_jax.models.rope import RopeScaling
 from minikv_jax.models.tokenizer import load_tokenizer
-from minikv_jax.models.weights import Checkpoint, Progress, load_model, open_checkpoint
+from minikv_jax.models.weights import Progress, load_model, open_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

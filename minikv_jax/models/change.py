@@ -26,8 +26,9 @@ def changed(model: Llama, seed: int) -> Llama:
     """A model that answers as `model` does, up to rounding, whose keys and values have other coordinates.
 
     Of each key/value head every rotary pair of channels (i, i + H / 2) is scaled, keys by s and queries by 1 / s, and
-    both are turned by one angle, which commutes with rotary embedding. Values are multiplied by a random rotation and
-    then each channel by a scale; the inverse of both goes into the output projection.
+    both are turned by one angle, which commutes with rotary embedding; where queries and keys are normalised, the norms
+    (whose weights all heads share) take one draw of scales. Values are multiplied by a random rotation and then each
+    channel by a scale; the inverse of both goes into the output projection.
 
     Args:
         model: left as it is.
@@ -52,8 +53,13 @@ def _change_layer(layer: LlamaLayer, rng: np.random.Generator) -> None:
     config = layer.config
     n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
     drawn = [(_pairs(rng, h), _values(rng, h)) for _ in range(k)]
-    of_keys = [scale * turn for (scale, turn), _ in drawn]
-    of_queries = [turn / scale for (scale, turn), _ in drawn]
+    scales, turns = zip(*(pairs for pairs, _ in drawn), strict=True)
+    if config.query_key_norm:
+        _times(layer.key_norm, scales[0])
+        _times(layer.query_norm, 1 / scales[0])
+        scales, turns = [np.ones(h)] * k, [np.eye(h)] * k
+    of_keys = [scale * turn for scale, turn in zip(scales, turns, strict=True)]
+    of_queries = [turn / scale for scale, turn in zip(scales, turns, strict=True)]
     of_values = [matrix for _, matrix in drawn]
     group = n // k
     blocks = np.stack([*np.repeat(of_queries, group, axis=0), *of_keys, *of_values])  # [N + 2 K, H, H]
@@ -70,6 +76,10 @@ def _change_layer(layer: LlamaLayer, rng: np.random.Generator) -> None:
     output = np.asarray(layer.output[...], np.float64).reshape(n, h, -1)
     output = np.einsum("nhi,nid->nhd", back, output).reshape(layer.output[...].shape)
     layer.output[...] = jnp.asarray(output, layer.output[...].dtype)
+
+
+def _times(param: nnx.Param, scale: Float[np.ndarray, "H"]) -> None:
+    param[...] = jnp.asarray(np.asarray(param[...], np.float64) * scale, param[...].dtype)
 
 
 def _scales(rng: np.random.Generator, count: int) -> Float[np.ndarray, "count"]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minikv_jax.errors import CheckpointError, shortened
+from minikv_jax.errors import CheckpointError, UnsupportedModelError, shortened
 from minikv_jax.models.gguf_header import Unread
 
 _LONGEST_TEXT = 1 << 20  # bytes; chat templates, the longest texts that are read, have under 1 << 16
@@ -109,3 +109,21 @@ def _is_list_of_text(value: Any) -> bool:
 
 def _is_unread(value: Any, what: str) -> bool:
     return isinstance(value, Unread) and value.what == what
+
+
+def agreed[T](source: str, key: str, given: Mapping[str, T | None]) -> T | None:
+    """The value that some places give, if all of them give the same."""
+    values = {place: value for place, value in given.items() if value is not None}
+    if len(set(values.values())) > 1:
+        said = " and ".join(f"{shortened(value)} in {place}" for place, value in values.items())
+        raise CheckpointError(f"{source} gives {key} as {said}; keep the right one.")
+    return next(iter(values.values()), None)
+
+
+def default_head_dim(hidden_size: int, num_heads: int) -> int:
+    """What a head's size is where a file does not say."""
+    if hidden_size < 1 or num_heads < 1 or hidden_size % num_heads:
+        raise UnsupportedModelError(
+            f"hidden size {hidden_size} does not divide into {num_heads} heads, and no head size is given."
+        )
+    return hidden_size // num_heads

@@ -1,4 +1,4 @@
-"""The LLaMA family in Flax NNX: LLaMA 2, 3, 3.1, 3.2, SmolLM2, Mistral, Qwen2 and Qwen2.5.
+"""Decoders of LLaMA's kind in Flax NNX; `families.py` lists the models.
 
 The modules hold parameters and say what a layer does before and after attention. Attention itself, and the cache it
 reads, belong to `prefill.py` and `decode.py`, so one model serves every method.
@@ -7,9 +7,6 @@ Weights lie [in, out]. Decoding one token is a row vector times each weight, whi
 order; that is what a CPU can do at full bandwidth, and a GPU does not mind.
 """
 
-import math
-from typing import cast
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,29 +14,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.models.config import ModelConfig, RopeScaling
+from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.rope import inverse_frequencies
 
 
-def rms_norm(x: Float[Array, "B T D"], weight: Float[Array, "D"], epsilon: float) -> Float[Array, "B T D"]:
+def rms_norm(x: Float[Array, "*rows D"], weight: Float[Array, "D"], epsilon: float) -> Float[Array, "*rows D"]:
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    return wide.astype(x.dtype) * weight[None, None]
-
-
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Rotary frequencies in radians a position, [head_dim / 2] float32, with LLaMA 3.1's or linear scaling applied."""
-    frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is None:
-        return frequency.astype(np.float32)
-    if scaling.kind == "linear":
-        return (frequency / scaling.factor).astype(np.float32)
-    # LLaMA 3.1: waves longer than the original context are stretched by the factor, short ones stay, and those in
-    # between are blended by how many of their periods fit the original context.
-    numbers = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
-    low, high, original = cast(tuple[float, float, int], numbers)  # which llama3 always has
-    blend = (original * frequency / (2 * math.pi) - low) / (high - low)
-    blend = np.clip(blend, 0.0, 1.0)
-    return ((1 - blend) * frequency / scaling.factor + blend * frequency).astype(np.float32)
+    return wide.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def rotary(
@@ -74,6 +56,9 @@ class LlamaLayer(nnx.Module):
         self.query_key_value = matrix(d, (n + 2 * k) * h)
         if config.query_key_value_bias:
             self.query_key_value_bias = nnx.Param(jnp.zeros(((n + 2 * k) * h,), param_dtype))
+        if config.query_key_norm:
+            self.query_norm = nnx.Param(jnp.ones((h,), param_dtype))
+            self.key_norm = nnx.Param(jnp.ones((h,), param_dtype))
         self.output = matrix(n * h, d)
         self.mlp_norm = nnx.Param(jnp.ones((d,), param_dtype))
         self.gate_up, self.down = matrix(d, 2 * f), matrix(f, d)
@@ -93,6 +78,9 @@ class LlamaLayer(nnx.Module):
             y = y + self.query_key_value_bias[...][None, None]
         n, k = config.num_heads, config.num_kv_heads
         query, key, value = jnp.split(y.reshape(*y.shape[:2], -1, config.head_dim), (n, n + k), axis=2)
+        if config.query_key_norm:
+            query = rms_norm(query, self.query_norm[...], config.rms_norm_eps)
+            key = rms_norm(key, self.key_norm[...], config.rms_norm_eps)
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         return rotary(query, positions, frequencies), rotary(key, positions, frequencies), value
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from minikv_jax.errors import CheckpointError, UnsupportedModelError, shortened
 from minikv_jax.models.entries import Entries
+from minikv_jax.models.gguf_file import read_gguf_metadata
 from minikv_jax.models.hub import given_path
 from minikv_jax.models.refusing import refusing
-from minikv_jax.models.weights import read_gguf_metadata
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -22,6 +22,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 HERE = Path(__file__).parent
@@ -121,6 +123,16 @@ def qwen2():
     return model, None, torch.float16, {}
 
 
+def qwen3():
+    """Qwen3: norms of every head's query and key, and a head size of its own. Stored as float16."""
+    config = Qwen3Config(**TINY, num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
+    model = Qwen3ForCausalLM(config)
+    for layer in model.model.layers:
+        for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    return model, None, torch.float16, {}
+
+
 @torch.no_grad()
 def make_tiny(name, build) -> None:
     torch.manual_seed(20)
@@ -166,12 +178,16 @@ def make_smollm2(path: Path) -> None:
     print(f"smollm2: {right:.3f} of the text predicted, {(margins <= 1e-3).sum()} positions with a margin under 1e-3")
 
 
+TINY_MODELS = (llama3, llama2, mistral, qwen2, qwen3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", type=Path, help="the GGUF file of SmolLM2-135M-Instruct")
+    parser.add_argument("--only", nargs="*", help="the tiny models to make; by default all")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for build in (llama3, llama2, mistral, qwen2):
+    for build in [build for build in TINY_MODELS if not arguments.only or build.__name__ in arguments.only]:
         make_tiny(build.__name__, build)
         config = json.loads((HERE / build.__name__ / "config.json").read_text())
         print(json.dumps(config))

@@ -1,0 +1,119 @@
+"""The families of models that load: what files call each, and what sets it apart from LLaMA.
+
+A family is a value here. What a family computes otherwise than LLaMA is a field of `ModelConfig` that its row sets;
+what only its files do otherwise (other names, several matrices in one) is undone while they are read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+HF_LAYER = {
+    "attention_norm": "input_layernorm.weight",
+    "query": "self_attn.q_proj.weight",
+    "key": "self_attn.k_proj.weight",
+    "value": "self_attn.v_proj.weight",
+    "output": "self_attn.o_proj.weight",
+    "query_bias": "self_attn.q_proj.bias",
+    "key_bias": "self_attn.k_proj.bias",
+    "value_bias": "self_attn.v_proj.bias",
+    "query_norm": "self_attn.q_norm.weight",
+    "key_norm": "self_attn.k_norm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+}
+GGUF_LAYER = {
+    "attention_norm": "attn_norm.weight",
+    "query": "attn_q.weight",
+    "key": "attn_k.weight",
+    "value": "attn_v.weight",
+    "output": "attn_output.weight",
+    "query_bias": "attn_q.bias",
+    "key_bias": "attn_k.bias",
+    "value_bias": "attn_v.bias",
+    "query_norm": "attn_q_norm.weight",
+    "key_norm": "attn_k_norm.weight",
+    "mlp_norm": "ffn_norm.weight",
+    "gate": "ffn_gate.weight",
+    "up": "ffn_up.weight",
+    "down": "ffn_down.weight",
+}
+
+_NO_OUTPUT_BIAS = "it adds a bias to the output projection, which is not implemented"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family of models apart.
+
+    Attributes:
+        hf_class: the class in transformers whose computation is meant.
+        models: those that people know it by.
+        gguf: the architecture's name in GGUF files; None where files of this family call themselves `llama`.
+        defaults: what transformers assumes where a config.json is silent, kept where silence would change the results.
+        needs: entries of config.json that would change the computation: their one supported value, and why.
+        fields: of `ModelConfig`.
+        sliding_window: whether a given window counts: never, always, or as `use_sliding_window` says.
+        hf_layer, gguf_layer: the stored tensor that holds each of a layer's parameters.
+        interleaved: the formats whose query and key rows are in pairs of neighbours, which `rotary` wants in halves.
+    """
+
+    hf_class: str
+    models: str
+    gguf: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    needs: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    sliding_window: Literal["never", "always", "switched"] = "never"
+    hf_layer: Mapping[str, str] = field(default_factory=lambda: HF_LAYER)
+    gguf_layer: Mapping[str, str] = field(default_factory=lambda: GGUF_LAYER)
+    interleaved: tuple[Literal["hf", "gguf"], ...] = ()
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        hf_class="LlamaForCausalLM",
+        models="Llama 2 to 3.3, TinyLlama, SmolLM, SmolLM2, CodeLlama, DeepSeek-LLM and -Coder, R1-Distill-Llama, Yi",
+        gguf="llama",
+        defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+        needs={"attention_bias": (False, _NO_OUTPUT_BIAS)},
+        interleaved=("gguf",),
+    ),
+    "mistral": Family(
+        hf_class="MistralForCausalLM",
+        models="Mistral 7B, Mistral-Nemo, Mistral-Small-2501, Ministral-8B-2410",
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        sliding_window="always",
+    ),
+    "qwen2": Family(
+        hf_class="Qwen2ForCausalLM",
+        models="Qwen2, Qwen2.5, R1-Distill-Qwen",
+        gguf="qwen2",
+        defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+        fields={"query_key_value_bias": True},
+        sliding_window="switched",
+    ),
+    "qwen3": Family(
+        hf_class="Qwen3ForCausalLM",
+        models="Qwen3 0.6B to 32B, R1-0528-Qwen3-8B",
+        gguf="qwen3",
+        defaults={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "sliding_window": 4096,
+        },
+        needs={"attention_bias": (False, _NO_OUTPUT_BIAS)},
+        fields={"query_key_norm": True},
+        sliding_window="switched",
+    ),
+}
+BY_GGUF = {family.gguf: name for name, family in FAMILIES.items() if family.gguf is not None}
