@@ -14,7 +14,7 @@ from minikv_jax.models.families import FAMILIES
 
 GOLDEN = Path(__file__).parent / "golden"
 # What transformers was run with. A window of 12 tokens, as the golden Mistral has, no cache can hold.
-MODELS = ["llama3", "llama2", "qwen2", "qwen3"]
+MODELS = ["llama3", "llama2", "qwen2", "qwen2_yarn", "qwen3"]
 PROMPT, STEPS = 32, 24
 step = jax.jit(decode_step, donate_argnames="cache")
 

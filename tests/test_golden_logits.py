@@ -17,7 +17,7 @@ def smollm2() -> Path:
     return locate("smollm2")
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama2", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama3", "llama2", "mistral", "qwen2", "qwen2_yarn", "qwen3"])
 def test_logits_match_transformers(name):
     golden = np.load(GOLDEN / f"{name}.npz")
     model = load_model(GOLDEN / name, jnp.float32)

@@ -94,9 +94,9 @@ def test_linear_rope_scaling(key):
     assert config.rope_scaling == RopeScaling("linear", 2.0)
 
 
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "su"])
+@pytest.mark.parametrize("kind", ["longrope", "su"])
 def test_other_rope_scaling_is_refused(kind):
-    with pytest.raises(UnsupportedModelError, match=f"{kind}.*supported.*'linear', 'llama3'"):
+    with pytest.raises(UnsupportedModelError, match=f"{kind}.*supported.*'linear', 'llama3', 'yarn', 'dynamic'"):
         ModelConfig.from_hf(LLAMA | {"rope_scaling": {"type": kind, "factor": 4.0}})
 
 
@@ -110,8 +110,8 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
     ("entries", "message"),
     [
         # As model cards say, in a file that transformers 5 wrote.
-        ({"rope_parameters": DEFAULT, "rope_scaling": YARN}, "'yarn' is not supported"),
-        ({"rope_parameters": YARN, "rope_scaling": {"rope_type": "default"}}, "'yarn' is not supported"),
+        ({"rope_parameters": DEFAULT, "rope_scaling": YARN, "rope_theta": None}, "write rope_theta into rope_scaling"),
+        ({"rope_parameters": YARN, "rope_scaling": {"rope_type": "default"}}, "in two ways, rope_scaling .* and"),
         ({"rope_parameters": LINEAR, "rope_scaling": {"rope_type": "default"}}, "in two ways, rope_scaling .* and"),
         ({"rope_parameters": LINEAR, "rope_scaling": LINEAR | {"factor": 4.0}}, "in two ways"),
         ({"rope_scaling": LINEAR, "rope_condense_ratio": 8}, "in two ways.*rope_condense_ratio 8"),
@@ -167,9 +167,13 @@ VICUNA = {"max_position_embeddings": 4096, "max_sequence_length": 16384, "rope_s
         ({"max_position_embeddings": 4096, "max_sequence_length": 6000, "rope_scaling": LINEAR}, 6000),
         ({"max_position_embeddings": 131072, "rope_scaling": LLAMA3_ROPE}, 131072),
         ({"max_position_embeddings": 4096, "max_sequence_length": 16384}, 4096),
+        # Qwen2.5 and Qwen3, as their cards say, and a file that states the stretched length.
+        ({"max_position_embeddings": 32768, "rope_scaling": YARN}, 131072),
+        ({"max_position_embeddings": 40960, "rope_scaling": YARN}, 131072),
+        ({"max_position_embeddings": 131072, "rope_scaling": YARN}, 131072),
     ],
 )
-def test_linear_rope_stretches_the_longest_context(entries, longest):
+def test_rope_scaling_stretches_the_longest_context(entries, longest):
     assert ModelConfig.from_hf(LLAMA | entries).max_position_embeddings == longest
 
 
@@ -182,9 +186,10 @@ def drawn_entries(rng) -> dict:
 
     def group():
         theta = one_of(rng, {}, {}, {"rope_theta": 1e4}, {"rope_theta": 5e5})
-        kind = one_of(rng, {"rope_type": "default"}, {"rope_type": "linear"}, {"type": "linear"}, YARN, LLAMA3_ROPE, {})
+        linear = one_of(rng, {"rope_type": "linear"}, {"type": "linear"}, {"rope_type": "dynamic"})
+        kind = one_of(rng, {"rope_type": "default"}, linear, YARN, LLAMA3_ROPE, {})
         original = one_of(rng, {}, {}, {"original_max_position_embeddings": 8192})
-        factor = {"factor": 2.0} if "linear" in kind.values() or rng.random() < 0.1 else {}
+        factor = {"factor": 2.0} if {"linear", "dynamic"} & set(kind.values()) or rng.random() < 0.1 else {}
         return one_of(rng, None, {}, kind | theta | factor | original, kind | theta | factor)
 
     entries = {
@@ -204,16 +209,16 @@ def drawn_entries(rng) -> dict:
 
 
 def as_transformers_reads(architecture: str, entries: dict) -> dict:
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-    config = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[architecture].from_dict(
-        json.loads(json.dumps(entries))
-    )
+    kinds = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    config = kinds[architecture].from_dict(json.loads(json.dumps(entries)))
     config.standardize_rope_params()  # as its rotary embeddings do
     rope = config.rope_parameters
-    names = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    names = dict.fromkeys(("linear", "dynamic", "yarn"), ("factor",))
+    names["llama3"] = ("factor", "low_freq_factor", "high_freq_factor")
     scaling = tuple(rope[name] for name in names.get(rope["rope_type"], ()))
-    if rope["rope_type"] == "llama3":
+    if rope["rope_type"] in ("llama3", "yarn"):
         scaling += (rope["original_max_position_embeddings"],)
     layers = getattr(config, "layer_types", None)
     if architecture == "mistral":
@@ -234,7 +239,7 @@ def test_settings_in_every_spelling_are_read_as_transformers_reads_them_or_refus
     sizes = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": 16384, "num_key_value_heads": 4}
     for _ in range(600):
-        architecture = one_of(rng, "llama", "mistral", "qwen2")
+        architecture = one_of(rng, "llama", "mistral", "qwen2", "qwen3")
         entries = sizes | {"model_type": architecture} | drawn_entries(rng)
         try:
             ours = ModelConfig.from_hf(entries)
@@ -250,8 +255,11 @@ def test_settings_in_every_spelling_are_read_as_transformers_reads_them_or_refus
             "windows": {ours.sliding_window},
             "heads": (ours.num_kv_heads, ours.head_dim),
         }
+        # transformers 5 has no meaning for null here, 4 has these.
         if entries.get("num_key_value_heads", 4) is None and architecture == "mistral":
-            entries["num_key_value_heads"] = 4  # transformers 5 has no meaning for null here, 4 has this
+            entries["num_key_value_heads"] = 4
+        if entries.get("head_dim", 16) is None and architecture == "qwen3":
+            entries["head_dim"] = 16
         assert found == as_transformers_reads(architecture, entries), entries
     assert accepted > 100
     figure(f"600 drawn files, {accepted} accepted, each read alike")
@@ -405,6 +413,12 @@ def test_gguf_options():
     assert ModelConfig.from_gguf(GGUF | linear).max_position_embeddings == 8192
     stretched = GGUF | linear | {"llama.rope.scaling.original_context_length": 4096}
     assert ModelConfig.from_gguf(stretched).max_position_embeddings == 16384
+    yarn = linear | {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.original_context_length": 4096}
+    config = ModelConfig.from_gguf(GGUF | yarn)
+    assert config.rope_scaling == RopeScaling("yarn", 4.0, original_max_position_embeddings=4096)
+    assert config.max_position_embeddings == 16384
+    fast = ModelConfig.from_gguf(GGUF | yarn | {"llama.rope.scaling.yarn_beta_fast": 16.0})
+    assert fast.rope_scaling.beta_fast == 16
     assert ModelConfig.from_gguf(GGUF | {"llama.logit_scale": 0.0, "llama.rope.scaling.attn_factor": 1.0})
     qwen = {key.replace("llama.", "qwen2."): value for key, value in GGUF.items()} | {"general.architecture": "qwen2"}
     assert ModelConfig.from_gguf(qwen).query_key_value_bias
@@ -431,7 +445,16 @@ def test_qwen3():
         ({"general.architecture": "gemma"}, "gemma"),
         ({"llama.expert_count": 8}, "Mixture-of-experts"),
         ({"llama.rope.dimension_count": 32}, "rope.dimension_count is 32"),
-        ({"llama.rope.scaling.type": "yarn"}, "yarn"),
+        ({"llama.rope.scaling.type": "longrope"}, "longrope.*'yarn'"),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.yarn_ext_factor": 0.5,
+            },
+            "yarn_ext_factor is 0.5",
+        ),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier"),
         ({"llama.block_count": None}, "has no 'block_count'"),
         ({"llama.attention.head_count_kv": [3, 3]}, "must be an integer"),
         ({"general.architecture": 3}, "general.architecture must be text"),

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from minikv_jax.models.rope import KINDS
+
 HF_LAYER = {
     "attention_norm": "input_layernorm.weight",
     "query": "self_attn.q_proj.weight",
@@ -55,6 +57,8 @@ class Family:
         defaults: what transformers assumes where a config.json is silent, kept where silence would change the results.
         needs: entries of config.json that would change the computation: their one supported value, and why.
         fields: of `ModelConfig`.
+        rope_theta: what transformers assumes where a config.json is silent.
+        rope_scalings: the kinds that mean what `RopeScaling` says.
         sliding_window: whether a given window counts: never, always, or as `use_sliding_window` says.
         hf_layer, gguf_layer: the stored tensor that holds each of a layer's parameters.
         interleaved: the formats whose query and key rows are in pairs of neighbours, which `rotary` wants in halves.
@@ -66,6 +70,8 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     needs: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
+    rope_theta: float = 10000.0
+    rope_scalings: tuple[str, ...] = KINDS
     sliding_window: Literal["never", "always", "switched"] = "never"
     hf_layer: Mapping[str, str] = field(default_factory=lambda: HF_LAYER)
     gguf_layer: Mapping[str, str] = field(default_factory=lambda: GGUF_LAYER)

@@ -23,7 +23,7 @@ _NEUTRAL: dict[str, tuple[float, ...]] = {
     "attention.sliding_window_pattern": (0, 1),
     "rope.scaling.attn_factor": (0, 1),
     "rope.scaling.yarn_attn_factor": (0, 1),
-    "rope.scaling.yarn_ext_factor": (0, -1),
+    "rope.scaling.yarn_log_multiplier": (0,),
 }
 
 
@@ -77,7 +77,9 @@ def _refuse_features(entries: Entries, prefix: str, head_dim: int) -> None:
                 f"{prefix}{key} is {entries.get(key)}, but only models where it equals the head size ({head_dim}) "
                 "are supported."
             )
-    for key, neutral in _NEUTRAL.items():
+    # How much YaRN does between its two kinds of channels: all of it, or where it is another scaling nothing.
+    share = 1 if entries.optional_text("rope.scaling.type") == "yarn" else 0
+    for key, neutral in {**_NEUTRAL, "rope.scaling.yarn_ext_factor": (-1, share)}.items():
         if entries.number(key, neutral[0]) not in neutral:
             raise UnsupportedModelError(
                 f"{prefix}{key} is {entries.get(key)}, which changes the computation in a way that is not implemented; "
@@ -92,14 +94,21 @@ def _rope(entries: Entries) -> tuple[RopeScaling | None, int]:
     # llama.cpp takes 0 for "not set".
     factor = agreed(entries.source, "the factor", {key: value or None for key, value in given.items()}) or 1.0
     kind = entries.optional_text("rope.scaling.type") or ("none" if factor == 1 else "linear")
-    if kind not in ("none", "linear"):
+    if kind not in ("none", "linear", "yarn"):
         raise UnsupportedModelError(
-            f"GGUF rope scaling of type {shortened(kind)} is not supported; supported: 'none', 'linear', and llama3 "
-            "factors stored as the tensor rope_freqs.weight."
+            f"GGUF rope scaling of type {shortened(kind)} is not supported; supported: 'none', 'linear', 'yarn', and "
+            "llama3 factors stored as the tensor rope_freqs.weight."
         )
     if kind == "none" and factor != 1:
         raise CheckpointError(f"{entries.source}: rope.scaling.type is 'none', but its factor is {factor:g}.")
     if kind == "none":
         return None, longest
     original = entries.optional_integer("rope.scaling.original_context_length")
-    return RopeScaling("linear", factor), max(longest, int(factor * (original or 0)))
+    stretched = max(longest, int(factor * (original or 0)))
+    if kind == "linear":
+        return RopeScaling("linear", factor), stretched
+    betas = {beta: entries.number(f"rope.scaling.yarn_{beta}", 0.0) for beta in ("beta_fast", "beta_slow")}
+    given = {beta: value for beta, value in betas.items() if value > 0}  # llama.cpp takes others for "not set"
+    original = original or longest
+    scaling = RopeScaling("yarn", factor, original_max_position_embeddings=original, **given)
+    return scaling, max(longest, int(factor * original))

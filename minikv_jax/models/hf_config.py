@@ -6,7 +6,7 @@ from typing import Any
 from minikv_jax.errors import CheckpointError, UnsupportedModelError, shortened
 from minikv_jax.models.entries import Entries, agreed, default_head_dim
 from minikv_jax.models.families import FAMILIES, Family
-from minikv_jax.models.rope import RopeScaling
+from minikv_jax.models.rope import RopeScaling, yarn_magnitude
 from minikv_jax.models.wording import listed
 
 
@@ -19,7 +19,7 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
     hidden_size = entries.integer("hidden_size")
     num_layers = entries.integer("num_hidden_layers")
     num_heads = entries.integer("num_attention_heads")
-    rope_theta, rope_scaling, longest = _rope(entries)
+    rope_theta, rope_scaling, longest = _rope(entries, family)
     return {
         "vocab_size": entries.integer("vocab_size"),
         "hidden_size": hidden_size,
@@ -81,7 +81,7 @@ def _refuse_features(entries: Entries, family: Family) -> None:
             )
 
 
-def _rope(entries: Entries) -> tuple[float, RopeScaling | None, int]:
+def _rope(entries: Entries, family: Family) -> tuple[float, RopeScaling | None, int]:
     """Base, scaling, and the longest context.
 
     transformers 4 keeps the first two in `rope_theta` and `rope_scaling`, 5 in `rope_parameters`. Where a file has both
@@ -99,10 +99,10 @@ def _rope(entries: Entries) -> tuple[float, RopeScaling | None, int]:
 
     original = stated("original_max_position_embeddings", Entries.optional_integer)
     longest = entries.integer("max_position_embeddings")
-    scaling = _rope_scaling(entries, groups, original or longest)
+    scaling = _rope_scaling(entries, groups, original or longest, family.rope_scalings)
     theta = stated("rope_theta", Entries.optional_number)
     counted = [group for key, group in places.items() if key != "rope_parameters" or "rope_scaling" not in groups]
-    if theta not in (None, 10000.0) and all(group.get("rope_theta") is None for group in counted):
+    if theta not in (None, family.rope_theta) and all(group.get("rope_theta") is None for group in counted):
         raise CheckpointError(
             f"config.json: rope_scaling replaces all of rope_parameters, and with it rope_theta {theta:g}; write "
             "rope_theta into rope_scaling too."
@@ -111,11 +111,17 @@ def _rope(entries: Entries) -> tuple[float, RopeScaling | None, int]:
         # The stated length is that of the pretraining. FastChat's models state the stretched one too.
         stretched = int(scaling.factor * (original or longest))
         longest = min(stretched, entries.integer("max_sequence_length", stretched))
-    return 10000.0 if theta is None else theta, scaling, longest
+    if scaling is not None and scaling.kind == "yarn":
+        longest = max(longest, int(scaling.factor * (original or longest)))
+    if scaling is not None and scaling.kind == "dynamic":
+        longest = min(longest, original or longest)
+    return family.rope_theta if theta is None else theta, scaling, longest
 
 
-def _rope_scaling(entries: Entries, groups: Mapping[str, Entries], original: int) -> RopeScaling | None:
-    stated = {key: _scaling_of(group, original) for key, group in groups.items()}
+def _rope_scaling(
+    entries: Entries, groups: Mapping[str, Entries], original: int, scalings: tuple[str, ...]
+) -> RopeScaling | None:
+    stated = {key: _scaling_of(group, original, scalings) for key, group in groups.items()}
     if stated.get("rope_parameters", ...) is None:
         del stated["rope_parameters"]  # transformers 5 writes its default out, which says nothing
     condensed = entries.number("rope_condense_ratio", 1.0)  # LongChat's name of linear scaling
@@ -127,7 +133,7 @@ def _rope_scaling(entries: Entries, groups: Mapping[str, Entries], original: int
     return next(iter(stated.values()), None)
 
 
-def _scaling_of(rope: Entries, original: int) -> RopeScaling | None:
+def _scaling_of(rope: Entries, original: int, scalings: tuple[str, ...]) -> RopeScaling | None:
     """What one group says; None is no scaling."""
     if any(isinstance(value, dict) for value in rope.values.values()):
         raise UnsupportedModelError(
@@ -145,14 +151,55 @@ def _scaling_of(rope: Entries, original: int) -> RopeScaling | None:
                 f"{rope.source} has factor {shortened(rope.get('factor'))} but no rope_type that uses it."
             )
         return None
-    if kind == "linear":
-        return RopeScaling("linear", rope.number("factor"))
-    if kind != "llama3":
+    readers = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "dynamic": _dynamic}
+    if kind not in readers or kind not in scalings:
         raise UnsupportedModelError(
-            f"Rope scaling of type {shortened(kind)} is not supported; supported: 'default', 'linear', 'llama3'."
+            f"Rope scaling of type {shortened(kind)} is not supported; supported for this model: 'default'"
+            f"{''.join(f', {known!r}' for known in scalings)}."
         )
+    return readers[kind](rope, original)
+
+
+def _linear(rope: Entries, original: int) -> RopeScaling:
+    return RopeScaling("linear", rope.number("factor"))
+
+
+def _llama3(rope: Entries, original: int) -> RopeScaling:
     factors = [rope.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")]
     return RopeScaling("llama3", *factors, original_max_position_embeddings=original)
+
+
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"}
+
+
+def _dynamic(rope: Entries, original: int) -> RopeScaling:
+    _refuse_other_keys(rope, _ROPE_KEYS)
+    return RopeScaling("dynamic", rope.number("factor"))
+
+
+def _yarn(rope: Entries, original: int) -> RopeScaling:
+    weights = ("mscale", "mscale_all_dim")
+    _refuse_other_keys(rope, {*_ROPE_KEYS, "attention_factor", "beta_fast", "beta_slow", "truncate", *weights})
+    factor, magnitude = rope.number("factor"), rope.optional_number("attention_factor")
+    ours, divisor = (rope.number(key, 0.0) for key in weights)
+    if magnitude is None and ours and divisor:
+        magnitude = yarn_magnitude(factor, ours) / yarn_magnitude(factor, divisor)
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_max_position_embeddings=original,
+        beta_fast=rope.number("beta_fast", 0.0) or 32.0,
+        beta_slow=rope.number("beta_slow", 0.0) or 1.0,
+        attention_factor=magnitude,
+        truncate=rope.boolean("truncate", True),
+    )
+
+
+def _refuse_other_keys(rope: Entries, known: set[str]) -> None:
+    if unknown := [key for key, value in rope.values.items() if key not in known and value is not None]:
+        raise UnsupportedModelError(
+            f"{rope.source}: {unknown[0]} is {shortened(rope.get(unknown[0]))}, which is not implemented."
+        )
 
 
 def _sliding_window(entries: Entries, family: Family, num_layers: int) -> int | None:

@@ -25,11 +25,11 @@ def rms_norm(x: Float[Array, "*rows D"], weight: Float[Array, "D"], epsilon: flo
 
 
 def rotary(
-    x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], frequencies: np.ndarray
+    x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], frequencies: np.ndarray, magnitude: float = 1.0
 ) -> Float[Array, "B T heads H"]:
-    """Rotary embedding; channel i pairs with channel i + H / 2 (Hugging Face's order)."""
+    """Rotary embedding, times `magnitude`; channel i pairs with channel i + H / 2 (Hugging Face's order)."""
     angle = positions[..., None].astype(jnp.float32) * frequencies[None, None]
-    cos, sin = (f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+    cos, sin = (f(angle)[:, :, None, :] * magnitude for f in (jnp.cos, jnp.sin))
     # (a, b) -> (a cos - b sin, b cos + a sin). As a reversal of halves, not their concatenation, XLA makes one piece of
     # work of it with what else is done to the same product's rows.
     x32 = x.astype(jnp.float32)
@@ -82,7 +82,9 @@ class LlamaLayer(nnx.Module):
             query = rms_norm(query, self.query_norm[...], config.rms_norm_eps)
             key = rms_norm(key, self.key_norm[...], config.rms_norm_eps)
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        return rotary(query, positions, frequencies), rotary(key, positions, frequencies), value
+        magnitude = 1.0 if config.rope_scaling is None else config.rope_scaling.magnitude
+        query, key = (rotary(x, positions, frequencies, magnitude) for x in (query, key))
+        return query, key, value
 
     def after_attention(self, x: Float[Array, "B T D"], attention: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """The layer's result: both residual connections and the gated MLP."""

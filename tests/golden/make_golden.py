@@ -25,6 +25,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 HERE = Path(__file__).parent
 
@@ -123,6 +124,42 @@ def qwen2():
     return model, None, torch.float16, {}
 
 
+def qwen2_yarn():
+    """Qwen2.5 with YaRN, as its model card asks for long texts: the test is three times as long as the original length.
+
+    Stored as float16."""
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 16}
+    config = Qwen2Config(**TINY, **sizes, rope_parameters=rope, use_sliding_window=False)
+    plain = Qwen2Config(**TINY, **sizes, use_sliding_window=False)
+    return Qwen2ForCausalLM(config), plain, torch.float16, {}
+
+
+# Each for heads of 128: what Qwen2.5's and Qwen3's cards give, DeepSeek's weights, gpt-oss' borders without rounding, a
+# border beyond the last channel with a factor for attention, and borders of one's own.
+ROPES = {
+    "qwen2.5": {"rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768},
+    "deepseek": {"rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0,
+                 "mscale_all_dim": 0.707},
+    "gpt-oss": {"rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False,
+                "beta_fast": 32.0, "beta_slow": 1.0},
+    "short": {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 4, "attention_factor": 1.5},
+    "narrow": {"rope_theta": 1e6, "factor": 8.0, "original_max_position_embeddings": 8192, "beta_fast": 4.0,
+               "beta_slow": 2.0},
+}  # fmt: skip
+
+
+def make_ropes() -> None:
+    """Inverse frequencies and the factor of attention for each of ROPES."""
+    found = {}
+    for name, rope in ROPES.items():
+        config = Qwen3Config(head_dim=128, rope_parameters={"rope_type": "yarn", **rope})
+        frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+        found |= {f"{name} frequencies": frequencies.numpy(), f"{name} attention": np.float64(factor)}
+        found[f"{name} settings"] = np.array(json.dumps(rope))
+    np.savez_compressed(HERE / "yarn.npz", **found)
+
+
 def qwen3():
     """Qwen3: norms of every head's query and key, and a head size of its own. Stored as float16."""
     config = Qwen3Config(**TINY, num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
@@ -178,7 +215,7 @@ def make_smollm2(path: Path) -> None:
     print(f"smollm2: {right:.3f} of the text predicted, {(margins <= 1e-3).sum()} positions with a margin under 1e-3")
 
 
-TINY_MODELS = (llama3, llama2, mistral, qwen2, qwen3)
+TINY_MODELS = (llama3, llama2, mistral, qwen2, qwen2_yarn, qwen3)
 
 
 def main() -> None:
@@ -191,6 +228,7 @@ def main() -> None:
         make_tiny(build.__name__, build)
         config = json.loads((HERE / build.__name__ / "config.json").read_text())
         print(json.dumps(config))
+    make_ropes()
     if arguments.smollm2:
         make_smollm2(arguments.smollm2)
 
