@@ -1,5 +1,6 @@
 """Every family decodes as it reads, through the full cache as transformers does, and through the default preset."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -7,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import METHODS
+from safetensors.numpy import load_file
+from test_weights import BIASES, LAYER, NORMS, permute, write_gguf
 
 from minikv_jax import decode_step, prefill
-from minikv_jax.models import load_model
+from minikv_jax.models import load_model, open_checkpoint
 from minikv_jax.models.families import FAMILIES
 
 GOLDEN = Path(__file__).parent / "golden"
 # What transformers was run with. A window of 12 tokens, as the golden Mistral has, no cache can hold.
-MODELS = ["llama3", "llama2", "qwen2", "qwen2_yarn", "qwen3"]
+MODELS = ["llama3", "llama2", "qwen2", "qwen2_yarn", "qwen3", "phi3", "granite", "seed_oss", "ernie4_5"]
 PROMPT, STEPS = 32, 24
 step = jax.jit(decode_step, donate_argnames="cache")
 
@@ -52,3 +55,48 @@ def test_the_default_preset_decodes(name):
 def test_every_family_has_a_golden_model():
     made = {model.config.architecture for model in map(load_model, (GOLDEN / name for name in MODELS))}
     assert made | {"mistral"} == set(FAMILIES)
+
+
+# What llama.cpp's converter calls a family's tensors where not as LLaMA's, and what it writes beside the sizes.
+GGUF_NAMES = LAYER | BIASES | NORMS | {"self_attn.qkv_proj.weight": "attn_qkv.weight"}
+GGUF_NAMES |= {"mlp.gate_up_proj.weight": "ffn_up.weight", "embed_tokens.weight": "token_embd.weight"}
+GGUF_NAMES |= {"norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+OWN_NAMES = {"seed_oss": {"post_attention_layernorm.weight": "post_attention_norm.weight"}}
+FLOAT32 = 6
+OWN_ENTRIES = {
+    "granite": {
+        "granite.embedding_scale": (6.0, FLOAT32),
+        "granite.attention.scale": (0.2, FLOAT32),
+        "granite.residual_scale": (0.6, FLOAT32),
+        "granite.logit_scale": (3.0, FLOAT32),
+    },
+}
+
+
+def as_gguf(folder: Path, path: Path) -> Path:
+    """What llama.cpp's converter makes of a golden folder."""
+    config, tensors = json.loads((folder / "config.json").read_text()), {}
+    kind, heads = config["model_type"], {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    names = GGUF_NAMES | OWN_NAMES.get(kind, {})
+    for name, weight in load_file(folder / "model.safetensors").items():
+        number, _, rest = name.removeprefix("model.layers.").partition(".")
+        inside = number.isdigit()
+        part = rest if inside else name.removeprefix("model.")
+        projection = part.split(".")[1] if inside else ""
+        if kind == "granite" and projection in heads:
+            weight = permute(weight, config[heads[projection]])
+        tensors[f"blk.{number}.{names[part]}" if inside else names[part]] = weight
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    return write_gguf(path, config, tensors, extra=OWN_ENTRIES.get(kind))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "granite", "seed_oss", "ernie4_5"])
+def test_a_gguf_file_is_the_model_of_the_folder(tmp_path, name):
+    folder = open_checkpoint(GOLDEN / name)
+    file = open_checkpoint(as_gguf(GOLDEN / name, tmp_path / "m.gguf"))
+    assert file.config == folder.config
+    ours, theirs = dict(folder.tensors()), dict(file.tensors())
+    assert ours.keys() == theirs.keys()
+    for key, weight in ours.items():
+        np.testing.assert_allclose(theirs[key], weight, rtol=1e-6, err_msg=key)  # multipliers are float32 in GGUF

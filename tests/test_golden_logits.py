@@ -17,12 +17,22 @@ def smollm2() -> Path:
     return locate("smollm2")
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama2", "mistral", "qwen2", "qwen2_yarn", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "llama2", "mistral", "qwen2", "qwen2_yarn", "qwen3", "phi3", "granite", "seed_oss", "ernie4_5"]
+)
 def test_logits_match_transformers(name):
     golden = np.load(GOLDEN / f"{name}.npz")
     model = load_model(GOLDEN / name, jnp.float32)
     logits = forward(model, jnp.asarray(golden["tokens"]))
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
+
+
+def test_the_language_model_of_a_wrapped_one_is_taken_and_what_is_left_out_is_said():
+    with pytest.warns(UserWarning, match="only the language model is loaded; .* tensors of other parts .*are left out"):
+        model = load_model(GOLDEN / "mistral3", jnp.float32)
+    assert model.config.architecture == "mistral"
+    golden = np.load(GOLDEN / "mistral3.npz")
+    np.testing.assert_allclose(forward(model, jnp.asarray(golden["tokens"])), golden["logits"], rtol=0, atol=1e-4)
 
 
 def test_logits_of_padded_prompts_match_transformers():

@@ -265,6 +265,59 @@ def test_settings_in_every_spelling_are_read_as_transformers_reads_them_or_refus
     figure(f"600 drawn files, {accepted} accepted, each read alike")
 
 
+PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
+GRANITE = LLAMA | {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
+SEED_OSS = LLAMA | {"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss"}
+ERNIE = LLAMA | {"architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5"}
+MISTRAL3 = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "model_type": "mistral3",
+    "text_config": MISTRAL | {"architectures": None, "sliding_window": None},
+    "vision_config": {"model_type": "pixtral"},
+}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (PHI3 | {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}}, "'su' is not supported"),
+        (PHI3 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),  # means LongRoPE there
+        (PHI3 | {"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75"),
+        (GRANITE | {"attention_bias": True}, "attention_bias is True"),
+        (SEED_OSS | {"attention_out_bias": True}, "attention_out_bias is True"),
+        (ERNIE | {"use_bias": True}, "use_bias is True"),
+        (MISTRAL3 | {"text_config": {"model_type": "ministral3"}}, "wraps a language model of type 'ministral3'"),
+        (MISTRAL3 | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        (MISTRAL3 | {"architectures": ["LlavaForConditionalGeneration"]}, "of type 'mistral3' .*Llava"),
+        # These have LLaMA's tensor names, and another computation.
+        *((LLAMA | {"model_type": kind, "architectures": None}, f"type '{kind}'.*supported") for kind in
+          ("smollm3", "ministral3", "granitemoe", "ernie4_5_moe", "olmo2", "exaone4", "gpt_oss", "qwen3_next")),
+    ],
+)  # fmt: skip
+def test_other_models_of_known_names_are_refused_by_name(entries, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        ModelConfig.from_hf(entries)
+
+
+def test_families_differ_where_config_json_is_silent():
+    silent = {k: v for k, v in LLAMA.items() if k not in ("rope_theta", "attention_bias", "rms_norm_eps", "head_dim")}
+    ernie, seed, phi, granite = (
+        ModelConfig.from_hf(silent | {"model_type": kind, "architectures": None})
+        for kind in ("ernie4_5", "seed_oss", "phi3", "granite")
+    )
+    assert (ernie.rope_theta, phi.rope_theta) == (5e5, 1e4)
+    assert (phi.rms_norm_eps, granite.rms_norm_eps, ernie.rms_norm_eps) == (1e-5, 1e-6, 1e-5)
+    assert (seed.query_key_value_bias, ModelConfig.from_hf(SEED_OSS).query_key_value_bias) == (True, False)
+    assert ernie.tie_word_embeddings
+    assert not granite.tie_word_embeddings
+
+
+def test_a_wrapped_language_model_is_read_as_itself():
+    inside = ModelConfig.from_hf(MISTRAL3)
+    assert inside.replace(tie_word_embeddings=False) == ModelConfig.from_hf(MISTRAL3["text_config"])
+    assert ModelConfig.from_hf(MISTRAL3 | {"text_config": MISTRAL3["text_config"] | {"tie_word_embeddings": False}})
+
+
 @pytest.mark.parametrize("name", ["llama3", "llama2", "mistral", "qwen2", "qwen3"])
 def test_files_written_by_transformers(name):
     config = ModelConfig.from_hf(json.loads((GOLDEN / name / "config.json").read_text()))

@@ -1,7 +1,7 @@
 """A model's tensors under our names: which stored tensor each is, and whether all of them are there and fit."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -57,11 +57,13 @@ class Checkpoint:
     Attributes:
         path: the folder or GGUF file.
         config: sizes and switches of the model.
+        left_out: names of the tensors that belong to a part which is not loaded, such as one for images.
     """
 
     path: Path
     config: ModelConfig
     _sources: Mapping[str, Source]
+    left_out: tuple[str, ...] = ()
 
     def tensors(self, dtype: DTypeLike = np.float32) -> Iterator[tuple[str, np.ndarray]]:
         """Reads the parameters one at a time, the largest first.
@@ -148,11 +150,12 @@ def paired(
     names: Names,
     ignored: set[str],
     interleaved: bool = False,
+    scales: Mapping[str, float] | None = None,
 ) -> Checkpoint:
     """Pairs every parameter with a stored tensor and checks that names and shapes fit.
 
     `ignored` are the stored tensors that nobody needs; of an `interleaved` file the rows of queries and keys are in
-    pairs of neighbours.
+    pairs of neighbours, and `scales` says by our names what else to multiply.
     """
     # Lazily, and only the first few: a damaged layer count could ask for billions.
     wanted = (names.of(name) for name, _ in parameter_shapes(config))
@@ -172,6 +175,7 @@ def paired(
         for theirs, parameters in together.items()
         for name, source in _sources(theirs, stored[theirs], parameters, heads)
     }
+    sources = {name: replace(x, scale=(scales or {}).get(name.split(".")[-1], 1.0)) for name, x in sources.items()}
     if unexpected := sorted(set(stored) - set(together) - ignored):
         raise UnsupportedModelError(
             f"{path}: tensors that a {config.architecture!r} model with {config.num_layers} layers has no place for: "

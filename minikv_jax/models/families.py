@@ -61,6 +61,8 @@ class Family:
         rope_scalings: the kinds that mean what `RopeScaling` says.
         sliding_window: whether a given window counts: never, always, or as `use_sliding_window` says.
         hf_layer, gguf_layer: the stored tensor that holds each of a layer's parameters.
+        bias_switch: the entry of config.json that puts a bias on query, key and value, where there is one.
+        multipliers: what a config.json and a GGUF file call each of `folding.MULTIPLIERS`, where a family has them.
         interleaved: the formats whose query and key rows are in pairs of neighbours, which `rotary` wants in halves.
     """
 
@@ -73,6 +75,8 @@ class Family:
     rope_theta: float = 10000.0
     rope_scalings: tuple[str, ...] = KINDS
     sliding_window: Literal["never", "always", "switched"] = "never"
+    bias_switch: str | None = None
+    multipliers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     hf_layer: Mapping[str, str] = field(default_factory=lambda: HF_LAYER)
     gguf_layer: Mapping[str, str] = field(default_factory=lambda: GGUF_LAYER)
     interleaved: tuple[Literal["hf", "gguf"], ...] = ()
@@ -120,6 +124,111 @@ FAMILIES: dict[str, Family] = {
         needs={"attention_bias": (False, _NO_OUTPUT_BIAS)},
         fields={"query_key_norm": True},
         sliding_window="switched",
+    ),
+    "phi3": Family(
+        hf_class="Phi3ForCausalLM",
+        models="Phi-4, Phi-3-mini-4k, Phi-3-medium-4k",
+        gguf="phi3",
+        defaults={
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+        },
+        rope_scalings=(),  # LongRoPE, which this class also calls "su" and "yarn"
+        sliding_window="always",
+        hf_layer={
+            **HF_LAYER,
+            **dict.fromkeys(("query", "key", "value"), "self_attn.qkv_proj.weight"),
+            **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj.weight"),
+        },
+        gguf_layer={
+            **GGUF_LAYER,
+            **dict.fromkeys(("query", "key", "value"), "attn_qkv.weight"),
+            **dict.fromkeys(("gate", "up"), "ffn_up.weight"),
+        },
+    ),
+    "granite": Family(
+        hf_class="GraniteForCausalLM",
+        models="Granite 3.0 to 3.3, 2B and 8B",
+        gguf="granite",
+        defaults={
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        needs={"attention_bias": (False, _NO_OUTPUT_BIAS)},
+        multipliers={
+            "embedding": ("embedding_multiplier", "embedding_scale"),
+            "attention": ("attention_multiplier", "attention.scale"),
+            "residual": ("residual_multiplier", "residual_scale"),
+            "logits": ("logits_scaling", "logit_scale"),
+        },
+        interleaved=("gguf",),
+    ),
+    "seed_oss": Family(
+        hf_class="SeedOssForCausalLM",
+        models="Seed-OSS-36B",
+        gguf="seed_oss",
+        defaults={
+            "max_position_embeddings": 524288,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "attention_bias": True,
+        },
+        needs={"attention_out_bias": (False, "a bias of the output projection is not implemented")},
+        bias_switch="attention_bias",
+        gguf_layer={**GGUF_LAYER, "mlp_norm": "post_attention_norm.weight"},
+    ),
+    "ernie4_5": Family(
+        hf_class="Ernie4_5ForCausalLM",
+        models="Ernie-4.5-0.3B",
+        gguf="ernie4_5",
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        needs={"use_bias": (False, "biases of all projections are not implemented")},
+        rope_theta=500000.0,
+        interleaved=("hf", "gguf"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A model of more than text, whose language model is of a family above and loads by itself.
+
+    Attributes:
+        hf_class: its class in transformers.
+        language_model: the family that its `text_config` must name.
+        models: those that people know it by.
+        left_out: how the names of all other tensors begin.
+    """
+
+    hf_class: str
+    language_model: str
+    models: str
+    left_out: tuple[str, ...]
+
+
+WRAPPERS: dict[str, Wrapper] = {
+    "mistral3": Wrapper(
+        hf_class="Mistral3ForConditionalGeneration",
+        language_model="mistral",
+        models="Mistral-Small-3.1 and -3.2 (text; the image part is left out)",
+        left_out=("vision_tower.", "multi_modal_projector."),
     ),
 }
 BY_GGUF = {family.gguf: name for name, family in FAMILIES.items() if family.gguf is not None}

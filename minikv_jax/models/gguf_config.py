@@ -5,7 +5,7 @@ from typing import Any
 
 from minikv_jax.errors import CheckpointError, UnsupportedModelError, shortened
 from minikv_jax.models.entries import Entries, agreed, default_head_dim
-from minikv_jax.models.families import BY_GGUF, FAMILIES
+from minikv_jax.models.families import BY_GGUF, FAMILIES, Family
 from minikv_jax.models.rope import RopeScaling
 
 # Settings of a GGUF file that change the computation, and the values with which they do nothing.
@@ -42,7 +42,7 @@ def fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
     hidden_size = entries.integer("embedding_length")
     num_heads = entries.integer("attention.head_count")
     head_dim = entries.integer("attention.key_length", default_head_dim(hidden_size, num_heads))
-    _refuse_features(entries, prefix, head_dim)
+    _refuse_features(entries, prefix, head_dim, FAMILIES[BY_GGUF[name]])
     rope_scaling, longest = _rope(entries)
     ends = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")  # of a text, of a turn in a chat
     return {
@@ -67,7 +67,17 @@ def fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuse_features(entries: Entries, prefix: str, head_dim: int) -> None:
+def multipliers(metadata: Mapping[str, Any]) -> dict[str, float]:
+    """Those of `folding.MULTIPLIERS` that a supported model's metadata give; llama.cpp takes 0 for "not set"."""
+    name = Entries(metadata, "GGUF metadata").optional_text("general.architecture") or ""
+    entries = Entries(metadata, "GGUF metadata")
+    given = {
+        role: entries.number(f"{name}.{key}", 0.0) for role, (_, key) in FAMILIES[BY_GGUF[name]].multipliers.items()
+    }
+    return {role: value for role, value in given.items() if value}
+
+
+def _refuse_features(entries: Entries, prefix: str, head_dim: int, family: Family) -> None:
     """Refuses settings that change the computation in ways the model does not have."""
     if entries.integer("expert_count", 0):
         raise UnsupportedModelError("Mixture-of-experts models are not supported; expected expert_count 0.")
@@ -79,7 +89,10 @@ def _refuse_features(entries: Entries, prefix: str, head_dim: int) -> None:
             )
     # How much YaRN does between its two kinds of channels: all of it, or where it is another scaling nothing.
     share = 1 if entries.optional_text("rope.scaling.type") == "yarn" else 0
+    folded = [key for _, key in family.multipliers.values()]
     for key, neutral in {**_NEUTRAL, "rope.scaling.yarn_ext_factor": (-1, share)}.items():
+        if key in folded:
+            continue
         if entries.number(key, neutral[0]) not in neutral:
             raise UnsupportedModelError(
                 f"{prefix}{key} is {entries.get(key)}, which changes the computation in a way that is not implemented; "
@@ -107,8 +120,13 @@ def _rope(entries: Entries) -> tuple[RopeScaling | None, int]:
     stretched = max(longest, int(factor * (original or 0)))
     if kind == "linear":
         return RopeScaling("linear", factor), stretched
-    betas = {beta: entries.number(f"rope.scaling.yarn_{beta}", 0.0) for beta in ("beta_fast", "beta_slow")}
-    given = {beta: value for beta, value in betas.items() if value > 0}  # llama.cpp takes others for "not set"
     original = original or longest
-    scaling = RopeScaling("yarn", factor, original_max_position_embeddings=original, **given)
+    fast, slow = (entries.number(f"rope.scaling.yarn_{beta}", 0.0) for beta in ("beta_fast", "beta_slow"))
+    scaling = RopeScaling(
+        "yarn",
+        factor,
+        original_max_position_embeddings=original,
+        beta_fast=fast if fast > 0 else 32.0,  # llama.cpp takes others for "not set"
+        beta_slow=slow if slow > 0 else 1.0,
+    )
     return scaling, max(longest, int(factor * original))

@@ -12,7 +12,9 @@ from minikv_jax.models.checkpoint import Checkpoint, Names, paired, settle_tie
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.entries import Entries
 from minikv_jax.models.families import FAMILIES
+from minikv_jax.models.folding import scales
 from minikv_jax.models.foreign import refuse_other_contents
+from minikv_jax.models.gguf_config import multipliers
 from minikv_jax.models.gguf_header import read_header
 from minikv_jax.models.rope import RopeScaling
 from minikv_jax.models.stored import DTYPES, QUANTIZED, Stored
@@ -50,7 +52,9 @@ def open_gguf(path: Path) -> Checkpoint:
     )
     ignored = {"rope_freqs.weight"} | ({"token_embd.weight"} if config.tie_word_embeddings else set())
     family = FAMILIES[config.architecture]
-    return paired(path, config, stored, Names(ends, family.gguf_layer, "blk"), ignored, "gguf" in family.interleaved)
+    names = Names(ends, family.gguf_layer, "blk")
+    folded = scales(multipliers(metadata), config.head_dim, config.tie_word_embeddings)
+    return paired(path, config, stored, names, ignored, "gguf" in family.interleaved, folded)
 
 
 def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:

@@ -5,13 +5,14 @@ from typing import Any
 
 from minikv_jax.errors import CheckpointError, UnsupportedModelError, shortened
 from minikv_jax.models.entries import Entries, agreed, default_head_dim
-from minikv_jax.models.families import FAMILIES, Family
+from minikv_jax.models.families import FAMILIES, WRAPPERS, Family, Wrapper
 from minikv_jax.models.rope import RopeScaling, yarn_magnitude
 from minikv_jax.models.wording import listed
 
 
 def fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `ModelConfig` that a config.json gives; its `from_hf` says what is raised."""
+    config = language_model(config)
     architecture = _architecture(config)
     family = FAMILIES[architecture]
     entries = Entries({**family.defaults, **config}, "config.json")
@@ -38,7 +39,44 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "eos_token_ids": entries.token_ids("eos_token_id"),
         "architecture": architecture,
         **family.fields,
+        **_biases(entries, family),
     }
+
+
+def _biases(entries: Entries, family: Family) -> dict[str, bool]:
+    switch = family.bias_switch
+    return {} if switch is None else {"query_key_value_bias": entries.boolean(switch, False)}
+
+
+def multipliers(config: Mapping[str, Any]) -> dict[str, float]:
+    """Those of `folding.MULTIPLIERS` that a supported model's config.json gives."""
+    family = FAMILIES[_architecture(language_model(config))]
+    entries = Entries({**family.defaults, **config}, "config.json")
+    return {name: entries.number(key) for name, (key, _) in family.multipliers.items()}
+
+
+def language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that describes the language model: all of it, or of a wrapped one its `text_config`."""
+    wrapper = wrapper_of(config)
+    if wrapper is None:
+        return config
+    text = Entries(config, "config.json").optional_object("text_config") or {}
+    given = text.get("model_type", wrapper.language_model)
+    if given != wrapper.language_model:
+        raise UnsupportedModelError(
+            f"config.json wraps a language model of type {shortened(given)} in {wrapper.hf_class}; supported: "
+            f"{wrapper.language_model}."
+        )
+    # Whether the two ends are one matrix, their tensors say.
+    outer = {"tie_word_embeddings": True, "quantization_config": config.get("quantization_config")}
+    return {**outer, **text, "model_type": given, "architectures": None}
+
+
+def wrapper_of(config: Mapping[str, Any]) -> Wrapper | None:
+    """What the language model is wrapped in, if it is."""
+    kind, classes = config.get("model_type"), config.get("architectures")
+    wrapper = WRAPPERS.get(kind) if isinstance(kind, str) else None
+    return wrapper if wrapper is not None and classes in (None, [wrapper.hf_class]) else None
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -50,7 +88,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"config.json describes a model of type {shortened(config.get('model_type'))} (architectures: "
-            f"{shortened(classes)}); supported: {', '.join(FAMILIES)}."
+            f"{shortened(classes)}); supported: {', '.join((*FAMILIES, *WRAPPERS))}."
         )
     expected = FAMILIES[model_type].hf_class
     if given is not None and given != expected:

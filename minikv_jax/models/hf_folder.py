@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -9,8 +10,10 @@ from minikv_jax.errors import CheckpointError, UnsupportedModelError, shortened
 from minikv_jax.models.checkpoint import Checkpoint, Names, paired, settle_tie
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.entries import Entries
-from minikv_jax.models.families import FAMILIES
+from minikv_jax.models.families import FAMILIES, Wrapper
+from minikv_jax.models.folding import scales
 from minikv_jax.models.foreign import refuse_other_contents, refuse_other_folders
+from minikv_jax.models.hf_config import multipliers, wrapper_of
 from minikv_jax.models.json_text import parse_json, read_json
 from minikv_jax.models.stored import DTYPES, Stored
 
@@ -33,6 +36,7 @@ def open_folder(folder: Path) -> Checkpoint:
             if name in stored:
                 raise CheckpointError(f"Tensor {shortened(name)} is in {stored[name].path} and in {file.name}.")
             stored[name] = tensor
+    stored, left_out = _language_model(stored, wrapper_of(entries))
     _refuse_other_names(folder, stored)
     ends = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
     ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
@@ -41,7 +45,23 @@ def open_folder(folder: Path) -> Checkpoint:
         config, ends = settle_tie(config, stored, ends)
     family = FAMILIES[config.architecture]
     names = Names(ends, family.hf_layer, "model.layers")
-    return paired(folder, config, stored, names, ignored, "hf" in family.interleaved)
+    folded = scales(multipliers(entries), config.head_dim, config.tie_word_embeddings)
+    checkpoint = paired(folder, config, stored, names, ignored, "hf" in family.interleaved, folded)
+    return replace(checkpoint, left_out=tuple(left_out))
+
+
+def _language_model(stored: dict[str, Stored], wrapper: Wrapper | None) -> tuple[dict[str, Stored], list[str]]:
+    """The language model's tensors, as if it had been saved by itself, and the names of those that are left out."""
+    if wrapper is None:
+        return stored, []
+    left_out = [name for name in stored if name.removeprefix("model.").startswith(wrapper.left_out)]
+    # transformers saved `language_model.model.layers`, and since its version 4.52 `model.language_model.layers`.
+    ours = {
+        name.removeprefix("language_model.").replace("model.language_model.", "model.", 1): tensor
+        for name, tensor in stored.items()
+        if name not in set(left_out)
+    }
+    return ours, left_out
 
 
 def _refuse_other_names(folder: Path, stored: Mapping[str, Stored]) -> None:

@@ -68,6 +68,7 @@ class Source:
     stored: Stored
     transposed: bool
     interleaved_heads: int  # llama.cpp's order of rotary rows in this many heads; 0 if already half-split
+    scale: float = 1.0  # of every value
 
     def load(self, dtype: np.dtype) -> np.ndarray:
         stored = self.stored
@@ -78,7 +79,8 @@ class Source:
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
                 block = stored.read(file, start, stop)
-                converted = block.astype(dtype, copy=False)
+                scaled = block if self.scale == 1 else block.astype(np.float32) * np.float32(self.scale)
+                converted = scaled.astype(dtype, copy=False)
                 if not _all_finite(converted):
                     raise self.not_finite(block, dtype)
                 if self.transposed:

@@ -9,6 +9,7 @@ Nothing in a file is trusted: every count and offset is checked against the file
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from minikv_jax.models.foreign import refuse_other_contents
 from minikv_jax.models.gguf_file import open_gguf
 from minikv_jax.models.hf_folder import open_folder
 from minikv_jax.models.hub import given_path
+from minikv_jax.models.wording import listed
 
 if TYPE_CHECKING:
     from minikv_jax.models.llama import Llama
@@ -76,7 +78,8 @@ def load_model(
         progress: called with the bytes of weights loaded so far and in all.
 
     Returns:
-        The model with its parameters on JAX's default device.
+        The model with its parameters on JAX's default device. A UserWarning says so where a model has other parts
+        than text, which are left out.
 
     Raises:
         CheckpointError, UnsupportedModelError: as `open_checkpoint` and `Checkpoint.tensors` do.
@@ -86,6 +89,12 @@ def load_model(
     from minikv_jax.models.llama import Llama
 
     checkpoint = open_checkpoint(path)
+    if checkpoint.left_out:
+        warnings.warn(
+            f"{checkpoint.path}: only the language model is loaded; {len(checkpoint.left_out)} tensors of other parts "
+            f"({listed(checkpoint.left_out, 2)}) are left out.",
+            stacklevel=2,
+        )
     default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     target = float_dtype(default if dtype is None else dtype)
     model = nnx.eval_shape(lambda: Llama(checkpoint.config, param_dtype=target, rngs=nnx.Rngs(0)))

@@ -16,14 +16,24 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -170,14 +180,60 @@ def qwen3():
     return model, None, torch.float16, {}
 
 
+def phi3():
+    """Phi-3-mini-4k and Phi-4: query, key and value in one matrix, gate and up in another. Stored as float16."""
+    config = Phi3Config(**TINY, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    return Phi3ForCausalLM(config), None, torch.float16, {}
+
+
+GRANITE = {"embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6, "logits_scaling": 3.0}
+
+
+def granite():
+    """Granite 3: four multipliers, and one matrix for both ends. Stored as float32."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    sizes = TINY | {"hidden_size": 48, "intermediate_size": 64}
+    config, plain = GraniteConfig(**sizes, **heads, **GRANITE), GraniteConfig(**sizes, **heads)
+    return GraniteForCausalLM(config), plain, torch.float32, {}
+
+
+def seed_oss():
+    """Seed-OSS: biases of query, key and value, and a head size of its own. Stored as float16."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "pad_token_id": 0}
+    model = SeedOssForCausalLM(SeedOssConfig(**TINY, **heads))
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            torch.nn.init.normal_(projection.bias, std=1.0)
+    return model, None, torch.float16, {}
+
+
+def ernie4_5():
+    """Ernie 4.5: rotary embedding turns neighbouring channels. Stored as float16."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    return Ernie4_5ForCausalLM(Ernie4_5Config(**TINY, **heads)), None, torch.float16, {}
+
+
+def mistral3():
+    """Mistral-Small-3.1 and 3.2: a Mistral beside a part for images, which text does not use. Stored as float16."""
+    text = MistralConfig(
+        **TINY, num_attention_heads=4, num_key_value_heads=2, sliding_window=None, tie_word_embeddings=False
+    )
+    image = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    image |= {"head_dim": 16, "image_size": 28, "patch_size": 14, "num_channels": 1, "model_type": "pixtral"}
+    config = Mistral3Config(text_config=text, vision_config=image, tie_word_embeddings=False)
+    return Mistral3ForConditionalGeneration(config), None, torch.float16, {}
+
+
 @torch.no_grad()
 def make_tiny(name, build) -> None:
     torch.manual_seed(20)
     model, plain, dtype, options = build()
-    for layer in model.model.layers:  # fresh norms are all ones, which would hide a norm left out
+    decoder = model.model.language_model if hasattr(model.model, "language_model") else model.model
+    for layer in decoder.layers:  # fresh norms are all ones, which would hide a norm left out
         torch.nn.init.uniform_(layer.input_layernorm.weight, 0.5, 1.5)
         torch.nn.init.uniform_(layer.post_attention_layernorm.weight, 0.5, 1.5)
-    torch.nn.init.uniform_(model.model.norm.weight, 0.5, 1.5)
+    torch.nn.init.uniform_(decoder.norm.weight, 0.5, 1.5)
     folder = HERE / name
     model.to(dtype).save_pretrained(folder, **options)
     # Read back, so that the reference computes in float32 with the weights as rounded for the file. (`model.float()`
@@ -215,7 +271,7 @@ def make_smollm2(path: Path) -> None:
     print(f"smollm2: {right:.3f} of the text predicted, {(margins <= 1e-3).sum()} positions with a margin under 1e-3")
 
 
-TINY_MODELS = (llama3, llama2, mistral, qwen2, qwen2_yarn, qwen3)
+TINY_MODELS = (llama3, llama2, mistral, qwen2, qwen2_yarn, qwen3, phi3, granite, seed_oss, ernie4_5, mistral3)
 
 
 def main() -> None:
