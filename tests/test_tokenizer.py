@@ -59,6 +59,8 @@ WORDS = {
     "gpt-2": ["It", "'", "S", " ", " 12345", " +", "6789", "!?", "\n\n\n ", " café", "'s"],
     "smollm": ["It", "'", "S", "  ", *"12345", " +", *"6789", "!?", "\n\n\n ", " café", "'s"],
     "qwen2": ["It", "'S", " ", " ", *"12345", " +", *"6789", "!?\n\n\n", " ", " café", "'s"],
+    "deepseek-r1-qwen": ["It", "'S", " ", " ", *"12345", " +", *"6789", "!?\n\n\n", " ", " café", "'s"],
+    "tekken": ["It", "'S", " ", " ", *"12345", " +", *"6789", "!?\n\n\n", " ", " café", "'s"],
     "llama-bpe": ["It", "'S", " ", " ", "123", "45", " +", "678", "9", "!?\n\n\n", " ", " café", "'s"],
     "llama-v3": ["It", "'S", " ", " ", "123", "45", " +", "678", "9", "!?\n\n\n", " ", " café", "'s"],
 }
@@ -71,12 +73,20 @@ def test_words(tmp_path, pre):
     assert [TEXT[start:end] for _, (start, end) in splits] == WORDS[pre]
 
 
+def test_tekken_begins_words_at_capitals_and_keeps_slashes(tmp_path):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "t.gguf", "tekken"))
+    text = "camelCase HTTPServer ÉtéÀ http://a/b\n"
+    splits = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    words = ["camel", "Case", " HTTPServer", " Été", "À", " http", "://", "a", "/b", "\n"]
+    assert [text[start:end] for _, (start, end) in splits] == words
+
+
 @pytest.mark.parametrize("pre", WORDS)
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n\t'’0123456789the")), max_size=40))
 def test_byte_level_round_trip(tmp_path_factory, pre, text):
     tokenizer = cached_byte_level(tmp_path_factory, pre)
-    if pre == "qwen2":
+    if pre in ("qwen2", "deepseek-r1-qwen"):
         text = tokenizer.backend_tokenizer.normalizer.normalize_str(text)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == text
@@ -112,6 +122,8 @@ def test_special_tokens_and_template(tmp_path):
         ("llama-bpe", {}, True, False),
         ("llama3", {"add_eos_token": True}, True, True),
         ("llama-bpe", {"add_bos_token": False}, False, False),
+        ("tekken", {}, True, False),
+        ("deepseek-r1-qwen", {"add_bos_token": True}, True, False),
     ],
 )
 def test_begin_and_end_are_added_where_trained_with(tmp_path, pre, entries, begins, ends):
@@ -130,7 +142,7 @@ def test_llama3_looks_words_up_before_merging(tmp_path):
         load_tokenizer(path)
     tokens.append("ct")
     entries = {"token_merges": ["c t"], "add_bos_token": False}
-    for pre, count in (("llama-bpe", 1), ("qwen2", 3)):
+    for pre, count in (("llama-bpe", 1), ("tekken", 1), ("qwen2", 3)):
         path = write_gguf(tmp_path / "t.gguf", "gpt2", tokens, [NORMAL] * 258, tokenizer_pre=pre, **entries)
         assert len(load_tokenizer(path)("cat").input_ids) == count
 
@@ -185,7 +197,11 @@ def test_sentencepiece_special_tokens(sentencepiece, tmp_path):
     ("model", "entries", "message"),
     [
         ("bert", {}, r"t\.gguf: tokenizer of type 'bert'.*supported: 'gpt2'"),
-        ("gpt2", {"tokenizer_pre": "tekken"}, r"pre-tokenizer 'tekken'.*known: smollm, qwen2, llama-bpe, gpt-2"),
+        (
+            "gpt2",
+            {"tokenizer_pre": "deepseek-v3"},
+            r"pre-tokenizer 'deepseek-v3'.*known: smollm, qwen2, llama-bpe, tekken, gpt-2",
+        ),
         ("gpt2", {}, r"tokenizer\.ggml\.pre is None.*wrong ids.*gguf-new-metadata --pre-tokenizer NAME; known: smollm"),
         ("gpt2", {"tokenizer_pre": "default"}, r"tokenizer\.ggml\.pre is 'default'.*wrong ids"),
         ("gpt2", {"tokenizer_pre": "x" * 5000}, r"the rules of the pre-tokenizer 'xxx"),

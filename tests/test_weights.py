@@ -26,6 +26,8 @@ from safetensors.numpy import load_file, save_file
 from minikv_jax.errors import CheckpointError, MiniKVError, UnsupportedModelError
 from minikv_jax.models import RopeScaling, hub, load_model, load_tokenizer, locate, open_checkpoint
 from minikv_jax.models.checkpoint import parameter_shapes
+from minikv_jax.models.gguf_file import read_gguf_metadata
+from minikv_jax.models.stored import QUANTIZED
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -150,8 +152,14 @@ def random_blocks(encoding: GGMLQuantizationType, shape: tuple[int, int], rng) -
     """Random bytes in the encoding's blocks, with scales small enough to stay finite."""
     block, size = GGML_QUANT_SIZES[encoding]
     blocks = rng.integers(0, 256, (shape[0], shape[1] // block, size), dtype=np.uint8)
+    if encoding.name in ("MXFP4", "NVFP4"):  # scales of 8 bits
+        blocks[..., : 1 if encoding.name == "MXFP4" else 4] = 0x7A if encoding.name == "MXFP4" else 0x20
+        return blocks.reshape(shape[0], -1)
+    if encoding.name == "IQ1_M":  # the scale's bits are spread over the last four pairs of bytes
+        blocks[..., -7::2] = blocks[..., -7::2] & 0x0F | np.array([0x00, 0x00, 0x00, 0x20], np.uint8)
+        return blocks.reshape(shape[0], -1)
     at = {"Q2_K": [-4, -2], "Q3_K": [-2], "Q6_K": [-2], "Q4_K": [0, 2], "Q5_K": [0, 2]}.get(encoding.name, [0])
-    at = [0, 2] if encoding.name in ("Q4_1", "Q5_1") else at
+    at = [0, 2] if encoding.name in ("Q4_1", "Q5_1") else [-2] if encoding.name in ("TQ1_0", "TQ2_0") else at
     for start in at:
         scale = rng.uniform(-0.01, 0.01, (*blocks.shape[:2], 1)).astype(np.float16)
         blocks[..., start % size : start % size + 2] = scale.view(np.uint8)
@@ -282,11 +290,10 @@ def test_gguf_llama_with_biases(tmp_path):
     np.testing.assert_array_equal(found["layers.1.key_bias"], biased["model.layers.1.self_attn.k_proj.bias"])
 
 
-QUANTIZED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
-
-
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantized_gguf(tmp_path, name):
+    if name not in GGMLQuantizationType.__members__:
+        pytest.skip(f"this version of gguf knows no {name}")
     encoding, rng = GGMLQuantizationType[name], np.random.default_rng(1)
     config, state = model_config(tied=True), random_state(tied=True)
     tensors = gguf_tensors(config, state)
@@ -782,13 +789,43 @@ def test_gguf_refusals(tmp_path):
     experts = {"llama.expert_count": (8, 4)}
     with pytest.raises(UnsupportedModelError, match=r"m\.gguf.*Mixture-of-experts"):
         open_checkpoint(write_gguf(path, config, tensors, extra=experts))
-    with pytest.raises(CheckpointError, match="merge them first"):
+    with pytest.raises(CheckpointError, match=r"one of 2 parts, which llama\.cpp calls NAME-00001-of-00002\.gguf"):
         open_checkpoint(write_gguf(path, config, tensors, extra={"split.count": (2, 2)}))
     with pytest.raises(UnsupportedModelError, match=r"attn_output\.bias"):
         open_checkpoint(write_gguf(path, config, tensors | {"blk.0.attn_output.bias": np.ones(256, np.float32)}))
     del tensors["blk.1.ffn_up.weight"]
     with pytest.raises(CheckpointError, match=r"missing: 'blk\.1\.ffn_up\.weight'"):
         open_checkpoint(write_gguf(path, config, tensors))
+
+
+def write_parts(folder: Path, shares: list[dict]) -> list[Path]:
+    """A model as llama-gguf-split leaves it: all metadata in the first part."""
+    paths = [folder / f"m-{i + 1:05}-of-{len(shares):05}.gguf" for i in range(len(shares))]
+    for i, (path, tensors) in enumerate(zip(paths, shares, strict=True)):
+        extra = {"split.no": (i, 2), "split.count": (len(shares), 2)}  # 2: uint16
+        write_gguf(path, model_config() if i == 0 else {**model_config(), "bos_token_id": 9}, tensors, extra=extra)
+    return paths
+
+
+def test_a_split_gguf_file_is_one_model_whichever_part_is_given(tmp_path):
+    tensors = gguf_tensors(model_config(), random_state())
+    names = list(tensors)
+    shares = [{name: tensors[name] for name in names[i::3]} for i in range(3)]
+    whole = open_checkpoint(write_gguf(tmp_path / "m.gguf", model_config(), tensors))
+    paths = write_parts(tmp_path, shares)
+    for path in paths[:2]:
+        found = open_checkpoint(path)
+        assert found.config == whole.config
+        assert read_gguf_metadata(path)["tokenizer.ggml.bos_token_id"] == 1
+    assert_parameters(found, dict(whole.tensors()))
+
+    paths[2].rename(tmp_path / "elsewhere.gguf")
+    with pytest.raises(CheckpointError, match=r"'m-00003-of-00003\.gguf' are missing beside it"):
+        open_checkpoint(paths[0])
+    shares[2] |= {names[0]: tensors[names[0]]}
+    write_parts(tmp_path, shares)
+    with pytest.raises(CheckpointError, match=r"is in .*m-00001-of-00003\.gguf and in m-00003"):
+        open_checkpoint(paths[0])
 
 
 # ---------------------------------------------------------------------------------------- models known by name

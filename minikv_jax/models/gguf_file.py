@@ -2,6 +2,8 @@
 
 import math
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,14 @@ from minikv_jax.models.gguf_config import multipliers
 from minikv_jax.models.gguf_header import read_header
 from minikv_jax.models.rope import RopeScaling
 from minikv_jax.models.stored import DTYPES, QUANTIZED, Stored
+from minikv_jax.models.wording import listed
+
+_MAX_PARTS = 1000  # ten times as many as the largest published models have
 
 
 def read_gguf_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The key-value pairs of a GGUF file: numbers and short texts as Python values, the others still `Unread`.
+    """The key-value pairs of a GGUF file, or of the first part of one that was split: numbers and short texts as Python
+    values, the others still `Unread`.
 
     Raises:
         CheckpointError: if the file is missing, is not GGUF, or is damaged.
@@ -29,20 +35,23 @@ def read_gguf_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     try:
         refuse_other_contents(path)
-        return read_header(path).metadata
+        return read_header(_parts(path, read_header(path).metadata)[0]).metadata
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error}") from error
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    metadata, stored = _read_gguf(path)
+    parts = _parts(path, read_header(path).metadata)
+    metadata, stored = _read_gguf(parts[0])
+    for part in parts[1:]:
+        for name, tensor in _read_gguf(part)[1].items():
+            if name in stored:
+                raise CheckpointError(f"Tensor {shortened(name)} is in {stored[name].path} and in {part.name}.")
+            stored[name] = tensor
     try:
-        parts = Entries(metadata, "GGUF metadata").integer("split.count", 1)
         config = ModelConfig.from_gguf(metadata)
     except (CheckpointError, UnsupportedModelError) as error:
         raise type(error)(f"{path}: {error}") from error
-    if parts not in (0, 1):
-        raise CheckpointError(f"{path} is one of {parts} parts; merge them first (llama-gguf-split --merge).")
     ends = {"embedding": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
     config, ends = settle_tie(config, stored, ends)
     config = config.replace(
@@ -55,6 +64,25 @@ def open_gguf(path: Path) -> Checkpoint:
     names = Names(ends, family.gguf_layer, "blk")
     folded = scales(multipliers(metadata), config.head_dim, config.tie_word_embeddings)
     return paired(path, config, stored, names, ignored, "gguf" in family.interleaved, folded)
+
+
+def _parts(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
+    """All files of a model that llama.cpp split, the first one first; the file itself where it is whole."""
+    count = Entries(metadata, f"{path}: GGUF metadata").integer("split.count", 1)
+    if count in (0, 1):
+        return [path]
+    named = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if named is None or int(named[2]) != count or count > _MAX_PARTS:
+        raise CheckpointError(
+            f"{path} is one of {count} parts, which llama.cpp calls NAME-00001-of-{count:05}.gguf and so on: give the "
+            "parts back their names, or merge them (llama-gguf-split --merge)."
+        )
+    parts = [path.with_name(f"{named[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise CheckpointError(f"{path} is one of {count} parts, of which {listed(missing)} are missing beside it.")
+    for part in parts:
+        refuse_other_contents(part)
+    return parts
 
 
 def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:

@@ -27,8 +27,16 @@ _WORDS = (
 )
 _QWEN2 = _WORDS.format(digits=r"\p{N}")
 _LLAMA3 = _WORDS.format(digits=r"\p{N}{1,3}")
-_SAME_RULES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
-_PRETOKENIZERS = ("smollm", "qwen2", "llama-bpe", "gpt-2")
+# Mistral's since Nemo: words begin anew at a capital after small letters.
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SAME_RULES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+_PRETOKENIZERS = ("smollm", "qwen2", "llama-bpe", "tekken", "gpt-2")
+# These look whole words up before they merge, and begin with BOS where a file does not say.
+_LIKE_LLAMA3 = ("llama-bpe", "tekken")
 
 _LONGEST_TOKEN = 512  # letters; published vocabularies stay below 256
 
@@ -114,7 +122,7 @@ def _from_gguf(metadata: Mapping[str, Any], path: Path) -> "PreTrainedTokenizerF
             tokenizer = _byte_level(entries, tokens, types, rules)
         _add_special_tokens(tokenizer, tokens, types, special)
         # Files that do not say follow llama.cpp: SentencePiece models and LLaMA 3 begin with BOS.
-        _add_begin_and_end(tokenizer, entries, special, begins=rules in (None, "llama-bpe"))
+        _add_begin_and_end(tokenizer, entries, special, begins=rules in (None, *_LIKE_LLAMA3))
         return _tokenizer_class()(
             tokenizer_object=tokenizer,
             chat_template=template,
@@ -152,13 +160,13 @@ def _byte_level(entries: Entries, tokens: list[str], types: list[int], rules: st
     pairs = [tuple(merge.split(" ", 1)) for merge in entries.texts("tokenizer.ggml.merges")]
     kept = (_NORMAL, _CONTROL, _USER)
     vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind in kept}
-    # LLaMA 3 looks whole words up before it merges.
-    tokenizer = Tokenizer(BPE(vocabulary, cast(list[tuple[str, str]], pairs), ignore_merges=rules == "llama-bpe"))
+    tokenizer = Tokenizer(BPE(vocabulary, cast(list[tuple[str, str]], pairs), ignore_merges=rules in _LIKE_LLAMA3))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rules in ("smollm", "gpt-2"))
     first = {
         "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True)],
         "qwen2": lambda: [pre_tokenizers.Split(Regex(_QWEN2), behavior="isolated")],
         "llama-bpe": lambda: [pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated")],
+        "tekken": lambda: [pre_tokenizers.Split(Regex(_TEKKEN), behavior="isolated")],
         "gpt-2": lambda: [],
     }[rules]()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, to_bytes])
