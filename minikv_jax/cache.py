@@ -88,6 +88,30 @@ def is_counter(x: Array | jax.ShapeDtypeStruct) -> bool:
     return axes(x) == ("batch",)
 
 
+def in_both(new: KVCache, old: KVCache) -> KVCache | None:
+    """The arrays that are the same objects in two caches, None in the place of others; None if there are none.
+
+    To give the new cache away (`jit`'s donation) would take these from the old one: they are lent.
+    """
+    if not set(map(id, jax.tree.leaves(new))) & set(map(id, jax.tree.leaves(old))):
+        return None
+    return jax.tree.map(lambda x, y: x if x is y else None, new, old)
+
+
+def without_lent(cache: KVCache, lent: KVCache | None) -> KVCache:
+    """The cache with None in the place of arrays that are lent to it."""
+    if lent is None:
+        return cache
+    return jax.tree.map(lambda x, y: y if x is None else None, lent, cache, is_leaf=lambda x: x is None)
+
+
+def with_lent(cache: KVCache, lent: KVCache | None) -> KVCache:
+    """The cache with the arrays that are lent to it."""
+    if lent is None:
+        return cache
+    return jax.tree.map(lambda x, y: y if x is None else x, lent, cache, is_leaf=lambda x: x is None)
+
+
 def nbytes(cache: Any) -> int:
     """Bytes of every array a cache, or any part of one, holds: codes, scales, minima, windows and counters."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minikv_jax import inputs
-from minikv_jax.cache import KVCache, LayerCache, is_counter
+from minikv_jax.cache import KVCache, LayerCache, is_counter, with_lent, without_lent
 from minikv_jax.config import Method
 from minikv_jax.layer import read_token
 from minikv_jax.model import Layer, Params, as_model
@@ -80,6 +80,7 @@ def decode_loop(
     sampling: Sampling,
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...],
+    lent: KVCache | None = None,
 ) -> tuple[Int[Array, "B max_new_tokens"], KVCache]:
     """Decodes until every sequence has ended or `max_new_tokens` are there: one dispatch for all of it.
 
@@ -92,6 +93,7 @@ def decode_loop(
         max_new_tokens: `token` among them.
         eos_token_ids: a sequence ends with one of these; the rest of its row repeats it, and its cache stays as it was
             when that came. Empty: none ends.
+        lent: arrays of the cache that are not given away, where `cache` has None (`cache.with_lent`).
 
     Returns:
         The new tokens [B, max_new_tokens], and the cache after them.
@@ -99,13 +101,13 @@ def decode_loop(
 
     def step(state, i):
         cache, ended, token = state
-        cache = _counted_in_every_layer(cache)
+        cache = with_lent(_counted_in_every_layer(cache), lent)
         # A sequence that has ended, and past the last token all of them, has no room: the step leaves it as it is.
         room = jnp.where(ended | (i >= max_new_tokens), 0, cache.room)
         logits, stepped = decode_step(params, dataclasses.replace(cache, room=room), token)
         cache = dataclasses.replace(stepped, room=cache.room - (stepped.lengths - cache.lengths))
         token = jnp.where(ended, token, sample(logits, jax.random.fold_in(key, i), sampling))
-        return (_counted_once(cache), ended | is_end(token, eos_token_ids), token), token
+        return (_counted_once(without_lent(cache, lent)), ended | is_end(token, eos_token_ids), token), token
 
     state = _counted_once(cache), is_end(token, eos_token_ids), token
     if not eos_token_ids:

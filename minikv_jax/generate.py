@@ -1,4 +1,8 @@
-"""Writing answers to prompts: all at once, or one token at a time."""
+"""Writing answers to prompts, or onto a cache: all at once, or one token at a time.
+
+The last token that is written has not been read: the cache that comes back does not hold it. It is the first token of
+what is read next, `jnp.concatenate([written[:, -1:], more], axis=1)`; so is an end token, which its row repeats.
+"""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -8,28 +12,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from minikv_jax import inputs
-from minikv_jax.cache import KVCache
+from minikv_jax.cache import KVCache, in_both, with_lent, without_lent
 from minikv_jax.config import CacheConfig
 from minikv_jax.decode import decode_loop, decode_step, is_end
 from minikv_jax.errors import ConfigError
+from minikv_jax.extend import extend
 from minikv_jax.model import Params
 from minikv_jax.prefill import prefill
 from minikv_jax.sampling import GREEDY, Sampling, sample
 
 
 @functools.partial(jax.jit, static_argnames="ends", donate_argnames="cache")
-def _next(params: Params, cache: KVCache, token, ended, ends, key, step, sampling: Sampling):
+def _next(params: Params, cache: KVCache, lent: KVCache | None, token, ended, ends, key, step, sampling: Sampling):
     # What has ended asks for no token, so its sequence stays as it is.
-    logits, cache = decode_step(params, cache, jnp.where(ended, -1, token))
+    logits, cache = decode_step(params, with_lent(cache, lent), jnp.where(ended, -1, token))
     token = jnp.where(ended, token, sample(logits, jax.random.fold_in(key, step), sampling))
-    return token, ended | is_end(token, ends), step + 1, cache
+    return token, ended | is_end(token, ends), step + 1, without_lent(cache, lent)
 
 
 def stream(
     params: Params,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
-    cache_config: CacheConfig,
+    config_or_cache: CacheConfig | KVCache,
     max_new_tokens: int,
     *,
     sampling: Sampling = GREEDY,
@@ -37,78 +42,102 @@ def stream(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[Int[Array, "B"], KVCache]]:
-    """Yields the new tokens [B] one step at a time, with the cache that led to them.
+    """Yields the new tokens [B] one step at a time, with the cache that led to them: what `generate` returns.
 
-    The yielded cache is given away to the next step: read what you need before asking for the next token. With
-    `eos_token_ids` a sequence that has ended repeats its last token, its cache stays as it is, and there are no more
-    steps when all have ended. A sequence whose logits are NaN yields -1, as `generate`.
+    The yielded cache does not hold the token beside it, and is given away to the next step: read what you need before
+    asking for the next token. With `eos_token_ids` a sequence that has ended repeats its last token, its cache stays as
+    it is, and there are no more steps when all have ended. `progress` is that of `prefill`; a cache goes on without it.
 
     Raises:
         PromptError, ConfigError: as `generate`.
     """
-    key, ends = _checked(cache_config, max_new_tokens, eos_token_ids, seed)
+    key, ends = _checked(max_new_tokens, eos_token_ids, seed)
     # The arguments are checked at once, not when the first token is asked for.
-    first = prefill(params, tokens, lengths, cache_config, progress=progress)
+    first = _read(params, tokens, lengths, config_or_cache, max_new_tokens, progress)
     return _stream(params, *first, max_new_tokens, sampling, ends, key)
 
 
-def _stream(params, logits, cache: KVCache, max_new_tokens: int, sampling: Sampling, ends: tuple[int, ...], key):
+def _stream(params, logits, cache, lent, max_new_tokens: int, sampling: Sampling, ends: tuple[int, ...], key):
     token = sample(logits, key, sampling)
-    yield token, cache
+    yield token, with_lent(cache, lent)
     ended, step = is_end(token, ends), jnp.ones((), jnp.int32)
     for _ in range(1, max_new_tokens):
         if ends and bool(jax.device_get(ended.all())):
             return
-        token, ended, step, cache = _next(params, cache, token, ended, ends, key, step, sampling)
-        yield token, cache
+        token, ended, step, cache = _next(params, cache, lent, token, ended, ends, key, step, sampling)
+        yield token, with_lent(cache, lent)
 
 
 def generate(
     params: Params,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
-    cache_config: CacheConfig,
+    config_or_cache: CacheConfig | KVCache,
     max_new_tokens: int,
     *,
     sampling: Sampling = GREEDY,
     eos_token_ids: Sequence[int] = (),
     seed: int = 0,
 ) -> tuple[Int[Array, "B max_new_tokens"], KVCache]:
-    """Reads prompts and writes up to `max_new_tokens` tokens each, all steps in one dispatch.
+    """Reads prompts, or more onto a cache, and writes up to `max_new_tokens` tokens each, all steps in one dispatch.
 
     Args:
         params: the model.
-        tokens: [B, T] prompts, padded on the right.
-        lengths: [B] true lengths.
-        cache_config: the method and its capacities.
-        max_new_tokens: at most `generated_capacity` + 1, for the last token is not read again.
+        tokens: [B, T] prompts, or what follows in the cache, padded on the right.
+        lengths: [B] true lengths; onto a cache 0 too: such a sequence is left as it is.
+        config_or_cache: the method and its capacities, for prompts; or a cache to go on from (`extend`), from wherever:
+            another `generate`, a fork, slots. It stays the caller's and as it is; under `jit` it may be donated.
+        max_new_tokens: at most `generated_capacity` + 1, or what a cache has room for, for the last token is not read.
         sampling: greedy by default.
         eos_token_ids: a sequence ends with one of these; the rest of its row repeats it, and its cache stays as it was
             when that came.
         seed: of the random draws, from 0 to 2**32 - 1.
 
     Returns:
-        The new tokens [B, max_new_tokens], and the cache after them. A sequence whose logits are NaN has -1 from there
-        on, which is no token: its weights, or what it was given, are broken.
+        The new tokens [B, max_new_tokens], and the cache after all but the last of them (see the module). A sequence
+        without tokens, or whose logits are NaN, has -1 from there on, which is no token: its weights, or what it was
+        given, are broken. A traced sequence without room for its tokens has -1 from where its room ends.
 
     Raises:
-        PromptError, ConfigError: as `prefill`; more new tokens than the cache has room for; a seed out of range.
+        PromptError, ConfigError: as `prefill` and `extend`; more new tokens than there is room for; a seed out of
+            range.
     """
-    key, ends = _checked(cache_config, max_new_tokens, eos_token_ids, seed)
-    logits, cache = prefill(params, tokens, lengths, cache_config)
+    key, ends = _checked(max_new_tokens, eos_token_ids, seed)
+    logits, cache, lent = _read(params, tokens, lengths, config_or_cache, max_new_tokens)
     token = sample(logits, key, sampling)
-    return decode_loop(params, cache, token, key, sampling, max_new_tokens, ends)
+    written, cache = decode_loop(params, cache, token, key, sampling, max_new_tokens, ends, lent)
+    return written, with_lent(cache, lent)
 
 
-def _checked(config: CacheConfig, max_new_tokens: int, eos_token_ids: Sequence[int], seed) -> tuple[Array, tuple]:
-    """The key of the draws and the end tokens.
+def _read(
+    params, tokens, lengths, config_or_cache: CacheConfig | KVCache, max_new_tokens: int, progress=None
+) -> tuple[Array, KVCache, KVCache | None]:
+    """Logits after the tokens, the cache without what is lent to it, and what is lent (`cache.with_lent`).
 
     Raises:
-        ConfigError: more new tokens than there is room for, none, an end token that is no whole number, a bad seed.
+        PromptError, ConfigError: as `generate`.
     """
-    if inputs.count(max_new_tokens, "max_new_tokens") > config.generated_capacity + 1:
+    if isinstance(config_or_cache, KVCache):
+        inputs.check_room(lengths, max_new_tokens, config_or_cache)
+        logits, cache = extend(params, config_or_cache, tokens, lengths)
+        # Of arrays that nothing was written to there is no copy to give away.
+        lent = in_both(cache, config_or_cache)
+        return logits, without_lent(cache, lent), lent
+    if isinstance(config_or_cache, CacheConfig) and max_new_tokens > config_or_cache.generated_capacity + 1:
         raise ConfigError(
             f"max_new_tokens={max_new_tokens} must be from 1 to generated_capacity + 1 = "
-            f"{config.generated_capacity + 1}: change one of them."
+            f"{config_or_cache.generated_capacity + 1}: change one of them."
         )
-    return inputs.key_of(seed), tuple(inputs.count(x, "eos_token_ids", least=0) for x in eos_token_ids)
+    return *prefill(params, tokens, lengths, config_or_cache, progress=progress), None
+
+
+def _checked(max_new_tokens: int, eos_token_ids: Sequence[int], seed) -> tuple[Array, tuple[int, ...]]:
+    """The key of the draws, and the end tokens.
+
+    Raises:
+        ConfigError: no new tokens, an end token that is no whole number, a bad seed.
+    """
+    inputs.count(max_new_tokens, "max_new_tokens")
+    ends = tuple(inputs.count(x, "eos_token_ids", least=0) for x in eos_token_ids)
+    # A sequence whose answer is no token has ended too.
+    return inputs.key_of(seed), (*ends, -1) if ends else ()

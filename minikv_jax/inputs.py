@@ -177,6 +177,25 @@ def with_room(counts: Int[Array, "B"], cache: "KVCache | State") -> Int[Array, "
     return jnp.where(fits, counts, 0)
 
 
+def check_room(lengths: Any, new_tokens: int, cache: "KVCache") -> None:
+    """Refuses more to read and write, onto a cache, than a sequence has room for. The last new token takes none.
+
+    Raises:
+        PromptError: concrete lengths and room that do not fit.
+    """
+    counts = integers(lengths, "lengths", "B")
+    if not isinstance(counts, np.ndarray) or not is_concrete(cache.room) or counts.shape != cache.room.shape:
+        return
+    room = np.asarray(jax.device_get(cache.room))
+    short = (counts > 0) & (counts + new_tokens - 1 > room)
+    if short.any():
+        row = int(np.argmax(short))
+        raise PromptError(
+            f"Sequence {row} has room for {room[row]} more tokens: {counts[row]} to read and {new_tokens} new ones, of "
+            "which the last takes none, are too many. Give fewer, or prefill with a larger generated_capacity."
+        )
+
+
 def _refuse_token(token: int, row: int, vocabulary: int, place: str = "") -> None:
     raise PromptError(
         f"Token {token}{place} of sequence {row} is none of the model's {vocabulary}, 0 to {vocabulary - 1}: do "

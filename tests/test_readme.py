@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from tiny import loaded
 
+import minikv_jax.api
 from minikv_jax import cli
 from minikv_jax.bench import tables
 from minikv_jax.errors import MiniKVError
@@ -150,3 +152,14 @@ def test_the_guide_to_ones_own_model_runs(number):
     result = subprocess.run([sys.executable, "-c", examples[number]], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert number == 1 or result.stdout.startswith("(2, 1, 8, 64)")
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_page_on_caches_run_one_after_the_other(monkeypatch, tmp_path):
+    monkeypatch.setattr(minikv_jax.api, "load", lambda _: loaded())
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/caches.md").read_text(encoding="utf-8"), re.DOTALL)
+    scope = {}
+    for example in examples:
+        exec(compile(example, "caches.md", "exec"), scope)
+    assert examples and scope["answer"].shape == (1, 20)
