@@ -18,7 +18,7 @@ from minikv_jax.generate import generate, stream
 from minikv_jax.models import load
 from minikv_jax.prefill import bucket, empty_cache, forward, prefill
 from minikv_jax.report import cache_report
-from minikv_jax.sampling import Sampling
+from minikv_jax.sampling import Sampling, Written
 from minikv_jax.slots import fork, insert, reset
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Rank",
     "Sampling",
     "UnsupportedModelError",
+    "Written",
     "bucket",
     "cache_report",
     "decode_step",

@@ -14,7 +14,7 @@ from minikv_jax.cache import KVCache, LayerCache, is_counter, with_lent, without
 from minikv_jax.config import Method
 from minikv_jax.layer import read_token
 from minikv_jax.model import Layer, Params, as_model
-from minikv_jax.sampling import Sampling, sample
+from minikv_jax.sampling import Sampling, Seen, Written, is_stop, sample, with_log_probs
 from pallas_kernels.rows import row_numbers
 
 
@@ -61,9 +61,28 @@ def decode_step(params: Params, cache: KVCache, tokens: Int[Array, "B"]) -> tupl
     return logits, KVCache(tuple(layers), cache.lengths + step, cache.room - step, cache.config)
 
 
-def is_end(token: Int[Array, "B"], eos_token_ids: tuple[int, ...]) -> Bool[Array, "B"]:
+def is_end(token: Int[Array, "B"], eos_token_ids: tuple[int, ...], sampling: Sampling) -> Bool[Array, "B"]:
     """Whether each token is one of those that end a sequence."""
-    return (token[:, None] == np.asarray(eos_token_ids, np.int32)[None]).any(axis=1)
+    ended = (token[:, None] == np.asarray(eos_token_ids, np.int32)[None]).any(axis=1)
+    return ended if sampling.stop_tokens is None else ended | is_stop(token, sampling)
+
+
+def next_token(
+    logits: Float[Array, "B V"],
+    cache: KVCache,
+    before: tuple[Int[Array, "B"], Bool[Array, "B"], Seen | None],
+    key: Array,
+    sampling: Sampling,
+    top: int | None,
+) -> tuple[Int[Array, "B"], Seen | None, Array | Written]:
+    """The token after a step, what has been seen with it, and what is written of it.
+
+    `before` is the token that was read, whether its sequence has ended, which repeats it, and what has been seen.
+    """
+    token, ended, seen = before
+    drawn = sample(logits, key, sampling, cache.lengths, seen)
+    token = jnp.where(ended, token, drawn)
+    return token, None if seen is None else seen.with_token(token), with_log_probs(logits, token, top)
 
 
 # Steps between two looks at whether every sequence has ended. A loop whose condition depends on data makes the host
@@ -75,60 +94,82 @@ _STEPS = 16
 def decode_loop(
     params: Params,
     cache: KVCache,
-    token: Int[Array, "B"],
+    token: Int[Array, "B"] | Written,
     key: Array,
     sampling: Sampling,
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...],
     lent: KVCache | None = None,
-) -> tuple[Int[Array, "B max_new_tokens"], KVCache]:
+    seen: Seen | None = None,
+) -> tuple[Int[Array, "B max_new_tokens"] | Written, KVCache]:
     """Decodes until every sequence has ended or `max_new_tokens` are there: one dispatch for all of it.
 
     Args:
         params: the model.
         cache: of B sequences with room for `max_new_tokens` - 1; donated.
-        token: [B] the first of the new tokens, sampled from the prompt's logits.
+        token: [B] the first of the new tokens, sampled from the prompt's logits; with log-probabilities of so many top
+            tokens, all that are written have them.
         key: of the random draws.
         sampling: how tokens are drawn.
         max_new_tokens: `token` among them.
         eos_token_ids: a sequence ends with one of these; the rest of its row repeats it, and its cache stays as it was
             when that came. Empty: none ends.
         lent: arrays of the cache that are not given away, where `cache` has None (`cache.with_lent`).
+        seen: tokens seen so far, for penalties.
 
     Returns:
         The new tokens [B, max_new_tokens], and the cache after them.
     """
 
+    first = token
+    token, top = (first.tokens, first.top_tokens.shape[1]) if isinstance(first, Written) else (first, None)
+
     def step(state, i):
-        cache, ended, token = state
+        cache, ended, token, seen = state
         cache = with_lent(_counted_in_every_layer(cache), lent)
         # A sequence that has ended, and past the last token all of them, has no room: the step leaves it as it is.
         room = jnp.where(ended | (i >= max_new_tokens), 0, cache.room)
         logits, stepped = decode_step(params, dataclasses.replace(cache, room=room), token)
         cache = dataclasses.replace(stepped, room=cache.room - (stepped.lengths - cache.lengths))
-        token = jnp.where(ended, token, sample(logits, jax.random.fold_in(key, i), sampling))
-        return (_counted_once(without_lent(cache, lent)), ended | is_end(token, eos_token_ids), token), token
+        before = token, ended, seen
+        token, seen, written = next_token(logits, cache, before, jax.random.fold_in(key, i), sampling, top)
+        ended |= is_end(token, eos_token_ids, sampling)
+        return (_counted_once(without_lent(cache, lent)), ended, token, seen), written
 
-    state = _counted_once(cache), is_end(token, eos_token_ids), token
-    if not eos_token_ids:
-        (cache, _, _), tokens = jax.lax.scan(step, state, row_numbers(max_new_tokens - 1, first=1))
-        return jnp.concatenate([token[None], tokens]).T, _counted_in_every_layer(cache)
+    state = _counted_once(cache), is_end(token, eos_token_ids, sampling), token, seen
+    if not eos_token_ids and sampling.stop_tokens is None:
+        (cache, *_), new = jax.lax.scan(step, state, row_numbers(max_new_tokens - 1, first=1))
+        written = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, new)
+        return _by_sequence(written), _counted_in_every_layer(cache)
 
     chunks = max(-(-(max_new_tokens - 1) // _STEPS), 1)  # the loop is traced even where it never runs
-    tokens = jnp.zeros_like(token, shape=(1 + chunks * _STEPS, token.shape[0])).at[0].set(token)
+    written = jax.tree.map(lambda x: jnp.zeros_like(x, shape=(1 + chunks * _STEPS, *x.shape)).at[0].set(x), first)
 
     def more(carry):
-        done, _, (_, ended, _) = carry
+        done, _, (_, ended, *_) = carry
         return (done < max_new_tokens) & ~ended.all()
 
     def chunk(carry):
-        done, tokens, state = carry
+        done, written, state = carry
         state, new = jax.lax.scan(step, state, done + row_numbers(_STEPS))
-        return done + _STEPS, jax.lax.dynamic_update_slice_in_dim(tokens, new, done, 0), state
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=done, axis=0)
+        return done + _STEPS, jax.tree.map(put, written, new), state
 
-    done, tokens, (cache, _, token) = jax.lax.while_loop(more, chunk, (jnp.int32(1), tokens, state))
-    written = (row_numbers(max_new_tokens) < done)[:, None]
-    return jnp.where(written, tokens[:max_new_tokens], token).T, _counted_in_every_layer(cache)
+    done, written, (cache, _, token, _) = jax.lax.while_loop(more, chunk, (jnp.int32(1), written, state))
+    is_written = row_numbers(max_new_tokens) < done
+    # No token was drawn: what `with_log_probs` says of logits that are NaN.
+    after = with_log_probs(jnp.full((token.shape[0], top or 1), jnp.nan), token, top)
+
+    def whole(x, after):
+        x = x[:max_new_tokens]
+        return jnp.where(jnp.expand_dims(is_written, range(1, x.ndim)), x, after)
+
+    return _by_sequence(jax.tree.map(whole, written, after)), _counted_in_every_layer(cache)
+
+
+def _by_sequence(written: Array | Written) -> Array | Written:
+    """[steps, B, ...] as [B, steps, ...]."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), written)
 
 
 def _counted_once(cache: KVCache) -> KVCache:
