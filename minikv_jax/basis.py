@@ -310,11 +310,11 @@ class Quantized(Basis):
 def fit(
     bases: tuple[Basis, ...],
     key: Float[Array, "B K T H"],
-    value: Float[Array, "B K T H"],
+    value: Float[Array, "B K T V"],
     moments: Moments,
     lengths: Int[Array, "B"],
     first: int,
-) -> tuple[tuple[Any, ...], Float[Array, "B K T H"], Float[Array, "B K T H"], Moments]:
+) -> tuple[tuple[Any, ...], Float[Array, "B K T H"], Float[Array, "B K T V"], Moments]:
     """The states of all bases, a prompt's keys and values as they are held, and how these are read."""
     states = []
     for basis in bases:

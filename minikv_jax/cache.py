@@ -51,6 +51,12 @@ class LayerCache:
         return self.first.heads
 
     @property
+    def of_model(self) -> tuple[int, int]:
+        """Heads of the model's keys and values, and their size, whatever rows the layer holds."""
+        latent = self.method.latent
+        return self.heads if latent is None else (latent.heads, latent.head_size)
+
+    @property
     def own(self) -> "LayerCache":
         """The layer without the prefix that it shares with other sequences."""
         return dataclasses.replace(self, prefix=())
@@ -199,7 +205,7 @@ class Prompt(NamedTuple):
     """
 
     key: Float[Array, "B K T H"]
-    value: Float[Array, "B K T H"]
+    value: Float[Array, "B K T V"]
     scores: Float[Array, "B K T"]
     lengths: Int[Array, "B"]
     budget: Budget
@@ -213,7 +219,7 @@ class Prompt(NamedTuple):
         self,
         codec: Codec,
         key: Float[Array, "B K S H"],
-        value: Float[Array, "B K S H"],
+        value: Float[Array, "B K S V"],
         count: Int[Array, "B"],
         capacity: int,
         kept: tuple[Float[Array, "B K R H"], Int[Array, "B"]] | None = None,

@@ -28,7 +28,7 @@ class Choice(NamedTuple):
     chosen: Bool[Array, "B K T"] | None
     rows: Int[Array, "B K R"] | None
     key: Float[Array, "B K R H"]
-    value: Float[Array, "B K R H"]
+    value: Float[Array, "B K R V"]
     friendliness: Float[Array, "B K T"] | None
 
 

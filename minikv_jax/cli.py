@@ -158,6 +158,9 @@ def _answer(
         return (line, bool(end)) if request.one_line else (text, False)
 
     ends = set(model.config.eos_token_ids)
+    from minikv_jax.models.latent import made
+
+    model = made(model, config.weights)
     config = config.replace(generated_capacity=request.max_new_tokens)
     start, times, written, shown = time.perf_counter(), [], [], ""
     with _progress_bar(f"reading {len(ids):,} tokens ({method})", "tokens", len(ids)) as progress:
@@ -406,12 +409,11 @@ def _print_sizes(model_shape: str, prompt: int, generated: int, as_json: bool) -
 
     from minikv_jax import presets
     from minikv_jax.models.shapes import shape_of
-    from minikv_jax.report import planned_report
+    from minikv_jax.report import assumed, planned_report
 
     shape = shape_of(model_shape)
-    totals = {
-        name: planned_report(shape, preset(), prompt, generated).total for name, preset in presets.METHODS.items()
-    }
+    configs = {name: preset() for name, preset in presets.METHODS.items()}
+    totals = {name: planned_report(shape, config, prompt, generated).total for name, config in configs.items()}
     rows = [
         {
             "method": name,
@@ -419,6 +421,7 @@ def _print_sizes(model_shape: str, prompt: int, generated: int, as_json: bool) -
             "mib": round(size.bytes_held / 2**20, 2),
             "mib_without_window": round(size.bytes_tiers / 2**20, 2),
             "tokens_kept": size.tokens_kept,
+            "assumed": assumed(shape, configs[name]),
         }
         for name, size in totals.items()
     ]
@@ -437,6 +440,9 @@ def _print_sizes(model_shape: str, prompt: int, generated: int, as_json: bool) -
             f"{row['mib_without_window']:,.1f}",
         )
     _console().print(table)
+    for row in rows:
+        if row["assumed"]:
+            print(f"{row['method']}: {row['assumed']}.")
 
 
 # ---- this machine ---------------------------------------------------------------------------------------------------

@@ -160,8 +160,8 @@ def decode(
 
 
 def through(
-    codec: Codec, key: Float[Array, "B K S H"], value: Float[Array, "B K S H"]
-) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    codec: Codec, key: Float[Array, "B K S H"], value: Float[Array, "B K S V"]
+) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S V"]]:
     """Keys and values as the codec gives them back, float32."""
     return decode(codec, encode_keys(codec, key, None), encode_values(codec, value), None)
 

@@ -22,7 +22,7 @@ _AT_ONCE = 1 << 26
 
 def compress(
     key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
+    value: Float[Array, "B T K V"],
     scores: Float[Array, "B K T"],
     readers: Readers,
     lengths: Int[Array, "B"],

@@ -6,6 +6,7 @@ ranking into **tiers**, give each tier a **codec** (or drop it), hold it in a **
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -15,6 +16,7 @@ from minikv_jax.checks import check_types, require
 from minikv_jax.codec import Codec
 from minikv_jax.errors import PromptError
 from minikv_jax.inflow import Inflow
+from minikv_jax.latent import Latent, Weights
 from pallas_kernels.two_pass_attention.common import ScoreRows
 
 # A share of the prompt (float, int(N * share) tokens) or a number of tokens (int).
@@ -131,6 +133,7 @@ class Method:
         rest: codec of a second tier, of all other tokens; None drops them.
         basis: linear maps in which keys and values are held, in their order.
         inflow: how new tokens come in, and what leaves.
+        latent: what rows are, where the layer caches latents; `CacheConfig.with_latents` says it.
     """
 
     inflow: Inflow
@@ -139,6 +142,7 @@ class Method:
     codec: Codec = Codec()  # noqa: RUF009, a frozen value like the others
     rest: Codec | None = None
     basis: tuple[Basis, ...] = ()
+    latent: Latent | None = None
 
     def __post_init__(self):
         check_types(self)
@@ -146,6 +150,21 @@ class Method:
         for basis in self.basis:
             basis.check(self.codecs)
         self.inflow.check(self)
+        if self.latent is not None:
+            self._check_latents()
+
+    def _check_latents(self) -> None:
+        # A row's place says at which position its key is rotated.
+        require(
+            not self.selects and self.rest is None and self.inflow.grows and not self.first_encoded,
+            "Keys are rebuilt from latents at the position of their row: every token must stay, in one tier.",
+        )
+        reads = any(codec.balance or codec.key_feedback != "none" for codec in self.codecs)
+        require(
+            not (self.bases or reads),
+            "Queries do not meet latents, so no basis, balance or feedback of theirs is for latents, nor metadata of 8 "
+            "bits: leave them away.",
+        )
 
     def replace(self, **changes) -> "Method":
         """A copy with some fields changed, as `dataclasses.replace`."""
@@ -181,7 +200,11 @@ class Method:
     def keeps_all_as_it_is(self) -> bool:
         """Whether a prompt's cache is its keys and values."""
         plain = self.codec.dense and not self.codec.key_drop and not self.basis and self.rest is None
-        return plain and self.inflow.grows and not self.inflow.apart and not self.selects
+        return plain and self.inflow.grows and not self.inflow.waits and not self.selects
+
+    def row_sizes(self, heads: int, head_size: int) -> tuple[int, int, int]:
+        """Heads of the rows that tiers hold, and their sizes in keys and in values, for a model's heads."""
+        return (heads, head_size, head_size) if self.latent is None else (1, self.latent.keys, self.latent.values)
 
     @property
     def first_encoded(self) -> int:
@@ -210,6 +233,7 @@ class CacheConfig:
         dtype: of dense rows; None: the model's own.
         prompt_capacity: longest prompt; None: as long as the token array given to `prefill`.
         generated_capacity: tokens that can follow the prompt.
+        weights: what the model's weights must have been made into (`models.latent`).
     """
 
     name: str
@@ -218,6 +242,7 @@ class CacheConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     prompt_capacity: int | None = None
     generated_capacity: int = 512
+    weights: Weights | None = None
 
     def __post_init__(self):
         check_types(self)
@@ -242,6 +267,12 @@ class CacheConfig:
         """The method of a layer."""
         return dict(self.layers).get(layer, self.method)
 
+    def with_latents(self, latents: Sequence[Latent | None]) -> "CacheConfig":
+        """The config for layers that cache these latents."""
+        methods = [self.of_layer(i).replace(latent=latent) for i, latent in enumerate(latents)]
+        own = tuple((i, method) for i, method in enumerate(methods) if method != methods[0])
+        return dataclasses.replace(self, method=methods[0], layers=own)
+
     def for_prompts(self, longest: int) -> "CacheConfig":
         """The config with its prompt capacity filled in, for prompts up to so many tokens.
 
@@ -265,8 +296,11 @@ class CacheConfig:
         Raises:
             ConfigError: heads that some method cannot hold, or a method for a layer that is not there.
         """
+        whole = self.weights is None or all(method.latent is not None for method in self.methods)
+        require(whole, f"{self.name} caches latents, which a model gives whose weights {self.name} has changed.")
         for method in self.methods:
-            self._check_head(method, head_size)
+            for size in method.row_sizes(1, head_size)[1:]:
+                self._check_head(method, size)
         beyond = [i for i, _ in self.layers if i >= layers]
         require(not beyond, f"This model has {layers} layers, counted from 0, and none numbered {beyond}.")
 

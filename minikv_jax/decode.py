@@ -13,7 +13,7 @@ from minikv_jax import inputs
 from minikv_jax.cache import KVCache, LayerCache, is_counter, with_lent, without_lent
 from minikv_jax.config import Method
 from minikv_jax.layer import read_token
-from minikv_jax.model import Layer, Params, as_model
+from minikv_jax.model import Layer, Params, as_model, latent_layer
 from minikv_jax.sampling import Sampling, Seen, Written, is_stop, sample, with_log_probs
 from pallas_kernels.rows import row_numbers
 
@@ -22,7 +22,7 @@ from pallas_kernels.rows import row_numbers
 def _decode_layer(layer: Layer, cache: LayerCache, x, lengths, accept):
     """One layer over one new token. Jitted on its own, it is traced and lowered once for all layers of one shape."""
     query, key, value = layer.before_attention(x, lengths[:, None])
-    cache, attention = read_token(cache, query, key, value, lengths, accept)
+    cache, attention = read_token(cache, query, key, value, lengths, accept, latent_layer(layer))
     if cache.method.inflow.scored:
         # Nothing but the step's end waits for the scores, so XLA would keep every layer's logits until then.
         flow, attention = jax.lax.optimization_barrier((cache.flow, attention))

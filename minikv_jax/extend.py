@@ -8,14 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minikv_jax import allocate, inputs
+from minikv_jax.append import Append
 from minikv_jax.cache import KVCache, Readers, Shape
 from minikv_jax.channels import LAST
 from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import Allocation, CacheConfig, Method, Rank
 from minikv_jax.errors import PromptError
 from minikv_jax.evict import Evict
+from minikv_jax.latent import Weights
 from minikv_jax.layer import read_tokens
-from minikv_jax.model import Params, as_model
+from minikv_jax.model import Params, as_model, latent_layer
 from minikv_jax.prefill import checked, empty_cache, opened
 from minikv_jax.reading import logits_at
 from minikv_jax.segments import DenseSegment
@@ -78,11 +80,14 @@ def _extend_chunk(params, cache: KVCache, tokens, counts, counted, left):
     layers, readers = [], []
     for layer, layer_cache, rows in zip(model.layers, cache.layers, counted, strict=True):
         query, key, value = layer.before_attention(x, positions)
-        layer_cache, attention = read_tokens(layer_cache, query, key, value, cache.lengths, counts, rows)
+        layer_cache, attention = read_tokens(
+            layer_cache, query, key, value, cache.lengths, counts, rows, latent_layer(layer)
+        )
         x = layer.after_attention(x, attention)
         layers.append(layer_cache)
         read = below(counts, tokens.shape[1])
-        readers.append(Readers.of(query, key.shape[2], read, read & ~below(left - LAST, tokens.shape[1])))
+        last = read & ~below(left - LAST, tokens.shape[1])
+        readers.append(Readers.of(query, layer.config.num_kv_heads, read, last))
     logits = logits_at(model, x, counts - 1)
     return logits, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config), readers
 
@@ -102,13 +107,8 @@ def prefill_in_chunks(
     tokens, lengths = inputs.token_rows(tokens, lengths, model.config.vocab_size, least=1)
     cache_config, chunk = checked(model, tokens.shape[1], cache_config), inputs.count(chunk, "chunk")
     layers, longest = model.config.num_layers, tokens.shape[1]
-    # A cache that scores all tokens and is never so full that it gives one up.
-    everything = Method(rank=Rank(by="attention"), allocation=Allocation(heavy=longest), inflow=Evict())
-    staging = CacheConfig("staging", everything, prompt_capacity=1, generated_capacity=longest)
-    cache = empty_cache(params, staging, tokens.shape[0])
-    held = [dataclasses.replace(x, flow=dataclasses.replace(x.flow, size=lengths)) for x in cache.layers]
-    cache = dataclasses.replace(cache, layers=tuple(held))
     scored: list[ScoreRows] = [cache_config.of_layer(i).score_rows for i in range(layers)]
+    cache = _staging(params, cache_config.weights, any(scored), lengths, longest)
     first_scored = [lengths - (longest if rows == "all" else rows) for rows in scored]
     logits, readers = None, []
     for start in range(0, longest, chunk):
@@ -124,7 +124,22 @@ def prefill_in_chunks(
         first = cast(DenseSegment, layer.first)
         key, value = (x[:, :, :longest].swapaxes(1, 2) for x in (first.key, first.value))
         budget = allocate.budgets(cache_config, i, layers, lengths, longest)
-        scores, shape = layer.flow.scores[:, :, :longest], Shape.of(cache_config, i, layers)
+        scores = layer.flow.scores[:, :, :longest] if any(scored) else jnp.zeros((*first.key.shape[:2], longest))
+        shape = Shape.of(cache_config, i, layers)
         read = key, value, scores, readers[i].with_projection(of_model.projection()), lengths, budget
         compressed.append(compress_in_pieces(*read, cache_config.of_layer(i), shape, cache_config.dtype))
     return opened(cast(Array, logits), compressed, lengths, cache_config)
+
+
+def _staging(params: Params, weights: Weights | None, scored: bool, lengths: Int[Array, "B"], longest: int) -> KVCache:
+    """An empty cache that keeps every token of prompts dense, with the attention it receives where that is `scored`."""
+    method = Method(inflow=Append())
+    if scored:
+        # Never so full that it gives a token up.
+        method = Method(rank=Rank(by="attention"), allocation=Allocation(heavy=longest), inflow=Evict())
+    config = CacheConfig("staging", method, prompt_capacity=1, generated_capacity=longest, weights=weights)
+    cache = empty_cache(params, config, lengths.shape[0])
+    if not scored:
+        return cache
+    held = [dataclasses.replace(x, flow=dataclasses.replace(x.flow, size=lengths)) for x in cache.layers]
+    return dataclasses.replace(cache, layers=tuple(held))

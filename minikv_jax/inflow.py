@@ -25,12 +25,12 @@ class Inflow:
     Attributes:
         scored: whether each step adds its attention to the scores of the first tier's tokens.
         grows: whether the prompt's tokens stay where they are, so that forks may share them.
-        apart: whether a prompt's newest tokens lie apart from its tiers.
+        waits: whether a prompt's newest tokens wait outside its tiers, whatever these are.
     """
 
     scored: ClassVar[bool] = False
     grows: ClassVar[bool] = True
-    apart: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
 
     def check(self, method) -> None:
         """Refuses, by ConfigError, a method that tokens cannot come into in this way."""
@@ -62,8 +62,8 @@ class Inflow:
         self,
         layer,
         query: Float[Array, "B 1 N H"],
-        key: Float[Array, "B 1 K H"],
-        value: Float[Array, "B 1 K H"],
+        key: Float[Array, "B 1 K R"],
+        value: Float[Array, "B 1 K V"],
         position: Int[Array, "B"],
         accept: Bool[Array, "B"],
     ) -> tuple[Any, Float[Array, "B 1 N H"]]:
@@ -76,7 +76,7 @@ class Inflow:
         self,
         layer,
         key: Float[Array, "B K 1 H"],
-        value: Float[Array, "B K 1 H"],
+        value: Float[Array, "B K 1 V"],
         position: Int[Array, "B"],
         accept: Bool[Array, "B"],
         score: Float[Array, "B K"] | float = 0.0,

@@ -249,6 +249,7 @@ def check_cache(model: "Model", cache: "KVCache") -> None:
         ConfigError: another number of layers, other heads, a fork that was taken apart.
     """
     from minikv_jax.cache import KVCache
+    from minikv_jax.model import latent_layer
 
     if not isinstance(cache, KVCache):
         raise ConfigError(f"The cache is a {type(cache).__name__}: give what `prefill` or `empty_cache` returned.")
@@ -257,10 +258,16 @@ def check_cache(model: "Model", cache: "KVCache") -> None:
         raise ConfigError(
             f"The cache has {len(cache.layers)} layers, the model {config.num_layers}: it was made by another model."
         )
-    for i, layer in enumerate(cache.layers):
-        if layer.heads != (config.num_kv_heads, config.head_dim):
+    for i, (layer, of_model) in enumerate(zip(cache.layers, model.layers)):
+        gives = latent_layer(of_model)
+        if layer.method.latent != (None if gives is None else gives.latent):
             raise ConfigError(
-                f"Layer {i} of the cache holds {layer.heads} key/value heads and head size, the model has "
+                f"Layer {i} of the cache holds {layer.method.latent or 'keys and values'}, the model gives "
+                f"{'keys and values' if gives is None else gives.latent}: give the params that filled the cache."
+            )
+        if layer.of_model != (config.num_kv_heads, config.head_dim):
+            raise ConfigError(
+                f"Layer {i} of the cache holds {layer.of_model} key/value heads and head size, the model has "
                 f"{(config.num_kv_heads, config.head_dim)}: it was made by another model."
             )
         own, shared = ({x.shape[0] for x in jax.tree.leaves(part)} for part in (layer.own, layer.prefix))

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from minikv_jax import allocate, basis, inputs, rank, segments
+from minikv_jax import allocate, basis, inputs, latent, rank, segments
 from minikv_jax.cache import LayerCache, Readers, Shape, nbytes
 from minikv_jax.channels import LAST
 from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import Allocation, CacheConfig, Method
 from minikv_jax.errors import ConfigError, PromptError
 from minikv_jax.evict import Evict
-from minikv_jax.segments import Segment
+from minikv_jax.model import LatentLayer
 from pallas_kernels import (
     Part,
     Partial,
@@ -277,6 +277,7 @@ def read_token(
     value: Float[Array, "B 1 K H"],
     position: Int[Array, "B"],
     accept: Bool[Array, "B"],
+    rows: LatentLayer | None = None,
     **softmax: Any,
 ) -> tuple[LayerCache, Float[Array, "B 1 N H"]]:
     """Stores one more token of every accepting sequence, and attends to all that is held, the token included.
@@ -288,11 +289,12 @@ def read_token(
         query, key, value: of the token, query and key after rotary embedding.
         position: tokens read before this one.
         accept: sequences that store the token, all of which have a row left (`has_row`).
+        rows: how the layer's rows are read, where it caches latents.
         softmax: scale, soft_cap and sinks, as `prefill`.
     """
     inflow = layer.method.inflow
     layer, query = inflow.take_in(layer, query, key, value, position, accept)
-    output, lse, logits = attend(layer, query, position, **softmax)
+    output, lse, logits = attend(layer, query, position, rows=rows, **softmax)
     if logits is not None:
         layer = _scored(layer, logits, lse, accept[:, None])
     return inflow.settle(layer, position, accept), output
@@ -306,6 +308,7 @@ def read_tokens(
     position: Int[Array, "B"],
     counts: Int[Array, "B"],
     counted: Bool[Array, "B T"],
+    rows: LatentLayer | None = None,
     *,
     sinks: Float[Array, "N"] | None = None,
     **softmax: Any,
@@ -318,11 +321,14 @@ def read_tokens(
     inflow = layer.method.inflow
     query, key, value = basis.take_in(layer.method.bases, layer.frames, query, key, value)
     tokens = row_numbers(query.shape[1])
+    exact = key, value
+    if rows is not None:
+        exact = rows.exact(key[:, :, 0], value[:, :, 0], position[:, None] + tokens[None])
     own, _, lse = two_pass_attention(
-        query, key, value, query_lengths=counts, key_value_lengths=counts, score_rows=0, **softmax
+        query, *exact, query_lengths=counts, key_value_lengths=counts, score_rows=0, **softmax
     )
     own = Partial(own.astype(jnp.float32), lse, jnp.where(jnp.isneginf(lse), 0.0, 1.0))
-    output, lse, logits = attend(layer, query, position - 1, also=(own,), sinks=sinks, **softmax)
+    output, lse, logits = attend(layer, query, position - 1, also=(own,), rows=rows, sinks=sinks, **softmax)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     scores = jnp.zeros(key.shape[:3])
     if logits is not None:
@@ -346,6 +352,7 @@ def attend(
     query: Float[Array, "B T N H"],
     position: Int[Array, "B"],
     also: tuple[Partial, ...] = (),
+    rows: LatentLayer | None = None,
     *,
     sinks: Float[Array, "N"] | None = None,
     **softmax: Any,
@@ -361,6 +368,8 @@ def attend(
     method, frames = layer.method, layer.frames
     scored = method.inflow.scored
     parts = [*layer.tiers, *method.inflow.newest(layer, position)]
+    if rows is not None:
+        return *latent.attend(rows, query, layer.prefix, parts, also, sinks, **softmax), None
     if not (also or layer.prefix):
         scales = basis.kernel_scales(method.bases, frames, query.shape[0], layer.heads[0])
         back = {} if scales is None else {"rotated": scales.value_unit, "balanced": scales.value_balance}
@@ -375,18 +384,11 @@ def attend(
     else:
         first, logits = segments.attention(query, layer.first, **softmax), None
     others = [segments.attention(query, part, **softmax) for part in parts[1:]]
-    others += [_shared_attention(query, part, **softmax) for part in layer.prefix]
+    others += [segments.shared_attention(query, part, **softmax) for part in layer.prefix]
     output, lse = merge_partials([first, *others, *also])
     if sinks is not None:
         output, lse = with_sinks(output, lse, sinks)
     return basis.give_back(method.bases, frames, output.astype(query.dtype)), lse, logits
-
-
-def _shared_attention(query: Float[Array, "B T N H"], prefix: Segment, **softmax: Any) -> Partial:
-    """All sequences' queries over one shared segment: to it they are so many more queries of one sequence."""
-    b, t = query.shape[:2]
-    partial = segments.attention(query.reshape(1, b * t, *query.shape[2:]), prefix, **softmax)
-    return Partial(*(x.reshape(b, t, *x.shape[2:]) for x in partial))
 
 
 def _scored(layer: LayerCache, logits: Float[Array, "B T N S"], lse, counted: Bool[Array, "B T"]) -> LayerCache:

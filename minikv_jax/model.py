@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.errors import ConfigError
+from minikv_jax.latent import Latent, Weights
 
 
 class Sizes(Protocol):
@@ -57,6 +58,55 @@ class Layer(Protocol):
     def after_attention(self, x: Float[Array, "B T D"], attention: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """The layer's result."""
         ...
+
+
+@runtime_checkable
+class LatentLayer(Layer, Protocol):
+    """A layer that caches latents: what `before_attention` gives for keys and values are rows of one head.
+
+    A row of keys is a latent, and behind it, where `latent.exact`, the key of every head as it is, rotated; likewise
+    of values. Attention over values is lifted before `after_attention` takes it.
+    """
+
+    @property
+    def latent(self) -> Latent: ...
+    @property
+    def made(self) -> Weights:
+        """What the model's weights were made into."""
+        ...
+
+    def exact(
+        self, key: Float[Array, "B T _"], value: Float[Array, "B T _"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Keys, rotated, and values that tokens of a prompt attend to, from their rows."""
+        ...
+
+    def rebuilt(self, key: Float[Array, "B S R"], positions: Int[Array, "#B S"]) -> Float[Array, "B S K H"]:
+        """Keys of latents, rotated."""
+        ...
+
+    def lifted(self, output: Float[Array, "B T N V"], total: Float[Array, "B T N"]) -> Float[Array, "B T N H"]:
+        """What attention over values would give, from attention over their latents whose weights sum to `total`."""
+        ...
+
+
+def latent_layer(layer: Layer) -> LatentLayer | None:
+    """The layer, if it caches latents."""
+    return layer if isinstance(layer, LatentLayer) else None
+
+
+def attended(
+    layer: Layer, key: Float[Array, "B T _ _"], value: Float[Array, "B T _ _"], positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Keys and values that tokens of a prompt attend to, from what `before_attention` gave for the cache."""
+    own = latent_layer(layer)
+    return (key, value) if own is None else own.exact(key[:, :, 0], value[:, :, 0], positions)
+
+
+def row_sizes(layer: Layer) -> tuple[int, int, int]:
+    """Heads of the rows that `before_attention` gives, and their sizes in keys and in values."""
+    own, config = latent_layer(layer), layer.config
+    return (config.num_kv_heads, config.head_dim, config.head_dim) if own is None else (1, *own.latent.widths)
 
 
 @runtime_checkable

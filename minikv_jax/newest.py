@@ -24,9 +24,8 @@ class Newest(Inflow):
         window: newest kept tokens that stay dense and whole (ThinK and CSKV: 32).
     """
 
+    waits = True
     window: int = 32
-
-    apart = True
 
     def __post_init__(self):
         check_types(self)

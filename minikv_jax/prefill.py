@@ -19,7 +19,8 @@ from minikv_jax.cache import KVCache, LayerCache, Shape
 from minikv_jax.compress import compress, compress_in_pieces, cut
 from minikv_jax.config import CacheConfig
 from minikv_jax.errors import ConfigError, PromptError
-from minikv_jax.model import Model, Params, as_model
+from minikv_jax.latent import Weights
+from minikv_jax.model import Model, Params, Sizes, as_model, latent_layer
 from minikv_jax.reading import chunk_rows, embed, logits_at, read_layer, sequences_at_once
 
 
@@ -196,21 +197,47 @@ def checked(model: Model, longest: int, config: CacheConfig) -> CacheConfig:
     """
     if not isinstance(config, CacheConfig):
         raise ConfigError(f"The method is a {type(config).__name__}: give a CacheConfig, as presets.minikv().")
+    return checked_sizes(model.config, longest, with_latents_of(model, config))
+
+
+def with_latents_of(model: Model, config: CacheConfig) -> CacheConfig:
+    """The config for the latents that the model's layers give, if they give any.
+
+    Raises:
+        ConfigError: weights that are not what the method needs.
+    """
+    layers = [latent_layer(layer) for layer in model.layers]
+    made = next((layer.made for layer in layers if layer is not None), None)
+    if made == config.weights:
+        return config if made is None else config.with_latents([None if x is None else x.latent for x in layers])
+    if config.weights is None:
+        raise ConfigError(
+            f"This model caches latents, its weights were made into {made}: {config.name} reads the model as it was "
+            f"loaded. Give that, or the method {cast(Weights, made).name}."
+        )
+    raise ConfigError(
+        f"{config.name} needs weights made into {config.weights}, this model's are {made or 'as they were loaded'}: "
+        "give minikv_jax.models.latent.made(params, config.weights)."
+    )
+
+
+def checked_sizes(model: Sizes, longest: int, config: CacheConfig) -> CacheConfig:
+    """`checked` for a model of these sizes, of whose weights nothing is asked."""
     config = config.for_prompts(longest)
     total = cast(int, config.prompt_capacity) + config.generated_capacity
-    limit = model.config.max_position_embeddings
+    limit = model.max_position_embeddings
     if total > limit:
         raise PromptError(
             f"{config.prompt_capacity} prompt tokens and generated_capacity={config.generated_capacity} make {total}, "
             f"more than the model's {limit} positions: shorten the prompt or lower generated_capacity."
         )
-    window = model.config.sliding_window
+    window = model.sliding_window
     if window is not None and total > window:
         raise ConfigError(
             f"This model attends to the last {window} tokens only; a cache for {total} tokens would need masking by "
             f"position, which compressed rows do not have. Keep prompt and answer within {window} tokens."
         )
-    config.check_model(model.config.head_dim, model.config.num_layers)
+    config.check_model(model.head_dim, model.num_layers)
     return config
 
 

@@ -6,12 +6,14 @@ from typing import Literal
 
 from minikv_jax.append import Append
 from minikv_jax.basis import Balance, Basis, Hadamard
+from minikv_jax.beside import Beside
 from minikv_jax.block import Block
 from minikv_jax.checks import require
 from minikv_jax.codec import Codec, MetadataDtype
 from minikv_jax.config import Allocation, Amount, CacheConfig, Method, Rank
 from minikv_jax.evict import Evict
 from minikv_jax.inflow import Inflow
+from minikv_jax.latent import CSKV, LoRC
 from minikv_jax.merge import Merge
 from minikv_jax.newest import Newest
 from minikv_jax.registry import METHODS, by_name, parse, parse_one, row, with_settings
@@ -388,3 +390,44 @@ def mikv(
         inflow=_giving_up(not (persistent or everything)),
     )
     return CacheConfig("mikv", method)
+
+
+@row
+def lorc(least: float = 0.25, most: float = 0.5, bits: int = 16, group_size: int = 16) -> CacheConfig:
+    """LoRC (arXiv 2410.03111): latents of low rank, wider in early layers, of which keys are rebuilt at each step.
+
+    The model's weights are to be made into such a product first: `params = models.latent.lorc(params, least, most)`.
+
+    Args:
+        least, most: ranks of the last layer and the first, as shares of all heads' channels. What lies between follows
+            from the weights; where these are not known, sizes assume the mean in every layer.
+        bits: of latents, each token's in groups of `group_size` of its channels.
+        group_size: see `bits`.
+    """
+    return CacheConfig("lorc", Method(codec=_latents(bits, group_size), inflow=Append()), weights=LoRC(least, most))
+
+
+def _latents(bits: int, group_size: int) -> Codec:
+    """Latents fall off from channel to channel, so neighbours of one token are of one size."""
+    return Codec() if bits == 16 else Codec(bits, bits, group_size, group_size, "channels")
+
+
+@row
+def cskv(
+    keys: float = 0.5,
+    values: float = 0.5,
+    window: int = 32,
+    bits: int = 16,
+    group_size: int = 16,
+) -> CacheConfig:
+    """CSKV (arXiv 2409.10593): latents of low rank beside the newest tokens as they are.
+
+    The model is to give such latents: `params = models.latent.cskv(params, keys, values)`.
+
+    Args:
+        keys, values: ranks as shares of all heads' channels.
+        window: newest tokens whose keys and values stay.
+        bits, group_size: as `lorc`.
+    """
+    method = Method(codec=_latents(bits, group_size), inflow=Beside(window))
+    return CacheConfig("cskv", method, weights=CSKV(keys, values))

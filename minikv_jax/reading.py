@@ -12,7 +12,7 @@ from minikv_jax.basis import Moments
 from minikv_jax.cache import Readers
 from minikv_jax.channels import LAST
 from minikv_jax.compress import even_share, starts
-from minikv_jax.model import Layer, Model
+from minikv_jax.model import Layer, Model, attended, row_sizes
 from pallas_kernels import two_pass_attention
 from pallas_kernels.rows import row_numbers
 from pallas_kernels.two_pass_attention.common import ScoreRows
@@ -76,8 +76,8 @@ def read_layer(
         sliding_window: keys that a query sees, None for all before it.
 
     Returns:
-        x after the layer, and what `compress_layer` takes: keys and values [B, T, K, H], scores [B, K, T] in float32
-        and what reads them.
+        x after the layer, and what `compress` takes: keys and values [B, T, K, H], or rows of latents, scores
+        [B, K, T] in float32 and what reads them.
     """
     read = _read_layer if isinstance(x, Tracer) else _read_layer_in_place
     return read(layer, x, lengths, rows, score_rows, sliding_window)
@@ -88,10 +88,10 @@ def _read_whole_layer(layer: Layer, x, lengths, rows: Chunks, score_rows, slidin
         return _read_layer_in_chunks(layer, x, lengths, rows, score_rows, sliding_window)
     positions = jnp.broadcast_to(row_numbers(x.shape[1], axes=2), x.shape[:2])
     query, key, value = layer.before_attention(x, positions)
+    exact = attended(layer, key, value, positions)
     attention, scores, _ = two_pass_attention(
         query,
-        key,
-        value,
+        *exact,
         query_lengths=lengths,
         key_value_lengths=lengths,
         score_rows=score_rows,
@@ -99,8 +99,14 @@ def _read_whole_layer(layer: Layer, x, lengths, rows: Chunks, score_rows, slidin
     )
     counted = positions < lengths[:, None]
     last = counted & (positions >= lengths[:, None] - LAST)
-    readers = Readers.of(query, key.shape[2], counted, last).with_projection(layer.projection())
-    return layer.after_attention(x, attention), key, value, scores, readers
+    readers = Readers.of(query, exact[0].shape[2], counted, last).with_projection(layer.projection())
+    return layer.after_attention(x, attention), key, value, _of_rows(scores, key), readers
+
+
+def _of_rows(scores: Float[Array, "B K T"], key: Float[Array, "B T _ _"]) -> Float[Array, "B _ T"]:
+    """Attention received by each head of the rows that are cached: latents are shared by all heads of a layer."""
+    b, _, tokens = scores.shape
+    return scores.reshape(b, key.shape[2], -1, tokens).sum(axis=2)
 
 
 _STATIC = ("rows", "score_rows", "sliding_window")
@@ -113,6 +119,7 @@ def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sl
     config = layer.config
     heads, head_size = config.num_kv_heads, config.head_dim
     pieces = starts(rows.attention, rows.products)
+    everywhere = jnp.broadcast_to(row_numbers(tokens, axes=2), (b, tokens))
 
     def rows_of(whole, start):
         return jax.lax.dynamic_slice_in_dim(whole, start, rows.products, axis=1)
@@ -124,6 +131,7 @@ def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sl
         # Keys after a chunk's rows are zeros so far, and causal attention does not look at them.
         offset = jnp.broadcast_to(first, (b,)).astype(jnp.int32)
         options = {"score_rows": score_rows, "sliding_window": sliding_window}
+        key, value = attended(layer, key, value, everywhere)
         return two_pass_attention(query, key, value, query_lengths=counts, query_offset=offset, **options)
 
     def chunk(state, first):
@@ -155,17 +163,18 @@ def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sl
     # Each sequence's last rows may lie in different chunks: they are asked on their own, when all keys exist.
     last = None if score_rows in ("all", 0) else _last_queries(layer, x, lengths, score_rows)
 
-    empty = jnp.zeros_like(x, shape=(b, tokens, heads, head_size))
+    row_heads, *sizes = row_sizes(layer)
+    empty = [jnp.zeros_like(x, shape=(b, tokens, row_heads, size)) for size in sizes]
     none = functools.partial(jnp.zeros_like, x, jnp.float32)
     no_queries = Moments(none((b, heads, head_size, head_size)), None)
     silent = none((b, heads, head_size))
     readers = Readers(silent, silent, no_queries).with_projection(layer.projection())
-    state = x, empty, empty, none((b, heads, tokens)), readers
+    state = x, *empty, none((b, heads, tokens)), readers
     (x, key, value, scores, readers), _ = jax.lax.scan(chunk, state, starts(tokens, rows.attention))
     if last is not None:
         their_query, first = last
         _, scores, _ = attend(their_query, key, value, first, jnp.minimum(lengths, their_query.shape[1]), "all")
-    return x, key, value, scores, readers
+    return x, key, value, _of_rows(scores, key), readers
 
 
 def _last_queries(layer: Layer, x, lengths, count: int) -> tuple[Float[Array, "B count N H"], Int[Array, "B"]]:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Hashable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
@@ -18,7 +17,7 @@ from minikv_jax.compress import compress
 from minikv_jax.config import CacheConfig, Method
 from minikv_jax.errors import ConfigError, shortened
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.prefill import checked
+from minikv_jax.prefill import checked_sizes
 from pallas_kernels.packed_decode.layout import BLOCK
 
 _BFLOAT16_BYTES = 2
@@ -76,7 +75,7 @@ def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generat
 
     Args:
         model: its sizes; the cache is that of a bfloat16 model.
-        config: the method; its capacities are replaced.
+        config: the method; its capacities are replaced. Of latents whose ranks follow from weights it assumes them.
         prompt, generated: tokens read.
 
     Raises:
@@ -88,7 +87,9 @@ def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generat
     # A plan may go beyond the model's positions.
     roomy = model.replace(max_position_embeddings=max(model.max_position_embeddings, prompt + generated))
     config = config.replace(prompt_capacity=prompt, generated_capacity=generated)
-    config = checked(cast(Any, SimpleNamespace(config=roomy)), prompt, config)
+    if config.weights is not None and config.method.latent is None:
+        config = config.with_latents(config.weights.assumed(model.num_kv_heads, model.head_dim, model.num_layers))
+    config = checked_sizes(roomy, prompt, config)
     kinds: dict[Hashable, Size] = {}
     sizes = []
     for i in range(model.num_layers):
@@ -99,6 +100,14 @@ def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generat
             kinds[kind] = _planned_size(model, config, i)
         sizes.append(kinds[kind])
     return _report(sizes, sum(size.bytes_held for size in sizes))
+
+
+def assumed(model: ModelConfig, config: CacheConfig) -> str | None:
+    """What a plan takes for granted that the method leaves to the model's weights, in words; None: nothing."""
+    if config.weights is None:
+        return None
+    first, width = config.weights.assumed(model.num_kv_heads, model.head_dim, 1)[0], model.num_kv_heads * model.head_dim
+    return f"latents of {first.keys} channels of keys and {first.values} of values in every layer, of {width}"
 
 
 def _planned_size(model: ModelConfig, config: CacheConfig, i: int) -> Size:
@@ -140,8 +149,10 @@ def _probed(method: Method, heads: int, head_size: int, dtype: str | None) -> li
     def array(*shape: int, dtype=jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    key = array(1, BLOCK, heads, head_size)
-    scores = array(1, heads, BLOCK, dtype=jnp.float32)
+    widths = (head_size, head_size) if method.latent is None else method.latent.widths
+    row_heads = method.row_sizes(heads, head_size)[0]
+    key, value = (array(1, BLOCK, row_heads, width) for width in widths)
+    scores = array(1, row_heads, BLOCK, dtype=jnp.float32)
     channels = (1, heads, head_size)
     moments = Moments(array(*channels, head_size, dtype=jnp.float32), None)
     of_channels = array(*channels, dtype=jnp.float32)
@@ -150,7 +161,7 @@ def _probed(method: Method, heads: int, head_size: int, dtype: str | None) -> li
 
     def layer_of(*rows: int):
         make = functools.partial(compress, method=method, shape=Shape(*rows), dtype=dtype)
-        return jax.eval_shape(make, key, key, scores, readers, lengths, allocate.Budget(lengths, lengths))
+        return jax.eval_shape(make, key, value, scores, readers, lengths, allocate.Budget(lengths, lengths))
 
     return [layer_of(BLOCK, BLOCK), layer_of(2 * BLOCK, BLOCK), layer_of(BLOCK, 2 * BLOCK)]
 
@@ -168,7 +179,7 @@ def _report(layers: list[Size], bytes_held: int) -> CacheReport:
 
 
 def _size(layer: LayerCache, tokens_kept: int, read: int) -> Size:
-    heads, head_size = layer.heads
+    heads, head_size = layer.of_model
     tiers = (*layer.prefix, *layer.tiers)
     return Size(
         tokens_kept=tokens_kept,

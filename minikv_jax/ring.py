@@ -31,7 +31,7 @@ class KiviWindow:
     """
 
     key: Float[Array, "B K R H"]
-    value: Float[Array, "B K ring H"]
+    value: Float[Array, "B K ring V"]
     packed_keys: Int[Array, "B"]
 
 

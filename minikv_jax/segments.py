@@ -5,6 +5,7 @@ before they were cached, so attention never needs to know where in the text a ro
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import jax
@@ -195,12 +196,12 @@ Segment = DenseSegment | PackedSegment
 def build(
     codec: Codec,
     key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S H"],
+    value: Float[Array, "B K S V"],
     length: Int[Array, "B"],
     capacity: int,
     dtype: DTypeLike,
     balance: Float[Array, "B K H"] | None,
-    moment: Float[Array, "B K H H"],
+    moment: Float[Array, "B _ _ _"],
     channels: Int[Array, "B K C"] | None = None,
 ) -> Segment:
     """A segment of the first rows, with room for `capacity` tokens (packed: rounded up to whole blocks).
@@ -212,7 +213,7 @@ def build(
         capacity: static.
         dtype: of dense rows.
         balance: MiKV's, used by codecs that balance.
-        moment: of the queries (`basis.Moments`), used by codecs with feedback.
+        moment: [B, K, H, H] of the queries (`basis.Moments`), used by codecs with feedback.
         channels: those to hold of the keys; None: all.
     """
     key = narrow.of_keys(key, channels)
@@ -254,7 +255,16 @@ def attention(
     return partial_attention(segment.part(query), **softmax)
 
 
-def append(segment: Segment, key: Float[Array, "B K 1 H"], value: Float[Array, "B K 1 H"], accept: Bool[Array, "B"]):
+def shared_attention(
+    query: Float[Array, "B T N H"], prefix: Segment, read: Callable[..., Partial] = attention, **softmax: Any
+) -> Partial:
+    """All sequences' queries over one shared segment: to it they are so many more queries of one sequence."""
+    b, t = query.shape[:2]
+    partial = read(query.reshape(1, b * t, *query.shape[2:]), prefix, **softmax)
+    return Partial(*(x.reshape(b, t, *x.shape[2:]) for x in partial))
+
+
+def append(segment: Segment, key: Float[Array, "B K 1 H"], value: Float[Array, "B K 1 V"], accept: Bool[Array, "B"]):
     """The segment with one more token for the sequences that accept it."""
     b, heads = key.shape[:2]
     slot = jnp.broadcast_to(segment.length[:, None], (b, heads))

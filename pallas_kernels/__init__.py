@@ -13,6 +13,7 @@ from pallas_kernels.packed_decode.api import (
     partial_attention,
 )
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor, dequantize, pack, unpack
+from pallas_kernels.packed_decode.xla import latent_decode_attention
 from pallas_kernels.partial import Partial, merge_partials, with_sinks
 from pallas_kernels.two_pass_attention.api import two_pass_attention
 
@@ -26,6 +27,7 @@ __all__ = [
     "decode_attention",
     "dense_decode_attention",
     "dequantize",
+    "latent_decode_attention",
     "merge_partials",
     "pack",
     "packed_append",

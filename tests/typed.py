@@ -19,8 +19,9 @@ CHECKED = (
     *(
         f"minikv_jax.{name}"
         for name in [
-            *("allocate", "append", "basis", "block", "cache", "choose", "codec", "compress", "evict", "inflow"),
-            *("merge", "rank", "ring", "tova", "reading", "report", "segments", "models.llama"),
+            *("allocate", "append", "basis", "beside", "block", "cache", "choose", "codec", "compress", "evict"),
+            *("inflow", "latent", "merge", "rank", "ring", "tova", "reading", "report", "segments"),
+            *("models.latent", "models.llama"),
         ]
     ),
     "pallas_kernels",

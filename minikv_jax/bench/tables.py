@@ -18,7 +18,7 @@ from minikv_jax import outputs, presets, program
 from minikv_jax.bench.timing import read_results
 from minikv_jax.errors import MiniKVError
 from minikv_jax.models.shapes import shape_of
-from minikv_jax.report import planned_report
+from minikv_jax.report import assumed, planned_report
 
 RESULTS = Path("examples/results")
 _NOT_YET = "Not measured yet."
@@ -69,7 +69,13 @@ def sizes(folder: Path) -> str:
     header = ["method", *("bits per element", "MiB held", "MiB of tiers") * 2]
     titles = " and ".join(f"{model} at {prompt:,} + {generated} tokens" for model, prompt, generated in cases)
     commands = ", ".join(f"`minikv methods --model-shape {m} --prompt {p} --generated {g}`" for m, p, g in cases)
-    return f"One sequence of {titles}: {commands}.\n\n{_table(header, rows)}"
+    taken = [
+        f"`{name}` at {model}: {words}."
+        for name, preset in presets.METHODS.items()
+        for model, *_ in cases
+        if (words := assumed(shape_of(model), preset()))
+    ]
+    return "\n\n".join([f"One sequence of {titles}: {commands}.", _table(header, rows), " ".join(taken)])
 
 
 def _of(name: str) -> Callable[[Callable[[dict], str]], Callable[[Path], str]]:

@@ -3,7 +3,7 @@
 Two facts make a study of many methods affordable:
 
 * Attention over the prompt is exact, so hidden states do not depend on the method: one pass over the layers gives the
-  keys and values that every method compresses (`read_prompt`).
+  keys and values that every method compresses (`read_prompt`). Methods that change weights have a pass of their own.
 * Tokens that are known in advance need no decoding loop over the whole model. Layer l of token t reads layer l-1 of
   token t and layer l's cache, which holds tokens up to t: so `read_on` runs a layer over all tokens (projections and
   MLP at once, cache and attention token after token in the order of `decode_step`, flushes and evictions included)
@@ -28,10 +28,11 @@ from minikv_jax import allocate
 from minikv_jax.cache import KVCache, LayerCache, Shape, nbytes
 from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import CacheConfig, Method
+from minikv_jax.latent import Weights
 from minikv_jax.layer import read_token
-from minikv_jax.model import Model
+from minikv_jax.model import Model, as_model, latent_layer
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.prefill import checked
+from minikv_jax.prefill import checked, with_latents_of
 from minikv_jax.reading import chunk_rows, embed, logits_at, read_layer
 from minikv_jax.report import planned_layer, planned_report
 from pallas_kernels.two_pass_attention.common import ScoreRows
@@ -39,10 +40,30 @@ from pallas_kernels.two_pass_attention.common import ScoreRows
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What reading a batch of prompts left: logits of the next token, and a cache for each method."""
+    """What reading a batch of prompts left: logits of the next token, with unchanged weights if some method has these,
+    and a cache for each method."""
 
     logits: Float[Array, "B V"]
     caches: dict[str, KVCache]
+
+
+def for_method(model: Model, config: CacheConfig) -> Model:
+    """The model with the weights that a method asks for, made once."""
+    return model if config.weights is None else _made(model, config.weights)
+
+
+@functools.lru_cache(maxsize=4)
+def _made(model: Model, weights: Weights) -> Model:
+    from minikv_jax.models.latent import made  # a model of another kind needs no flax
+
+    return as_model(made(model, weights))
+
+
+def _by_weights(model: Model, methods: Mapping[str, CacheConfig]) -> Iterator[tuple[Model, dict[str, CacheConfig]]]:
+    """The methods, and the model that they read, for each way to change its weights; those that change none first."""
+    for weights in sorted({config.weights for config in methods.values()}, key=lambda x: (x is not None, str(x))):
+        some = {name: config for name, config in methods.items() if config.weights == weights}
+        yield for_method(model, next(iter(some.values()))), some
 
 
 def read_layers(model: Model, tokens, lengths, rows: Sequence[ScoreRows]) -> Iterator[dict[ScoreRows, tuple]]:
@@ -69,6 +90,12 @@ def read_prompt(
     Layers keep the largest layer's capacity, so that a pyramid needs one program and not one a layer; `weight_of`
     counts what `prefill` would hold.
     """
+    found = [_read_prompt(own, tokens, lengths, some) for own, some in _by_weights(model, methods)]
+    caches = {name: cache for prompt in found for name, cache in prompt.caches.items()}
+    return Prompt(found[0].logits, {name: caches[name] for name in methods})
+
+
+def _read_prompt(model: Model, tokens, lengths, methods: Mapping[str, CacheConfig]) -> Prompt:
     lengths = jnp.asarray(lengths, jnp.int32)
     methods = {name: checked(model, tokens.shape[1], config) for name, config in methods.items()}
     layers = model.config.num_layers
@@ -136,6 +163,13 @@ def read_follows(
         For each method, hidden states before the last norm of each follow; they are padded, and meaningless past the
         counts.
     """
+    found = {}
+    for own, some in _by_weights(model, methods):
+        found |= _read_follows(own, tokens, lengths, some, follows)
+    return {name: found[name] for name in methods}
+
+
+def _read_follows(model: Model, tokens, lengths, methods: Mapping[str, CacheConfig], follows) -> dict[str, list]:
     lengths = jnp.asarray(lengths, jnp.int32)
     layers = model.config.num_layers
     methods = {name: checked(model, tokens.shape[1], config) for name, config in methods.items()}
@@ -178,7 +212,7 @@ def _read_on_layer(layer, x, cache: LayerCache, position, counted: Bool[Array, "
 
     def step(cache, token):
         q, k, v, place, accept = token
-        cache, output = read_token(cache, q[:, None], k[:, None], v[:, None], place, accept)
+        cache, output = read_token(cache, q[:, None], k[:, None], v[:, None], place, accept, latent_layer(layer))
         return cache, output[:, 0]
 
     stream = tuple(jnp.moveaxis(y, 1, 0) for y in (query, key, value, places, counted))
@@ -198,6 +232,7 @@ def read_on(
         tokens: known in advance, padded on the right.
         counts: true numbers of tokens. Hidden states past them are meaningless.
     """
+    model = for_method(model, cache.config)
     counts = jnp.asarray(counts, jnp.int32)
     counted = jnp.arange(tokens.shape[1])[None] < counts[:, None]
     x, layers = _embedded(model, tokens), []
@@ -213,11 +248,12 @@ def attention_errors(
     """Relative error of each layer's attention output, [B, layers], when all layers get the full cache's inputs."""
     counted = jnp.ones(tokens.shape, bool)
     x, errors = _embedded(model, tokens), {name: [] for name in caches}
+    models = {name: for_method(model, cache.config) for name, cache in caches.items()}
     for i, layer in enumerate(model.layers):
         following, _, exact = _read_on_layer(layer, x, full.layers[i], full.lengths, counted)
         exact = exact.astype(jnp.float32)
         for name, cache in caches.items():
-            _, _, found = _read_on_layer(layer, x, cache.layers[i], cache.lengths, counted)
+            _, _, found = _read_on_layer(models[name].layers[i], x, cache.layers[i], cache.lengths, counted)
             errors[name].append(_size(found.astype(jnp.float32) - exact) / _size(exact))
         x = following
     return {name: np.stack(jax.device_get(found), axis=1) for name, found in errors.items()}
@@ -312,6 +348,11 @@ class Weight:
     bits_per_element: float
     bits_of_tiers: float
     bits_of_codes: float
+
+
+def weight_in(model: Model, config: CacheConfig, prompt: int, generated: int) -> Weight:
+    """`weight_of`, of the ranks that follow from the model's weights where a method has these."""
+    return weight_of(model.config, with_latents_of(for_method(model, config), config), prompt, generated)
 
 
 @functools.lru_cache(maxsize=4096)

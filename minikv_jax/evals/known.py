@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from minikv_jax.config import CacheConfig
-from minikv_jax.evals.engine import Figures, Prompt, Weight, figures, fitted, read_follows, read_prompt, weight_of
+from minikv_jax.evals.engine import Figures, Prompt, Weight, figures, fitted, read_follows, read_prompt, weight_in
 from minikv_jax.evals.task import Case, Follow, Lab, Measured, Values, padded, room_of
 
 FULL = "full"
@@ -63,7 +63,7 @@ def read_cases(lab: Lab, cases: Sequence[Case], methods: Mapping[str, CacheConfi
 def weight_of_case(lab: Lab, case: Case, config: CacheConfig, generated: int | None = None) -> Weight:
     """With room for the `generated` tokens that were read; by default the longest of its follows."""
     generated = generated or max(len(follow.tokens) for follow in case.follows)
-    return weight_of(lab.model.config, config.replace(dtype="bfloat16"), len(case.prompt), generated)
+    return weight_in(lab.model, config.replace(dtype="bfloat16"), len(case.prompt), generated)
 
 
 def _of_row(found: Figures, row: int, follow: Follow) -> Figures:

@@ -12,6 +12,7 @@ from minikv_jax.bench.timing import write_results
 from minikv_jax.config import CacheConfig
 from minikv_jax.errors import ConfigError, MiniKVError
 from minikv_jax.evals import picture, store, summary
+from minikv_jax.evals.engine import for_method
 from minikv_jax.evals.known import FULL, with_full
 from minikv_jax.evals.task import Case, Lab, Settings, Task
 from minikv_jax.evals.tasks import METRICS, TASKS
@@ -102,7 +103,11 @@ def cases_of(lab: Lab, title: str, methods: Mapping[str, CacheConfig]) -> list[C
     case, room = max(((case, task.room(lab, case)) for case in cases), key=lambda x: len(x[0].prompt) + x[1])
     for label, config in methods.items():
         try:
-            checked(model, len(case.prompt), config.replace(generated_capacity=room, prompt_capacity=None))
+            checked(
+                for_method(model, config),
+                len(case.prompt),
+                config.replace(generated_capacity=room, prompt_capacity=None),
+            )
         except MiniKVError as error:
             raise ConfigError(f"{title}, {case.name}, {label}: {error}") from None
     return cases

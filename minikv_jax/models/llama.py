@@ -25,7 +25,7 @@ def rms_norm(x: Float[Array, "*rows D"], weight: Float[Array, "D"], epsilon: flo
 
 
 def rotary(
-    x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], frequencies: np.ndarray, magnitude: float = 1.0
+    x: Float[Array, "B T heads H"], positions: Int[Array, "#B T"], frequencies: np.ndarray, magnitude: float = 1.0
 ) -> Float[Array, "B T heads H"]:
     """Rotary embedding, times `magnitude`; channel i pairs with channel i + H / 2 (Hugging Face's order)."""
     angle = positions[..., None].astype(jnp.float32) * frequencies[None, None]
@@ -71,20 +71,38 @@ class LlamaLayer(nnx.Module):
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Query, key and value of every token, query and key with rotary embedding."""
-        config = self.config
-        h = rms_norm(x, self.attention_norm[...], config.rms_norm_eps)
-        y = h @ self.query_key_value[...]
-        if config.query_key_value_bias:
+        n, k = self.config.num_heads, self.config.num_kv_heads
+        query, key, value = jnp.split(self.heads(self.normed(x)), (n, n + k), axis=2)
+        return self.queries(query, positions), self.keys(key, positions), value
+
+    def normed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What queries, keys and values are products of."""
+        return rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps)
+
+    def heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B T heads H"]:
+        """Queries, keys and values of every head, as products give them."""
+        y = x @ self.query_key_value[...]
+        if self.config.query_key_value_bias:
             y = y + self.query_key_value_bias[...][None, None]
-        n, k = config.num_heads, config.num_kv_heads
-        query, key, value = jnp.split(y.reshape(*y.shape[:2], -1, config.head_dim), (n, n + k), axis=2)
-        if config.query_key_norm:
-            query = rms_norm(query, self.query_norm[...], config.rms_norm_eps)
-            key = rms_norm(key, self.key_norm[...], config.rms_norm_eps)
+        return y.reshape(*y.shape[:2], -1, self.config.head_dim)
+
+    def queries(self, query: Float[Array, "B T N H"], positions: Int[Array, "#B T"]) -> Float[Array, "B T N H"]:
+        """Queries as they meet keys: of one length where the model norms them, with rotary embedding."""
+        if self.config.query_key_norm:
+            query = rms_norm(query, self.query_norm[...], self.config.rms_norm_eps)
+        return self._rotated(query, positions)
+
+    def keys(self, key: Float[Array, "B T K H"], positions: Int[Array, "#B T"]) -> Float[Array, "B T K H"]:
+        """Likewise keys."""
+        if self.config.query_key_norm:
+            key = rms_norm(key, self.key_norm[...], self.config.rms_norm_eps)
+        return self._rotated(key, positions)
+
+    def _rotated(self, x: Float[Array, "B T heads H"], positions: Int[Array, "#B T"]) -> Float[Array, "B T heads H"]:
+        config = self.config
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         magnitude = 1.0 if config.rope_scaling is None else config.rope_scaling.magnitude
-        query, key = (rotary(x, positions, frequencies, magnitude) for x in (query, key))
-        return query, key, value
+        return rotary(x, positions, frequencies, magnitude)
 
     def after_attention(self, x: Float[Array, "B T D"], attention: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """The layer's result: both residual connections and the gated MLP."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor, dequantize_blocks
+from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor, dequantize, dequantize_blocks
 from pallas_kernels.partial import Partial, capped
 from pallas_kernels.rows import row_numbers
 
@@ -168,3 +168,76 @@ def dense_decode_attention(
     visible = jnp.repeat(jnp.swapaxes(lengths, 1, 2), n // heads, axis=2)
     width = value.shape[-1]
     return _partial(_attend(rows, read, visible, capacity, width, chunk, return_logits, soft_cap), t)
+
+
+def latent_decode_attention(
+    query: Float[Array, "B T N H"],
+    keys: PackedTensor | Float[Array, "B 1 S R"],
+    values: PackedTensor | Float[Array, "B 1 S V"],
+    lengths: Int[Array, "B"],
+    rebuilt: Callable[[Float[Array, "B C R"], Int[Array, ""]], Float[Array, "B C K H"]],
+    heads: int,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> Partial:
+    """Partial attention of queries over latents that all heads share; every query sees the first `lengths` rows.
+
+    No more than one chunk's keys are ever rebuilt.
+
+    Beside scores and values a step costs 2 S R K H operations a sequence for the keys, which is R / G of what its
+    scores cost.
+
+    Args:
+        query: [B, T, N, H], rotated for its position.
+        keys: latents of keys, of one head.
+        values: latents of values, of one head.
+        lengths: rows held, 0 <= length <= S.
+        rebuilt: from latents [B, C, R] of rows `first`, `first` + 1, ... to their keys [B, C, K, H], rotated.
+        heads: K, key/value heads of the model.
+        scale: of the logits; default H ** -0.5.
+        soft_cap: c bounds logits x by c tanh(x / c).
+
+    Returns:
+        Float32 `Partial` whose output [B, T, N, V] is of latents of values.
+    """
+    b, t, _, h = query.shape
+    capacity = _capacity(keys)
+    chunk = _chunk_tokens(capacity, b * heads, h)
+
+    def read(start):
+        key, value = (_latents(x, start, chunk) for x in (keys, values))
+        all_keys = rebuilt(key, start)
+
+        def logits(q):
+            return jnp.einsum("bkmh,bskh->bkms", q, all_keys, preferred_element_type=jnp.float32)
+
+        def output(p, present):
+            # What lies past a length may be anything, and 0 * NaN is NaN.
+            rows = jnp.where(present[:, 0, :, None], value, 0)
+            return jnp.einsum("bkms,bsv->bkmv", p.astype(rows.dtype), rows, preferred_element_type=jnp.float32)
+
+        return _Chunk(logits, output)
+
+    rows = _rows(query, heads, h**-0.5 if scale is None else scale).astype(query.dtype)
+    visible = jnp.broadcast_to(lengths[:, None, None], rows.shape[:-1])
+    result = _attend(rows, read, visible, capacity, _width(values), chunk, False, soft_cap)
+    return Partial(*(_unrows(x, t) for x in result))
+
+
+def _capacity(x: PackedTensor | Float[Array, "B 1 S R"]) -> int:
+    return x.capacity if isinstance(x, PackedTensor) else x.shape[2]
+
+
+def _width(x: PackedTensor | Float[Array, "B 1 S R"]) -> int:
+    return x.head_size if isinstance(x, PackedTensor) else x.shape[3]
+
+
+def _latents(x: PackedTensor | Float[Array, "B 1 S R"], start: Int[Array, ""], count: int) -> Float[Array, "B C R"]:
+    """`count` rows from `start` on; of packed ones both are whole blocks."""
+    if isinstance(x, PackedTensor):
+        blocks: PackedTensor = jax.tree.map(
+            lambda y: jax.lax.dynamic_slice_in_dim(y, start // BLOCK, count // BLOCK, axis=2), x
+        )
+        return dequantize(blocks)[:, 0]
+    return jax.lax.dynamic_slice_in_dim(x, start, count, axis=2)[:, 0]
