@@ -17,6 +17,7 @@ from minikv_jax.codec import Codec
 from minikv_jax.errors import PromptError
 from minikv_jax.inflow import Inflow
 from minikv_jax.latent import Latent, Weights
+from minikv_jax.sharing import KVSharer
 from pallas_kernels.two_pass_attention.common import ScoreRows
 
 # A share of the prompt (float, int(N * share) tokens) or a number of tokens (int).
@@ -267,6 +268,20 @@ class CacheConfig:
         """The method of a layer."""
         return dict(self.layers).get(layer, self.method)
 
+    @property
+    def needs_latents(self) -> bool:
+        """Whether what its layers cache are latents."""
+        return self.weights is not None and self.weights.assumed(1, 1, 1) is not None
+
+    def source(self, layer: int) -> int:
+        """The layer whose keys and values a layer reads: its own but where layers share them."""
+        return self.weights.source(layer) if isinstance(self.weights, KVSharer) else layer
+
+    def sources(self, held: int) -> list[int]:
+        """`source` of every layer of a model so many of whose layers hold their own."""
+        more = len(self.weights.layers) if isinstance(self.weights, KVSharer) else 0
+        return [self.source(i) for i in range(held + more)]
+
     def with_latents(self, latents: Sequence[Latent | None]) -> "CacheConfig":
         """The config for layers that cache these latents."""
         methods = [self.of_layer(i).replace(latent=latent) for i, latent in enumerate(latents)]
@@ -296,7 +311,7 @@ class CacheConfig:
         Raises:
             ConfigError: heads that some method cannot hold, or a method for a layer that is not there.
         """
-        whole = self.weights is None or all(method.latent is not None for method in self.methods)
+        whole = not self.needs_latents or all(method.latent is not None for method in self.methods)
         require(whole, f"{self.name} caches latents, which a model gives whose weights {self.name} has changed.")
         for method in self.methods:
             for size in method.row_sizes(1, head_size)[1:]:

@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from minikv_jax import inputs
 from minikv_jax.cache import KVCache, LayerCache, is_counter, with_lent, without_lent
 from minikv_jax.config import Method
-from minikv_jax.layer import read_token
-from minikv_jax.model import Layer, Params, as_model, latent_layer
+from minikv_jax.layer import read_only, read_token
+from minikv_jax.model import Layer, Model, Params, as_model, latent_layer, owners, sharing_layer
 from minikv_jax.sampling import Sampling, Seen, Written, is_stop, sample, with_log_probs
 from pallas_kernels.rows import row_numbers
 
@@ -28,6 +28,13 @@ def _decode_layer(layer: Layer, cache: LayerCache, x, lengths, accept):
         flow, attention = jax.lax.optimization_barrier((cache.flow, attention))
         cache = dataclasses.replace(cache, flow=flow)
     return cache, layer.after_attention(x, attention)
+
+
+@jax.jit
+def _decode_sharing_layer(layer: Layer, cache: LayerCache, x, lengths):
+    """One layer that reads another's cache, which holds the token already."""
+    query, _, _ = layer.before_attention(x, lengths[:, None])
+    return layer.after_attention(x, read_only(cache, query, lengths))
 
 
 def decode_step(params: Params, cache: KVCache, tokens: Int[Array, "B"]) -> tuple[Float[Array, "B V"], KVCache]:
@@ -51,14 +58,23 @@ def decode_step(params: Params, cache: KVCache, tokens: Int[Array, "B"]) -> tupl
     model = as_model(params)
     inputs.check_cache(model, cache)
     tokens, accept = inputs.next_tokens(tokens, cache, model.config.vocab_size)
-    x = model.embed(tokens[:, None])
-    layers = []
-    for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
-        layer_cache, x = _decode_layer(layer, layer_cache, x, cache.lengths, accept)
-        layers.append(layer_cache)
-    logits = jnp.where(accept[:, None], model.logits(x)[:, 0], jnp.nan)
+    x, cache = through_layers(model, cache, model.embed(tokens[:, None]), accept)
+    return jnp.where(accept[:, None], model.logits(x)[:, 0], jnp.nan), cache
+
+
+def through_layers(
+    model: Model, cache: KVCache, x: Float[Array, "B 1 D"], accept: Bool[Array, "B"]
+) -> tuple[Float[Array, "B 1 D"], KVCache]:
+    """What the last layer gives for one more token of every accepting sequence, and the cache with these."""
+    held = dict(zip(owners(model), cache.layers, strict=True))
+    for i, layer in enumerate(model.layers):
+        sharing = sharing_layer(layer)
+        if sharing is None:
+            held[i], x = _decode_layer(layer, held[i], x, cache.lengths, accept)
+        else:
+            x = _decode_sharing_layer(layer, held[sharing.source], x, cache.lengths)
     step = accept.astype(jnp.int32)
-    return logits, KVCache(tuple(layers), cache.lengths + step, cache.room - step, cache.config)
+    return x, KVCache(tuple(held.values()), cache.lengths + step, cache.room - step, cache.config)
 
 
 def is_end(token: Int[Array, "B"], eos_token_ids: tuple[int, ...], sampling: Sampling) -> Bool[Array, "B"]:

@@ -17,10 +17,11 @@ from minikv_jax.errors import PromptError
 from minikv_jax.evict import Evict
 from minikv_jax.latent import Weights
 from minikv_jax.layer import read_tokens
-from minikv_jax.model import Params, as_model, latent_layer
+from minikv_jax.model import Params, as_model, latent_layer, owners, sharing_layer
 from minikv_jax.prefill import checked, empty_cache, opened
 from minikv_jax.reading import logits_at
 from minikv_jax.segments import DenseSegment
+from minikv_jax.sharing import Borrowing
 from pallas_kernels.rows import below, row_numbers
 from pallas_kernels.two_pass_attention.common import ScoreRows
 
@@ -61,7 +62,7 @@ def extend(
     for start in range(0, tokens.shape[1], _CHUNK):
         chunk = tokens[:, start : start + _CHUNK]
         counts = jnp.clip(lengths - start, 0, chunk.shape[1])
-        counted = [below(counts, chunk.shape[1])] * len(cache.layers)
+        counted = [below(counts, chunk.shape[1])] * model.config.num_layers
         new, cache, _ = _extend_chunk(params, cache, chunk, counts, counted, lengths - start)
         logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
     return jnp.where((lengths > 0)[:, None], cast(Array, logits), jnp.nan), cache  # there is at least one chunk
@@ -77,19 +78,27 @@ def _extend_chunk(params, cache: KVCache, tokens, counts, counted, left):
     model = as_model(params)
     x = model.embed(tokens)
     positions = cache.lengths[:, None] + row_numbers(tokens.shape[1], axes=2)
-    layers, readers = [], []
-    for layer, layer_cache, rows in zip(model.layers, cache.layers, counted, strict=True):
+    before = dict(zip(owners(model), cache.layers, strict=True))
+    held, new, readers = {}, {}, []
+    for i, layer in enumerate(model.layers):
+        sharing = sharing_layer(layer)
+        source = i if sharing is None else sharing.source
+        if sharing is not None:
+            lent_key, lent_value = new[source]
+            layer = Borrowing(layer, lent_key, lent_value, cache.lengths)
         query, key, value = layer.before_attention(x, positions)
-        layer_cache, attention = read_tokens(
-            layer_cache, query, key, value, cache.lengths, counts, rows, latent_layer(layer)
+        after, attention = read_tokens(
+            before[source], query, key, value, cache.lengths, counts, counted[source], latent_layer(layer)
         )
         x = layer.after_attention(x, attention)
-        layers.append(layer_cache)
+        if sharing is not None:
+            continue
+        held[i], new[i] = after, (key, value)
         read = below(counts, tokens.shape[1])
         last = read & ~below(left - LAST, tokens.shape[1])
         readers.append(Readers.of(query, layer.config.num_kv_heads, read, last))
     logits = logits_at(model, x, counts - 1)
-    return logits, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config), readers
+    return logits, KVCache(tuple(held.values()), cache.lengths + counts, cache.room - counts, cache.config), readers
 
 
 def prefill_in_chunks(
@@ -120,13 +129,13 @@ def prefill_in_chunks(
         logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
         readers = [a.join(b) for a, b in zip(readers, more)] if readers else more
     compressed = []
-    for i, (of_model, layer) in enumerate(zip(model.layers, cache.layers, strict=True)):
+    for i, layer, reads in zip(owners(model), cache.layers, readers, strict=True):
         first = cast(DenseSegment, layer.first)
         key, value = (x[:, :, :longest].swapaxes(1, 2) for x in (first.key, first.value))
         budget = allocate.budgets(cache_config, i, layers, lengths, longest)
         scores = layer.flow.scores[:, :, :longest] if any(scored) else jnp.zeros((*first.key.shape[:2], longest))
         shape = Shape.of(cache_config, i, layers)
-        read = key, value, scores, readers[i].with_projection(of_model.projection()), lengths, budget
+        read = key, value, scores, reads.with_projection(model.layers[i].projection()), lengths, budget
         compressed.append(compress_in_pieces(*read, cache_config.of_layer(i), shape, cache_config.dtype))
     return opened(cast(Array, logits), compressed, lengths, cache_config)
 

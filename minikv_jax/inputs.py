@@ -249,17 +249,18 @@ def check_cache(model: "Model", cache: "KVCache") -> None:
         ConfigError: another number of layers, other heads, a fork that was taken apart.
     """
     from minikv_jax.cache import KVCache
-    from minikv_jax.model import latent_layer
+    from minikv_jax.model import latent_layer, owners
 
     if not isinstance(cache, KVCache):
         raise ConfigError(f"The cache is a {type(cache).__name__}: give what `prefill` or `empty_cache` returned.")
     config, batch = model.config, cache.lengths.shape[0]
-    if len(cache.layers) != config.num_layers:
+    own = owners(model)
+    if len(cache.layers) != len(own):
         raise ConfigError(
-            f"The cache has {len(cache.layers)} layers, the model {config.num_layers}: it was made by another model."
+            f"The cache has {len(cache.layers)} layers, the model {len(own)}: it was made by another model."
         )
-    for i, (layer, of_model) in enumerate(zip(cache.layers, model.layers)):
-        gives = latent_layer(of_model)
+    for i, layer in zip(own, cache.layers):
+        gives = latent_layer(model.layers[i])
         if layer.method.latent != (None if gives is None else gives.latent):
             raise ConfigError(
                 f"Layer {i} of the cache holds {layer.method.latent or 'keys and values'}, the model gives "

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from minikv_jax import segments
 from minikv_jax.checks import check_types, require
 from minikv_jax.segments import DenseSegment, Segment
+from minikv_jax.sharing import KVSharer
 from pallas_kernels import (
     Part,
     Partial,
@@ -199,4 +200,4 @@ def attention(
 
 
 # What a model's weights may have been made into.
-type Weights = LoRC | CSKV
+type Weights = LoRC | CSKV | KVSharer

@@ -300,6 +300,15 @@ def read_token(
     return inflow.settle(layer, position, accept), output
 
 
+def read_only(
+    layer: LayerCache, query: Float[Array, "B T N H"], position: Int[Array, "B"], **softmax: Any
+) -> Float[Array, "B T N H"]:
+    """Attends to all that is held, the newest token at `position` included, and changes nothing."""
+    nothing = jnp.zeros_like(query[:, :, : layer.heads[0]])
+    query, _, _ = basis.take_in(layer.method.bases, layer.frames, query, nothing, nothing)
+    return attend(layer, query, position, **softmax)[0]
+
+
 def read_tokens(
     layer: LayerCache,
     query: Float[Array, "B T N H"],

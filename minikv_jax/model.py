@@ -90,6 +90,37 @@ class LatentLayer(Layer, Protocol):
         ...
 
 
+@runtime_checkable
+class SharingLayer(Layer, Protocol):
+    """A layer that reads an earlier layer's keys and values: its `before_attention` gives queries alone."""
+
+    @property
+    def source(self) -> int:
+        """The earlier layer, one that holds its own."""
+        ...
+
+    @property
+    def made(self) -> Weights:
+        """What the model's weights were made into."""
+        ...
+
+
+def sharing_layer(layer: Layer) -> SharingLayer | None:
+    """The layer, if it holds no keys and values."""
+    return layer if isinstance(layer, SharingLayer) else None
+
+
+def owners(model: "Model") -> list[int]:
+    """The layers that hold keys and values, in the order of a cache's."""
+    return [i for i, layer in enumerate(model.layers) if sharing_layer(layer) is None]
+
+
+def made_into(model: "Model") -> Weights | None:
+    """What the model's weights were made into; None: they are as they were loaded."""
+    changed = (latent_layer(layer) or sharing_layer(layer) for layer in model.layers)
+    return next((layer.made for layer in changed if layer is not None), None)
+
+
 def latent_layer(layer: Layer) -> LatentLayer | None:
     """The layer, if it caches latents."""
     return layer if isinstance(layer, LatentLayer) else None

@@ -20,8 +20,9 @@ from minikv_jax.compress import compress, compress_in_pieces, cut
 from minikv_jax.config import CacheConfig
 from minikv_jax.errors import ConfigError, PromptError
 from minikv_jax.latent import Weights
-from minikv_jax.model import Model, Params, Sizes, as_model, latent_layer
-from minikv_jax.reading import chunk_rows, embed, logits_at, read_layer, sequences_at_once
+from minikv_jax.model import Model, Params, Sizes, as_model, latent_layer, made_into
+from minikv_jax.reading import chunk_rows, embed, logits_at, read_layers, sequences_at_once
+from pallas_kernels.two_pass_attention.common import ScoreRows
 
 
 def bucket(tokens: Int[Array, "B T"], limit: int | None = None) -> Int[Array, "B padded"]:
@@ -70,8 +71,9 @@ def forward(params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] 
     tokens, lengths = inputs.token_rows(ids, counts, model.config.vocab_size, least=1)
     rows = chunk_rows(*tokens.shape)
     x = embed(model, tokens, rows)
-    for layer in model.layers:
-        x, *_ = read_layer(layer, x, lengths, rows, score_rows=0, sliding_window=model.config.sliding_window)
+    unscored = [0] * model.config.num_layers
+    for _, after, _ in read_layers(model, x, lengths, rows, unscored, model.config.sliding_window):
+        x = after
     return _logits(model, x[:, : tokens.shape[1]], lengths)
 
 
@@ -141,9 +143,12 @@ def _prefill(model: Model, tokens, lengths, cache_config: CacheConfig, progress)
     rows = chunk_rows(*tokens.shape)
     x = embed(model, tokens, rows)
     caches = []
-    for i, layer in enumerate(model.layers):
+    scored: list[ScoreRows] = [cache_config.of_layer(i).score_rows for i in range(layers)]
+    for i, after, attended in read_layers(model, x, lengths, rows, scored, None):
+        x = after
+        if attended is None:
+            continue
         method = cache_config.of_layer(i)
-        x, *attended = read_layer(layer, x, lengths, rows, score_rows=method.score_rows, sliding_window=None)
         budget = allocate.budgets(cache_config, i, layers, lengths, tokens.shape[1])
         # Every layer is compressed at the largest layer's capacity and then cut: one program for a whole pyramid.
         static = {"method": method, "dtype": cache_config.dtype}
@@ -206,14 +211,16 @@ def with_latents_of(model: Model, config: CacheConfig) -> CacheConfig:
     Raises:
         ConfigError: weights that are not what the method needs.
     """
-    layers = [latent_layer(layer) for layer in model.layers]
-    made = next((layer.made for layer in layers if layer is not None), None)
+    made = made_into(model)
     if made == config.weights:
-        return config if made is None else config.with_latents([None if x is None else x.latent for x in layers])
+        layers = [latent_layer(layer) for layer in model.layers]
+        return (
+            config.with_latents([None if x is None else x.latent for x in layers]) if config.needs_latents else config
+        )
     if config.weights is None:
         raise ConfigError(
-            f"This model caches latents, its weights were made into {made}: {config.name} reads the model as it was "
-            f"loaded. Give that, or the method {cast(Weights, made).name}."
+            f"This model's weights were made into {made}: {config.name} reads the model as it was loaded. Give that, "
+            f"or the method {cast(Weights, made).name}."
         )
     raise ConfigError(
         f"{config.name} needs weights made into {config.weights}, this model's are {made or 'as they were loaded'}: "

@@ -18,6 +18,7 @@ from minikv_jax.merge import Merge
 from minikv_jax.newest import Newest
 from minikv_jax.registry import METHODS, by_name, parse, parse_one, row, with_settings
 from minikv_jax.ring import Ring
+from minikv_jax.sharing import KVSharer
 from minikv_jax.tova import Tova
 
 __all__ = ["METHODS", "by_name", "parse", "parse_one", "with_settings"]  # beside the methods themselves
@@ -405,6 +406,20 @@ def lorc(least: float = 0.25, most: float = 0.5, bits: int = 16, group_size: int
         group_size: see `bits`.
     """
     return CacheConfig("lorc", Method(codec=_latents(bits, group_size), inflow=Append()), weights=LoRC(least, most))
+
+
+@row
+def kvsharer(layers: tuple[int, ...] = (), sources: tuple[int, ...] = (), base: str = "full") -> CacheConfig:
+    """KVSharer (arXiv 2410.18517): some layers read an earlier layer's cache, and hold none.
+
+    The model is to give such layers: `params = models.shared.kvsharer(params, layers, sources)`.
+
+    Args:
+        layers: those that hold nothing; `minikv calibrate --share` finds them.
+        sources: the layer that each of them reads.
+        base: the method of all other layers.
+    """
+    return dataclasses.replace(by_name(base), name="kvsharer", weights=KVSharer(layers, sources))
 
 
 def _latents(bits: int, group_size: int) -> Codec:

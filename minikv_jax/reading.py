@@ -1,7 +1,8 @@
 """Prompts through one layer of a model: what comes before its cache is made."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from minikv_jax.basis import Moments
 from minikv_jax.cache import Readers
 from minikv_jax.channels import LAST
 from minikv_jax.compress import even_share, starts
-from minikv_jax.model import Layer, Model, attended, row_sizes
+from minikv_jax.model import Layer, Model, attended, row_sizes, sharing_layer
+from minikv_jax.sharing import Borrowing
 from pallas_kernels import two_pass_attention
 from pallas_kernels.rows import row_numbers
 from pallas_kernels.two_pass_attention.common import ScoreRows
@@ -81,6 +83,40 @@ def read_layer(
     """
     read = _read_layer if isinstance(x, Tracer) else _read_layer_in_place
     return read(layer, x, lengths, rows, score_rows, sliding_window)
+
+
+def read_layers(
+    model: Model,
+    x: Float[Array, "B T D"],
+    lengths: Int[Array, "B"],
+    rows: Chunks,
+    score_rows: Sequence[ScoreRows],
+    sliding_window: int | None,
+) -> Iterator[tuple[int, Float[Array, "B T D"], tuple[Any, ...] | None]]:
+    """All layers over the whole prompt, one after the other.
+
+    Args:
+        model: the model.
+        x: embeddings; donated as by `read_layer`.
+        lengths, rows, sliding_window: as `read_layer`.
+        score_rows: of each layer.
+
+    Yields:
+        The layer's number, x after it, and what `compress` takes; None for a layer that shares an earlier one's.
+    """
+    sharing = {i: layer for i, layer in enumerate(map(sharing_layer, model.layers)) if layer is not None}
+    last_use = {layer.source: i for i, layer in sharing.items()}
+    lent: dict[int, Sequence[Array]] = {}
+    for i, layer in enumerate(model.layers):
+        if i in sharing:
+            key, value = lent[sharing[i].source]
+            layer = Borrowing(layer, key, value, jnp.zeros_like(lengths))
+        x, key, value, *read = read_layer(layer, x, lengths, rows, 0 if i in sharing else score_rows[i], sliding_window)
+        if i in last_use:
+            lent[i] = key, value
+        lent = {source: held for source, held in lent.items() if last_use[source] > i}
+        yield i, x, None if i in sharing else (key, value, *read)
+        del key, value, read  # before the next layer makes its own keys and values
 
 
 def _read_whole_layer(layer: Layer, x, lengths, rows: Chunks, score_rows, sliding_window):

@@ -53,6 +53,11 @@ class Size:
         return 8 * _BFLOAT16_BYTES * self.bytes_held / self.bytes_bfloat16
 
     @property
+    def borrowed(self) -> "Size":
+        """That of a layer that reads what this one holds."""
+        return dataclasses.replace(self, bytes_tiers=0, bytes_window=0, bytes_held=0)
+
+    @property
     def times_smaller(self) -> float:
         return self.bytes_bfloat16 / self.bytes_held
 
@@ -66,7 +71,10 @@ class CacheReport:
 def cache_report(cache: KVCache) -> CacheReport:
     """Sizes of a concrete cache, per layer and in total."""
     read = int(np.sum(jax.device_get(cache.lengths)))
-    layers = [_size(layer, _tokens_kept(layer, cache), read) for layer in cache.layers]
+    sizes = [_size(layer, _tokens_kept(layer, cache), read) for layer in cache.layers]
+    sources = cache.config.sources(len(sizes))
+    held = dict(zip(sorted(set(sources)), sizes))
+    layers = [held[source] if source == i else held[source].borrowed for i, source in enumerate(sources)]
     return _report(layers, nbytes(cache))
 
 
@@ -87,8 +95,11 @@ def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generat
     # A plan may go beyond the model's positions.
     roomy = model.replace(max_position_embeddings=max(model.max_position_embeddings, prompt + generated))
     config = config.replace(prompt_capacity=prompt, generated_capacity=generated)
-    if config.weights is not None and config.method.latent is None:
-        config = config.with_latents(config.weights.assumed(model.num_kv_heads, model.head_dim, model.num_layers))
+    latents = (
+        None if config.weights is None else config.weights.assumed(model.num_kv_heads, model.head_dim, model.num_layers)
+    )
+    if latents is not None and config.method.latent is None:
+        config = config.with_latents(latents)
     config = checked_sizes(roomy, prompt, config)
     kinds: dict[Hashable, Size] = {}
     sizes = []
@@ -98,15 +109,16 @@ def planned_report(model: ModelConfig, config: CacheConfig, prompt: int, generat
         kind = own, i if own.allocation.is_pyramid else 0
         if kind not in kinds:
             kinds[kind] = _planned_size(model, config, i)
-        sizes.append(kinds[kind])
+        sizes.append(kinds[kind] if config.source(i) == i else kinds[kind].borrowed)
     return _report(sizes, sum(size.bytes_held for size in sizes))
 
 
 def assumed(model: ModelConfig, config: CacheConfig) -> str | None:
     """What a plan takes for granted that the method leaves to the model's weights, in words; None: nothing."""
-    if config.weights is None:
+    latents = None if config.weights is None else config.weights.assumed(model.num_kv_heads, model.head_dim, 1)
+    if latents is None:
         return None
-    first, width = config.weights.assumed(model.num_kv_heads, model.head_dim, 1)[0], model.num_kv_heads * model.head_dim
+    (first,), width = latents, model.num_kv_heads * model.head_dim
     return f"latents of {first.keys} channels of keys and {first.values} of values in every layer, of {width}"
 
 

@@ -2,7 +2,7 @@
 
     params = lorc(params, least, most)          W_k and W_v become products of low rank; ranks fall with depth
     params = cskv(params, keys, values)         beside W_k and W_v there are products of low rank, for older tokens
-    params = made(params, config.weights)       whichever of both the method asks for
+    params = made(params, config.weights)       whichever the method asks for
 
 A product A B takes what enters attention to a latent (A) and the latent to the keys or values of all heads (B). As it
 is made here the rows of B are orthonormal: an error of a latent is one of the same size in what is rebuilt from it.
@@ -20,6 +20,8 @@ from minikv_jax.errors import ConfigError
 from minikv_jax.latent import CSKV, Latent, LoRC, Weights, rank_of, whole_rank
 from minikv_jax.model import Params, as_model, latent_layer
 from minikv_jax.models.llama import Llama, LlamaLayer
+from minikv_jax.models.shared import kvsharer, queries_of
+from minikv_jax.sharing import KVSharer
 
 
 class Product(NamedTuple):
@@ -49,7 +51,7 @@ class LatentLlamaLayer(nnx.Module):
             return nnx.Param(jnp.asarray(x, dtype).reshape(shape))
 
         bias = layer.query_key_value_bias[...] if config.query_key_value_bias else np.zeros((n + 2 * k) * h)
-        self.layer = layer if latent.exact else _of_queries(layer)
+        self.layer = layer if latent.exact else queries_of(layer)
         self.down = param(np.concatenate((key.down, value.down), axis=1), config.hidden_size, -1)
         self.key_up, self.value_up = param(key.up, -1, k, h), param(value.up, -1, k, h)
         self.key_bias, self.value_bias = param(bias[n * h : -k * h], k, h), param(bias[-k * h :], k, h)
@@ -100,16 +102,6 @@ class LatentLlamaLayer(nnx.Module):
 
     def after_attention(self, x: Float[Array, "B T D"], attention: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         return self.layer.after_attention(x, attention)
-
-
-def _of_queries(layer: LlamaLayer) -> LlamaLayer:
-    """The layer whose first product is of queries alone."""
-    config = layer.config
-    columns, cut = config.num_heads * config.head_dim, nnx.clone(layer)
-    cut.query_key_value = nnx.Param(layer.query_key_value[...][:, :columns])
-    if config.query_key_value_bias:
-        cut.query_key_value_bias = nnx.Param(layer.query_key_value_bias[...][:columns])
-    return cut
 
 
 def key_value_weights(layer: LlamaLayer) -> tuple[Float[np.ndarray, "D KH"], Float[np.ndarray, "D KH"]]:
@@ -225,6 +217,8 @@ def made(params: Params, weights: Weights | None) -> Params:
     """
     if weights is None:
         return params
+    if isinstance(weights, KVSharer):
+        return kvsharer(params, weights.layers, weights.sources)
     if isinstance(weights, LoRC):
         return lorc(params, weights.least, weights.most)
     return cskv(params, weights.keys, weights.values)
