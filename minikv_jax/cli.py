@@ -651,6 +651,7 @@ def _evaluate_in_parallel(
 @click.option("--set", "settings", multiple=True, metavar="KNOB=VALUE", help="Change a knob of minikv_plus.")
 @click.option("--precise", type=click.IntRange(min=0), help="Layers to give 4 bits; by default an eighth of them.")
 @click.option("--brief", type=click.IntRange(min=0), help="Layers that keep less; by default twice as many.")
+@click.option("--share", type=click.IntRange(min=1), help="Instead find so many layers for kvsharer.")
 @click.option("--length", type=int, default=2048, show_default=True, help="Tokens of a text or record.")
 @click.option("--limit", type=int, default=4, show_default=True, help="Texts, and as many records.")
 @click.option("--new-tokens", type=int, default=128, show_default=True, help="Tokens that follow a text.")
@@ -663,14 +664,24 @@ def calibrate(
     settings: tuple[str, ...],
     precise: int | None,
     brief: int | None,
+    share: int | None,
     length: int,
     out: Path,
     **asked,
 ) -> None:
-    """Find the layers of a model that need more bits and those that need fewer tokens, for minikv_plus."""
+    """Find the layers of a model that need more bits and those that need fewer tokens, for minikv_plus.
+
+    With --share those that may read an earlier layer's keys and values, for kvsharer.
+    """
     import datetime
 
     outputs.require_file(out, "--out")
+    if share is not None:
+        if settings or precise is not None or brief is not None:
+            raise ConfigError("--share is for kvsharer: leave --set, --precise and --brief to a search of their own.")
+        loaded, tokenizer = _load(model, dtype)
+        _calibrate_sharing(loaded, tokenizer, share, out, asked)
+        return
     from minikv_jax import presets
     from minikv_jax.bench.timing import write_results
     from minikv_jax.evals.calibrate import calibrate as choose
@@ -690,6 +701,23 @@ def calibrate(
     rows = [{"layer": i, "gain": g, "harm": h} for i, (g, h) in enumerate(zip(found.gain, found.harm))]
     chosen = {"precise": found.precise, "brief": found.brief, "loss": found.loss}
     write_results(out, "layers", _command(), datetime.date.today().isoformat(), rows, **chosen)
+    print(f"Figures: {out}")
+
+
+def _calibrate_sharing(loaded: "Llama", tokenizer: "Any", share: int, out: Path, asked: dict) -> None:
+    import datetime
+
+    from minikv_jax.bench.timing import write_results
+    from minikv_jax.evals import sharing
+    from minikv_jax.evals.task import Lab, Settings
+
+    lab = Lab(loaded, tokenizer, Settings(split="dev", lengths=(sharing.TOKENS,), **asked))
+    with _progress_bar(f"{share} layers") as progress:
+        found = sharing.find(lab, share, progress=progress)
+    print(f"kvsharer:{','.join(_layers(layers=found.layers, sources=found.sources))}")
+    print(f"The last hidden states' cosine is {found.cosine[-1]:.3f}.", flush=True)
+    rows = [{"layer": layer, "source": source} for layer, source in zip(found.layers, found.sources)]
+    write_results(out, "sharing", _command(), datetime.date.today().isoformat(), rows, cosine=found.cosine)
     print(f"Figures: {out}")
 
 

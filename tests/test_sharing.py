@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from models import CONFIG, METHODS, every, step, tokens
 
@@ -21,6 +22,9 @@ from minikv_jax import (
     prefill_in_chunks,
     presets,
 )
+from minikv_jax.evals.engine import attention_errors, read_follows, read_on, read_prompt
+from minikv_jax.evals.sharing import _resolved, find
+from minikv_jax.evals.task import Lab, Settings
 from minikv_jax.models.llama import Llama
 from minikv_jax.models.shared import kvsharer
 from minikv_jax.prefill import empty_cache
@@ -124,3 +128,39 @@ def test_every_method_serves_the_layers_that_are_left(base):
 def test_what_cannot_be_shared_is_named(make, named):
     with pytest.raises(ConfigError, match=named):
         make()
+
+
+def test_evaluations_read_on_as_steps_do():
+    text, config = tokens(1, 46), of("full")
+    prompt = read_prompt(MODEL, text[:, :40], np.array([40]), {"shared": config})
+    x, cache = read_on(MODEL, prompt.caches["shared"], text[:, 40:], np.array([6]))
+    _, steps = prefill(SHARED, text[:, :40], np.array([40]), config)
+    for i in range(6):
+        logits, steps = step(SHARED, steps, text[:, 40 + i])
+    np.testing.assert_allclose(MODEL.logits(x)[:, -1], logits, atol=1e-4)
+    (follow,) = read_follows(MODEL, text[:, :40], np.array([40]), {"x": config}, [(text[:, 40:], np.array([6]))])["x"]
+    np.testing.assert_allclose(follow, x, atol=1e-4)
+    with pytest.raises(ConfigError, match="not their own"):
+        attention_errors(MODEL, cache, {"shared": cache}, text[:, :2])
+
+
+def test_the_search_finds_what_the_threshold_lets():
+    lab = Lab(MODEL, tiny.Characters(), Settings(limit=3))
+    found = find(lab, 2, threshold=-1.0)
+    assert len(found.layers) == len(found.sources) == len(found.cosine) == 2
+    assert not set(found.layers) & set(found.sources)
+    text = jnp.asarray(tokens(2, 12))
+    shared = kvsharer(MODEL, found.layers, found.sources)
+    assert np.isfinite(forward(shared, text)).all()
+    # The most unlike pair comes first, and alone is what the first cosine is of.
+    (first,) = set(find(lab, 1, threshold=-1.0).layers)
+    assert first in found.layers
+    for count, change, named in ((4, {}, "--share 4"), (1, {"threshold": 1.0}, "give fewer")):
+        with pytest.raises(ConfigError, match=named):
+            find(lab, count, **change)
+    with pytest.raises(ConfigError, match="as it was loaded"):
+        find(dataclasses.replace(lab, model=SHARED), 1)
+
+
+def test_a_source_that_reads_another_stands_for_that_one():
+    assert _resolved({3: 2, 2: 1, 5: 4}) == {3: 1, 2: 1, 5: 4}

@@ -28,11 +28,13 @@ from minikv_jax import allocate
 from minikv_jax.cache import KVCache, LayerCache, Shape, nbytes
 from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import CacheConfig, Method
+from minikv_jax.decode import through_layers
+from minikv_jax.errors import ConfigError
 from minikv_jax.latent import Weights
 from minikv_jax.layer import read_token
-from minikv_jax.model import Model, as_model, latent_layer
+from minikv_jax.model import Model, as_model, latent_layer, owners
 from minikv_jax.models.config import ModelConfig
-from minikv_jax.prefill import checked, with_latents_of
+from minikv_jax.prefill import checked, prefill, with_latents_of
 from minikv_jax.reading import chunk_rows, embed, logits_at, read_layer
 from minikv_jax.report import planned_layer, planned_report
 from pallas_kernels.two_pass_attention.common import ScoreRows
@@ -98,6 +100,9 @@ def read_prompt(
 def _read_prompt(model: Model, tokens, lengths, methods: Mapping[str, CacheConfig]) -> Prompt:
     lengths = jnp.asarray(lengths, jnp.int32)
     methods = {name: checked(model, tokens.shape[1], config) for name, config in methods.items()}
+    if _shares(model):
+        read = {name: prefill(model, jnp.asarray(tokens), lengths, config) for name, config in methods.items()}
+        return Prompt(next(iter(read.values()))[0], {name: cache for name, (_, cache) in read.items()})
     layers = model.config.num_layers
     largest = {name: Shape.largest(config, layers) for name, config in methods.items()}
     held: dict[str, list[LayerCache]] = {name: [] for name in methods}
@@ -169,8 +174,19 @@ def read_follows(
     return {name: found[name] for name in methods}
 
 
+def _shares(model: Model) -> bool:
+    """Whether some layers read others' caches, so that no layer can be finished before the next one begins."""
+    return len(owners(model)) < model.config.num_layers
+
+
 def _read_follows(model: Model, tokens, lengths, methods: Mapping[str, CacheConfig], follows) -> dict[str, list]:
     lengths = jnp.asarray(lengths, jnp.int32)
+    if _shares(model):
+        caches = _read_prompt(model, tokens, lengths, methods).caches
+        return {
+            name: [_read_on(model, cache, jnp.asarray(more), counts)[0] for more, counts in follows]
+            for name, cache in caches.items()
+        }
     layers = model.config.num_layers
     methods = {name: checked(model, tokens.shape[1], config) for name, config in methods.items()}
     starts = [range(0, tokens.shape[1], _RUN) for tokens, _ in follows]
@@ -232,14 +248,30 @@ def read_on(
         tokens: known in advance, padded on the right.
         counts: true numbers of tokens. Hidden states past them are meaningless.
     """
-    model = for_method(model, cache.config)
+    return _read_on(for_method(model, cache.config), cache, tokens, counts)
+
+
+def _read_on(model: Model, cache: KVCache, tokens: Int[Array, "B T"], counts) -> tuple[Array, KVCache]:
     counts = jnp.asarray(counts, jnp.int32)
     counted = jnp.arange(tokens.shape[1])[None] < counts[:, None]
+    if _shares(model):
+        return _read_token_by_token(model, cache, tokens, counted)
     x, layers = _embedded(model, tokens), []
     for layer, held in zip(model.layers, cache.layers):
         x, held, _ = _read_on_layer(layer, x, held, cache.lengths, counted)
         layers.append(held)
     return x, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config)
+
+
+@jax.jit
+def _read_token_by_token(model: Model, cache: KVCache, tokens, counted) -> tuple[Float[Array, "B T D"], KVCache]:
+    def step(cache, token):
+        token, accept = token
+        x, cache = through_layers(model, cache, model.embed(token[:, None]), accept)
+        return cache, x[:, 0]
+
+    cache, x = jax.lax.scan(step, cache, (jnp.moveaxis(tokens, 1, 0), jnp.moveaxis(counted, 1, 0)))
+    return jnp.moveaxis(x, 0, 1), cache
 
 
 def attention_errors(
@@ -249,6 +281,9 @@ def attention_errors(
     counted = jnp.ones(tokens.shape, bool)
     x, errors = _embedded(model, tokens), {name: [] for name in caches}
     models = {name: for_method(model, cache.config) for name, cache in caches.items()}
+    sharing = [name for name, own in models.items() if _shares(own)]
+    if sharing:
+        raise ConfigError(f"Layers of {', '.join(sharing)} read other layers' caches: their errors are not their own.")
     for i, layer in enumerate(model.layers):
         following, _, exact = _read_on_layer(layer, x, full.layers[i], full.lengths, counted)
         exact = exact.astype(jnp.float32)
