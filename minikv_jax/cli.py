@@ -721,6 +721,56 @@ def _calibrate_sharing(loaded: "Llama", tokenizer: "Any", share: int, out: Path,
     print(f"Figures: {out}")
 
 
+@app.command()
+@click.argument("method", type=click.Choice(["cskv"]))
+@click.option("--model", default="smollm2", show_default=True, help="Folder, GGUF file, or 'smollm2'.")
+@click.option("--texts", type=Path, required=True, help="Folder of .txt files to read.")
+@click.option("--name", type=_TEXT, required=True, help="Of the weights, for cskv:weights=NAME.")
+@click.option(
+    "--keys", type=_Finite(0, 1, min_open=True), default=0.5, show_default=True, help="Rank of keys, a share."
+)
+@click.option("--values", type=_Finite(0, 1, min_open=True), default=0.5, show_default=True, help="Rank of values.")
+@click.option("--start", type=click.Choice(["svd", "asvd", "pca"]), default="pca", show_default=True,
+              help="From the weights alone, with scales of what enters them, or from keys and values.")  # fmt: skip
+@click.option("--bits", type=click.Choice(["16", "8", "4", "3", "2"]), default="16", show_default=True,
+              help="Of latents: below 16 they are quantised while they are trained.")  # fmt: skip
+@click.option(
+    "--group-size", type=click.IntRange(min=1), default=16, show_default=True, help="Channels with one scale."
+)
+@click.option("--steps", type=click.IntRange(min=0), default=1000, show_default=True, help="Texts to read.")
+@click.option("--length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a text.")
+@click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Texts for the start.")
+@click.option("--rate", type=_Finite(0, 1, min_open=True), default=5e-5, show_default=True, help="Of AdamW.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the order of texts.")
+def train(method: str, model: str, texts: Path, name: str, bits: str, **wanted) -> None:
+    """Train latents for a model, on a few texts; a run that was broken off goes on where it was."""
+    from minikv_jax.evals.texts import read_folder
+    from minikv_jax.latent import CSKV
+    from minikv_jax.training import Plan, chunks
+    from minikv_jax.training import train as run
+
+    plan = Plan(bits=int(bits), **wanted)
+    CSKV(plan.keys, plan.values, name)
+    found = read_folder(texts)
+    loaded, tokenizer = _load(model)
+    ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in found.values()]
+    prepared, folder = chunks(ids, plan.length, plan.seed), Path(loaded.home)
+    outputs.require_file(folder / f"{name}.cskv.safetensors", "--name")
+    losses: list[float] = []
+    with _progress_bar(f"{plan.steps} steps") as bar:
+
+        def progress(done: int, steps: int, loss: float) -> None:
+            losses.append(loss)
+            bar(done, steps)
+
+        path = run(loaded, prepared, plan, name, folder, progress)
+    if losses:
+        count = max(len(losses) // 10, 1)
+        first, last = (sum(part) / count for part in (losses[:count], losses[-count:]))
+        print(f"Mean squared error, all layers: {first:.4g} in the first {count} steps, {last:.4g} in the last.")
+    print(f"Weights: {path}\nUse them as {method}:keys={plan.keys},values={plan.values},weights={name}")
+
+
 def _layers(**chosen: "Sequence[int]") -> list[str]:
     """Settings of knobs that name layers."""
     return [f"{knob}={str(list(layers)).replace(' ', '')}" for knob, layers in chosen.items()]

@@ -115,6 +115,11 @@ def group_size(size: GroupSize, head_size: int) -> int:
     return {"head": head_size, "half_head": head_size // 2}[size]
 
 
+def each_token(bits: int, group: GroupSize) -> Codec:
+    """Every token on its own, in groups of so many channels; 16 bits are dense."""
+    return Codec() if bits == 16 else Codec(bits, bits, group, group, "channels")
+
+
 # (bits, group size, group axis, tokens last) of keys or of values.
 type Layout = tuple[int, int, GroupAxis, bool]
 

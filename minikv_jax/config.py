@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
+from jaxtyping import Array, Float
 
 from minikv_jax.basis import Basis, PowersOfTwo, Quantized
 from minikv_jax.checks import check_types, require
@@ -202,6 +203,10 @@ class Method:
         """Whether a prompt's cache is its keys and values."""
         plain = self.codec.dense and not self.codec.key_drop and not self.basis and self.rest is None
         return plain and self.inflow.grows and not self.inflow.waits and not self.selects
+
+    def tier_rows(self, key: Float[Array, "..."], value: Float[Array, "..."]) -> tuple[Array, Array]:
+        """Of rows of a dense window what tiers hold of them: latents, where rows carry more."""
+        return (key, value) if self.latent is None else self.latent.split(key, value)
 
     def row_sizes(self, heads: int, head_size: int) -> tuple[int, int, int]:
         """Heads of the rows that tiers hold, and their sizes in keys and in values, for a model's heads."""

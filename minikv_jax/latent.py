@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax import segments
 from minikv_jax.checks import check_types, require
+from minikv_jax.errors import shortened
 from minikv_jax.segments import DenseSegment, Segment
 from minikv_jax.sharing import KVSharer
 from pallas_kernels import (
@@ -112,14 +113,18 @@ class CSKV:
 
     Attributes:
         keys, values: ranks as shares of K H, the paper's densities.
+        weights: name of what `minikv train` has written beside the model; None: of the model's by singular values.
     """
 
     name: ClassVar[str] = "cskv"
     keys: float
     values: float
+    weights: str | None = None
 
     def __post_init__(self):
         check_types(self)
+        named = self.weights is None or self.weights.isidentifier()
+        require(named, f"weights={shortened(self.weights)} is a name, not a path: give letters, digits and _ alone.")
         _require_share("keys", self.keys)
         _require_share("values", self.values)
 

@@ -40,8 +40,8 @@ class Newest(Inflow):
     def begin(self, prompt, method):
         choice = choose(prompt, method)
         older = jnp.maximum(choice.kept - self.window, 0)
-        held = choice.key, choice.kept
-        first = prompt.tier(method.codec, choice.key, choice.value, older, prompt.shape.first, held)
+        old_key, old_value = method.tier_rows(choice.key, choice.value)
+        first = prompt.tier(method.codec, old_key, old_value, older, prompt.shape.first, (old_key, choice.kept))
         last = choice.kept[:, None, None] - 1
         row = last - (last - row_numbers(self.window, axes=3)) % self.window
         # Rows of a window that is not full yet are read by nobody.
@@ -56,7 +56,7 @@ class Newest(Inflow):
         tier, window = layer.first, layer.flow
         full = window.length == self.window
         slot = jnp.broadcast_to(self._next(layer)[:, None], key.shape[:2])
-        old_key, old_value = window.take(slot)
+        old_key, old_value = layer.method.tier_rows(*window.take(slot))
         tier = segments.append(tier, old_key, old_value, accept & full)
         window = window.put(slot, key, value, accept)
         more = (accept & ~full).astype(jnp.int32)

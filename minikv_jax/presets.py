@@ -6,10 +6,9 @@ from typing import Literal
 
 from minikv_jax.append import Append
 from minikv_jax.basis import Balance, Basis, Hadamard
-from minikv_jax.beside import Beside
 from minikv_jax.block import Block
 from minikv_jax.checks import require
-from minikv_jax.codec import Codec, MetadataDtype
+from minikv_jax.codec import Codec, MetadataDtype, each_token
 from minikv_jax.config import Allocation, Amount, CacheConfig, Method, Rank
 from minikv_jax.evict import Evict
 from minikv_jax.inflow import Inflow
@@ -161,7 +160,7 @@ def int8() -> CacheConfig:
 
 def _each_token(bits: int) -> Method:
     """Every token on its own, with one scale a head."""
-    return Method(codec=Codec(bits, bits, "head", "head", "channels"), inflow=Append())
+    return Method(codec=each_token(bits, "head"), inflow=Append())
 
 
 @row
@@ -402,10 +401,11 @@ def lorc(least: float = 0.25, most: float = 0.5, bits: int = 16, group_size: int
     Args:
         least, most: ranks of the last layer and the first, as shares of all heads' channels. What lies between follows
             from the weights; where these are not known, sizes assume the mean in every layer.
-        bits: of latents, each token's in groups of `group_size` of its channels.
+        bits: of latents, each token's in groups of `group_size` of its channels: they fall off from channel to
+            channel, so neighbours are of one size.
         group_size: see `bits`.
     """
-    return CacheConfig("lorc", Method(codec=_latents(bits, group_size), inflow=Append()), weights=LoRC(least, most))
+    return CacheConfig("lorc", Method(codec=each_token(bits, group_size), inflow=Append()), weights=LoRC(least, most))
 
 
 @row
@@ -422,11 +422,6 @@ def kvsharer(layers: tuple[int, ...] = (), sources: tuple[int, ...] = (), base: 
     return dataclasses.replace(by_name(base), name="kvsharer", weights=KVSharer(layers, sources))
 
 
-def _latents(bits: int, group_size: int) -> Codec:
-    """Latents fall off from channel to channel, so neighbours of one token are of one size."""
-    return Codec() if bits == 16 else Codec(bits, bits, group_size, group_size, "channels")
-
-
 @row
 def cskv(
     keys: float = 0.5,
@@ -434,8 +429,9 @@ def cskv(
     window: int = 32,
     bits: int = 16,
     group_size: int = 16,
+    weights: str | None = None,
 ) -> CacheConfig:
-    """CSKV (arXiv 2409.10593): latents of low rank beside the newest tokens as they are.
+    """CSKV (arXiv 2409.10593): latents of low rank beside the newest tokens as they are; `minikv train` improves them.
 
     The model is to give such latents: `params = models.latent.cskv(params, keys, values)`.
 
@@ -443,6 +439,7 @@ def cskv(
         keys, values: ranks as shares of all heads' channels.
         window: newest tokens whose keys and values stay.
         bits, group_size: as `lorc`.
+        weights: name of trained weights beside the model's; None: its own by singular values, whose error is large.
     """
-    method = Method(codec=_latents(bits, group_size), inflow=Beside(window))
-    return CacheConfig("cskv", method, weights=CSKV(keys, values))
+    method = Method(codec=each_token(bits, group_size), inflow=Newest(window))
+    return CacheConfig("cskv", method, weights=CSKV(keys, values, weights))

@@ -19,7 +19,7 @@ CHECKED = (
     *(
         f"minikv_jax.{name}"
         for name in [
-            *("allocate", "append", "basis", "beside", "block", "cache", "choose", "codec", "compress", "evict"),
+            *("allocate", "append", "basis", "block", "cache", "choose", "codec", "compress", "evict"),
             *("inflow", "latent", "merge", "rank", "ring", "tova", "reading", "report", "segments"),
             *("models.latent", "models.llama"),
         ]

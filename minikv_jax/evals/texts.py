@@ -48,12 +48,9 @@ def documents(folder: Path | None) -> list[Document]:
     Raises:
         ConfigError: a folder without .txt files, a file that is not UTF-8, or two of one name.
     """
-    found = {**_standard_library(), **(_folder(_EXAMPLES) if _EXAMPLES.is_dir() else {})}
+    found = {**_standard_library(), **(read_folder(_EXAMPLES) if _EXAMPLES.is_dir() else {})}
     if folder is not None:
-        own = _folder(folder)
-        if not own:
-            raise ConfigError(f"--texts {folder}: there is no .txt file in it.")
-        found |= own
+        found |= read_folder(folder)
     return [Document(name, text) for name, text in sorted(found.items())]
 
 
@@ -64,7 +61,12 @@ def _standard_library() -> dict[str, str]:
     return {f"python/{path.stem}": path.read_text(encoding="utf-8", errors="replace") for path in paths}
 
 
-def _folder(folder: Path) -> dict[str, str]:
+def read_folder(folder: Path) -> dict[str, str]:
+    """The .txt files of a folder, by KIND/NAME.
+
+    Raises:
+        ConfigError: none, two of one name, or one that is not UTF-8.
+    """
     found = {}
     for path in sorted(folder.glob("*.txt")):
         kind, _, name = path.stem.rpartition("__")
@@ -75,6 +77,8 @@ def _folder(folder: Path) -> dict[str, str]:
             found[document] = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"Cannot read {path} as UTF-8 text: {error}.") from None
+    if not found:
+        raise ConfigError(f"--texts {folder}: there is no .txt file in it.")
     return found
 
 

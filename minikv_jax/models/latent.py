@@ -9,7 +9,7 @@ is made here the rows of B are orthonormal: an error of a latent is one of the s
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,14 +21,8 @@ from minikv_jax.latent import CSKV, Latent, LoRC, Weights, rank_of, whole_rank
 from minikv_jax.model import Params, as_model, latent_layer
 from minikv_jax.models.llama import Llama, LlamaLayer
 from minikv_jax.models.shared import kvsharer, queries_of
+from minikv_jax.models.trained import Product, Products, read_products
 from minikv_jax.sharing import KVSharer
-
-
-class Product(NamedTuple):
-    """Two matrices in the place of one, [D, R] and [R, K H]."""
-
-    down: Float[np.ndarray | Array, "D R"]
-    up: Float[np.ndarray | Array, "R KH"]
 
 
 class LatentLlamaLayer(nnx.Module):
@@ -160,7 +154,7 @@ def lorc(params: Params, least: float, most: float) -> Llama:
     bounds = rank_of(least, width), rank_of(most, width)
     ranks = [progressive_ranks([_condition(x) for x in column], *bounds) for column in zip(*weights)]
     products = [
-        (product(key, key_rank), product(value, value_rank))
+        Products(product(key, key_rank), product(value, value_rank))
         for (key, value), key_rank, value_rank in zip(weights, *ranks)
     ]
     return with_products(model, products, made)
@@ -173,30 +167,73 @@ def _condition(weights: Float[np.ndarray, "D KH"]) -> float:
     return float(kept[0] / kept[-1])
 
 
-def cskv(params: Params, keys: float, values: float, loudness: Sequence[Float[np.ndarray, "D"]] | None = None) -> Llama:
-    """The model with products of low rank beside W_k and W_v (CSKV, arXiv 2409.10593), not trained.
+class Seen(NamedTuple):
+    """Of what enters a layer's attention, means over tokens.
+
+    Attributes:
+        loudness: magnitudes of its channels.
+        key, value: second moments of what comes of it, before biases.
+    """
+
+    loudness: Float[np.ndarray | Array, "D"]
+    key: Float[np.ndarray | Array, "KH KH"]
+    value: Float[np.ndarray | Array, "KH KH"]
+
+
+type Start = Literal["svd", "asvd", "pca"]
+
+
+def cskv(params: Params, keys: float, values: float, weights: str | None = None) -> Llama:
+    """The model with products of low rank beside W_k and W_v (CSKV, arXiv 2409.10593).
 
     Args:
         params: a Llama.
         keys, values: ranks as shares of K H.
-        loudness: of what enters each layer's attention (`training.loudness`), for an ASVD start; default plain SVD.
+        weights: name of trained ones beside the model; None: by singular values.
 
     Returns:
         A model whose rows carry latents, and keys and values as they are.
 
     Raises:
         ConfigError: another kind of model; shares out of range.
+        CheckpointError: trained weights that are not there, or of other ranks or another model.
     """
-    model, made = _as_llama(params, "cskv"), CSKV(keys, values)
-    products = []
-    for i, layer in enumerate(model.layers):
-        scale = None if loudness is None else loudness[i]
-        matrices = zip(key_value_weights(layer), (keys, values))
-        products.append(tuple(product(x, rank_of(share, x.shape[1]), scale) for x, share in matrices))
+    model, made = _as_llama(params, "cskv"), CSKV(keys, values, weights)
+    products = products_of(model, keys, values) if weights is None else read_products(model, made)
     return with_products(model, products, made)
 
 
-def with_products(model: Llama, products: Sequence[tuple[Product, Product]], made: Weights) -> Llama:
+def products_of(
+    model: Llama, keys: float, values: float, start: Start = "svd", seen: Sequence[Seen] | None = None
+) -> list[Products]:
+    """Products of keys and values of each layer, from its weights and, but for "svd", what it has `seen`.
+
+    "asvd" scales channels of what enters by (mean |x| + 1e-6) ** 0.5 (ASVD, arXiv 2312.05821, as CSKV does). "pca"
+    takes principal directions of keys and values: no product of this rank has a smaller error on what was seen.
+    """
+    found = []
+    for i, layer in enumerate(model.layers):
+        weights = key_value_weights(layer)
+        ranks = [rank_of(share, x.shape[1]) for share, x in zip((keys, values), weights)]
+        if seen is None or start == "svd":
+            pair = [product(x, rank) for x, rank in zip(weights, ranks)]
+        elif start == "asvd":
+            loudness = np.sqrt(np.asarray(seen[i].loudness) + 1e-6)
+            pair = [product(x, rank, loudness) for x, rank in zip(weights, ranks)]
+        else:
+            moments = seen[i].key, seen[i].value
+            pair = [_along(x, moment, rank) for x, moment, rank in zip(weights, moments, ranks)]
+        found.append(Products(*pair))
+    return found
+
+
+def _along(weights: Float[np.ndarray, "D KH"], moment: Float[np.ndarray | Array, "KH KH"], rank: int) -> Product:
+    """The product whose rows B are the directions of the largest second moments."""
+    principal = np.linalg.eigh(np.asarray(moment, np.float64))[1][:, ::-1][:, :rank]
+    return Product(weights @ principal, principal.T)
+
+
+def with_products(model: Llama, products: Sequence[Products], made: Weights) -> Llama:
     """The model whose layers give latents of these products of keys and values."""
     other, config = nnx.clone(model), model.config
     layers = []
@@ -213,7 +250,8 @@ def made(params: Params, weights: Weights | None) -> Params:
     """The params made into the weights that a method asks for (`CacheConfig.weights`): themselves, for most.
 
     Raises:
-        ConfigError: another kind of model; trained weights that are not there or do not fit.
+        ConfigError: another kind of model.
+        CheckpointError: trained weights that are not there or do not fit.
     """
     if weights is None:
         return params
@@ -221,7 +259,7 @@ def made(params: Params, weights: Weights | None) -> Params:
         return kvsharer(params, weights.layers, weights.sources)
     if isinstance(weights, LoRC):
         return lorc(params, weights.least, weights.most)
-    return cskv(params, weights.keys, weights.values)
+    return cskv(params, weights.keys, weights.values, weights.weights)
 
 
 def _as_llama(params: Params, name: str) -> Llama:

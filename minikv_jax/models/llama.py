@@ -119,10 +119,14 @@ class Llama(nnx.Module):
         config: sizes and features.
         param_dtype: of the parameters, and of the arithmetic outside norms, rotary embedding and softmax.
         rngs: `nnx.Rngs(params=seed)` for random weights.
+
+    Attributes:
+        home: folder that the weights came from, where trained latents lie (`models.latent`); None: there is none.
     """
 
     def __init__(self, config: ModelConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
+        self.home: str | None = None
         v, d = config.vocab_size, config.hidden_size
         if not config.tie_word_embeddings:
             self.embedding = nnx.Param(jax.random.normal(rngs.params(), (v, d), param_dtype))
