@@ -1,21 +1,17 @@
 """What comes with an extra of the package, named where it is missing."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import importlib.util
 
 from minikv_jax.errors import MissingExtraError
 
 
-@contextmanager
-def of_extra(name: str) -> Iterator[None]:
-    """For imports of packages that the extra `name` of this package brings.
+def require(package: str, extra: str) -> None:
+    """Makes sure that a package is there which this one's extra brings.
 
     Raises:
-        MissingExtraError: one of them is not installed.
+        MissingExtraError: it is not installed.
     """
-    try:
-        yield
-    except ModuleNotFoundError as error:
+    if importlib.util.find_spec(package) is None:
         raise MissingExtraError(
-            f"{error.name} is not installed: it comes with an extra, pip install 'minikv-jax[{name}]'."
-        ) from None
+            f"{package} is not installed: it comes with an extra, pip install 'minikv-jax[{extra}]'."
+        )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minikv_jax.errors import ConfigError
+from minikv_jax.extras import require
 
 _PICTURES = (".png", ".svg", ".pdf")
 
@@ -28,7 +29,12 @@ def require_file(path: Path, option: str) -> None:
 
 
 def require_picture(path: Path, option: str) -> None:
-    """As `require_file`, for a file whose ending must be that of a kind of picture."""
+    """As `require_file`, for a file whose ending must be that of a kind of picture.
+
+    Raises:
+        MissingExtraError: what draws is not installed.
+    """
+    require("matplotlib", "plot")
     if path.suffix.lower() not in _PICTURES:
         raise ConfigError(f"{option} {path}: the name must end in {', '.join(_PICTURES[:-1])} or {_PICTURES[-1]}.")
     require_file(path, option)

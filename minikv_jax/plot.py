@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from minikv_jax.extras import of_extra
 from minikv_jax.report import CacheReport
 
 
@@ -12,9 +11,8 @@ def save_cache_picture(reports: Mapping[str, CacheReport], path: Path) -> Path:
 
     The ending of `path` chooses the format.
     """
-    with of_extra("plot"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -20,12 +20,11 @@ import tiny
 from models import CONFIG, MODEL
 from rich.console import Console
 
-from minikv_jax import MissingExtraError, PromptError, __version__, chat, cli, doctor, models, presets, program
+from minikv_jax import MissingExtraError, PromptError, __version__, chat, cli, doctor, extras, models, presets, program
 from minikv_jax.bench import cpu
 from minikv_jax.evals import calibrate as finding
-from minikv_jax.evals import parallel
+from minikv_jax.evals import parallel, run
 from minikv_jax.models.llama import Llama
-from minikv_jax.plot import save_cache_picture
 
 COMMAND = [sys.executable, "-m", "minikv_jax"]
 
@@ -309,10 +308,12 @@ def test_progress_says_how_fast_it_goes(monkeypatch):
     assert "1,000 tokens/s" in shown.file.getvalue()
 
 
-def test_an_extra_that_is_missing_is_named(here, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'minikv-jax\[plot\]'"):
-        save_cache_picture({}, tmp_path / "picture.png")
+def test_an_extra_that_is_missing_is_named_before_the_work(here, no_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda package: None)
+    code, _, errors = here("compare", "--picture", tmp_path / "picture.png", "hi")
+    assert code == 2 and "matplotlib" in errors and "pip install 'minikv-jax[plot]'" in errors
+    with pytest.raises(MissingExtraError, match="matplotlib"):
+        run.held(tmp_path, "tiny", tiny.lab().settings)
 
 
 def test_answers_are_text_and_a_table(here):

@@ -52,7 +52,6 @@ from minikv_jax.compress import compress_in_pieces
 from minikv_jax.config import CacheConfig
 from minikv_jax.decode import decode_loop
 from minikv_jax.errors import ConfigError, MiniKVError
-from minikv_jax.extras import of_extra
 from minikv_jax.models import load_model, open_checkpoint
 from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.llama import Llama
@@ -744,9 +743,8 @@ def _line(row: dict) -> str:
 
 def plot(results: Path, picture: Path) -> None:
     """Tokens per second and peak memory of every method at 8 x 32k, and throughput at each one's largest batch."""
-    with of_extra("plot"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     rows = read_results(results)["rows"]
     figure = Figure(figsize=(12, 3.6), layout="constrained")

@@ -15,7 +15,6 @@ from minikv_jax.bench.timing import read_results
 from minikv_jax.errors import ConfigError
 from minikv_jax.evals.summary import ALL
 from minikv_jax.evals.tasks import METRICS
-from minikv_jax.extras import of_extra
 
 # What a picture shows where it is there, and the scale of its axis.
 _PANELS = {"kl": "log", "top1": "linear", "ppl": "symlog", "run_kl": "log", "lines": "linear", "shared": "linear"}
@@ -24,9 +23,8 @@ _PATH = "run_kl_path"
 
 
 def _canvas(columns: int, rows: int, wide: float, high: float):
-    with of_extra("plot"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(wide * columns, high * rows), layout="constrained")
     FigureCanvasAgg(figure)

@@ -16,6 +16,7 @@ from minikv_jax.evals.engine import for_method
 from minikv_jax.evals.known import FULL, with_full
 from minikv_jax.evals.task import Case, Lab, Settings, Task
 from minikv_jax.evals.tasks import METRICS, TASKS
+from minikv_jax.extras import require
 from minikv_jax.prefill import checked
 
 type Done = set[tuple[str, str, str]]
@@ -75,8 +76,10 @@ def held(out: Path, name: str, settings: Settings) -> list[dict]:
     """The items of the run in `out`.
 
     Raises:
+        MissingExtraError: what draws its pictures is not installed.
         ConfigError: as `store.held`; items of a task that this version does not have.
     """
+    require("matplotlib", "plot")  # a run ends with pictures
     items = store.held(out, identity(name, settings))
     unknown = sorted({metric for item in items for metric in item["values"]} - METRICS.keys())
     if unknown:
