@@ -7,9 +7,10 @@ QUESTION := examples/question.txt
 SPREAD := -n 2 --dist worksteal
 PYTEST := $(BIN)/python -m pytest $(SPREAD)
 SLOW := -m 'slow and not gpu'
+GENERATED := README.md $(addprefix docs/,methods.md models.md speed.md losses.md quality.md promises.md)
 MANY := -m 'hypothesis and not gpu' --hypothesis-profile many
 
-.PHONY: help demo test slow properties coverage promises lint format typecheck bench clean
+.PHONY: help demo test slow properties coverage promises lint format typecheck docs bench clean
 
 help:
 	@echo "make demo       a real model answers from a full and from a compressed cache, side by side"
@@ -18,9 +19,10 @@ help:
 	@echo "make properties properties over 500 examples each instead of 25"
 	@echo "make coverage   the test suite, and the lines that it runs: 95 % at least"
 	@echo "make promises   the test suite, the slow tests, and docs/promises.md, the table of what they show"
-	@echo "make lint       ruff, and the README's generated parts"
+	@echo "make lint       ruff, and the generated parts of documents"
 	@echo "make typecheck  basedpyright"
-	@echo "make format     rewrite the sources in ruff's format, and the README's generated parts"
+	@echo "make format     rewrite the sources in ruff's format, and the generated parts of documents"
+	@echo "make docs       the documents as a site, in site/"
 	@echo "make bench      decode and prefill times on this CPU, into examples/results/cpu.json"
 
 demo:
@@ -54,9 +56,7 @@ lint:
 	@.ci/environment dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m minikv_jax.bench.tables --check README.md
-	$(BIN)/python -m minikv_jax.bench.tables --check examples/quality.md
-	$(BIN)/python -m minikv_jax.bench.tables --check docs/promises.md
+	$(BIN)/python -m minikv_jax.bench.tables --check $(GENERATED)
 
 typecheck:
 	@.ci/environment dev
@@ -66,13 +66,15 @@ format:
 	@.ci/environment dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/python -m minikv_jax.bench.tables --write README.md
-	$(BIN)/python -m minikv_jax.bench.tables --write examples/quality.md
-	$(BIN)/python -m minikv_jax.bench.tables --write docs/promises.md
+	$(BIN)/python -m minikv_jax.bench.tables --write $(GENERATED)
+
+docs:
+	@.ci/environment docs
+	$(BIN)/mkdocs build
 
 bench:
 	@.ci/environment
 	$(BIN)/python -m minikv_jax.bench.cpu --out examples/results/cpu.json
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site

@@ -163,7 +163,7 @@ class Balance(Basis):
     look, all that counts is how far the step, which grows with the sum of squared keys, lies above the geometric mean
     of the channels, and 1 / rms(key) is best. Feedback does a part of that, and the factors used are the geometric mean
     of both: query^1/4 / key^3/4. It was the best of five such means on two models and a copy of each in other
-    coordinates (`examples/quality.md`).
+    coordinates (`docs/quality.md`).
 
     Keys of a group share their minimum, so of keys only what varies within `group` tokens counts. A pair of channels
     with a large bias turns slowly or fast with the position, and costs little or much.

@@ -6,8 +6,8 @@ import re
 
 from minikv_jax.config import CacheConfig
 from minikv_jax.errors import ConfigError, shortened
-from minikv_jax.models.config import ModelConfig
 from minikv_jax.models.checkpoint import parameter_shapes
+from minikv_jax.models.config import ModelConfig
 from minikv_jax.report import planned_report
 
 # Beside weights, cache and one layer: what prompts of up to 32,768 tokens took on a GPU (`peak_over_planned` in

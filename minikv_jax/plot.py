@@ -14,7 +14,7 @@ def save_cache_picture(reports: Mapping[str, CacheReport], path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     bytes_axis, tokens_axis = figure.subplots(1, 2)
     width = 0.8 / len(reports)
@@ -27,7 +27,7 @@ def save_cache_picture(reports: Mapping[str, CacheReport], path: Path) -> Path:
     bytes_axis.set(title="Bytes held", xlabel="layer", ylabel="KiB")
     tokens_axis.set(title="Tokens kept (per key/value head)", xlabel="layer", ylabel="tokens")
     for axis in (bytes_axis, tokens_axis):
-        axis.legend(fontsize="small", loc="lower right")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ from minikv_jax.errors import MiniKVError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-QUALITY = (ROOT / "examples/quality.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+GENERATED = {name: README if name == "README.md" else PAGES[name] for name in tables.DOCUMENTS}
 
 
 def blocks(language):
@@ -27,7 +29,7 @@ def blocks(language):
 
 @pytest.mark.slow  # .ci/run runs it beside the suite
 def test_the_example_is_nine_lines_and_runs():
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     assert sum(bool(line) for line in example.splitlines()) == 9
     # In a process of its own, with XLA's own flags: a real model wants its loops optimised.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -42,20 +44,51 @@ def test_commands_and_files_named_in_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"(?:^|`)make ([a-z]+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for name in re.findall(r"(?:tests|examples)/[\w/.-]+\.(?:py|txt|json|png|md)", README + QUALITY):
+    for name in re.findall(r"(?:tests|examples)/[\w/.-]+\.(?:py|txt|json|png|md)", README + "".join(PAGES.values())):
         assert (ROOT / name).exists(), name
     for command, *options in re.findall(r"minikv (generate|compare|methods|eval)((?: --[a-z-]+ [^ `\n]+)*)", README):
         known = {flag for option in cli.app.commands[command].params for flag in option.opts}
         assert set(re.findall(r"--[a-z-]+", options[0])) <= known
 
 
-@pytest.mark.parametrize("text, name", [(README, "README.md"), (QUALITY, "quality.md")])
-def test_generated_parts_are_in_step(text, name):
+def test_the_readme_is_two_screens():
+    assert len(README.splitlines()) <= 150 and len(README.encode()) <= 9000
+
+
+@pytest.mark.slow  # .ci/run runs it beside the suite
+def test_ten_lines_are_a_cache_in_a_model_of_ones_own():
+    _, example = blocks("python")
+    assert sum(bool(line) for line in example.splitlines()) == 10
+    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and result.stdout.startswith("(2, 1, 8, 64)"), result.stderr
+
+
+@pytest.mark.slow  # .ci/run runs it beside the suite
+def test_its_commands_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "_load", lambda *_: loaded())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("It was the butler. " * 10)
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("minikv ")]
+    for command in commands:
+        # The tiny model has smaller heads, and fewer positions than lengths by default and any record of lines.
+        asked = shlex.split(
+            re.sub("(kivi|minikv_plus)(?=[, ].*--tasks)", r"\1:group_size=16", command).replace("kl,lines", "kl")
+        )
+        asked += ["--lengths", "150", "--limit", "1"] if asked[1] == "eval" else []
+        monkeypatch.setattr(sys, "argv", asked)
+        assert cli.main() == 0, command
+    assert len(commands) == 4 and "longest prompt that fits" in capsys.readouterr().out
+    assert (tmp_path / "cache.png").exists() and (tmp_path / "quality/table.md").exists()
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_parts_are_in_step(name):
+    text = GENERATED[name]
     assert tables.render(text, tables.DOCUMENTS[name], ROOT / "examples/results") == text, "run `make format`"
 
 
 def test_goals_follow_from_results():
-    """The figures of the README's table of goals, by hand there, from the results files."""
+    """The figures of the table of goals in docs/losses.md, by hand there, from the results files."""
 
     def figures(file, method, *tasks):
         rows = json.loads((ROOT / "examples/results" / file).read_text())["rows"]
@@ -67,7 +100,7 @@ def test_goals_follow_from_results():
         return figures(file, method, *tasks) / figures(file, other, *tasks)
 
     def check(name, *cells):
-        (line,) = [line for line in README.splitlines() if line.startswith(f"| {name} |")]
+        (line,) = [line for line in PAGES["losses.md"].splitlines() if line.startswith(f"| {name} |")]
         shown = [re.match(r"[\d.]+", cell.strip())[0] for cell in line.split("|")[3:5]]
         assert shown == [f"{cell:.{len(text.partition('.')[2])}f}" for cell, text in zip(cells, shown)], line
 
@@ -147,7 +180,7 @@ def test_help_names_every_command():
 @pytest.mark.slow  # .ci/run runs it beside the suite
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_guide_to_ones_own_model_runs(number):
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_model.md").read_text(encoding="utf-8"), re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", PAGES["own_model.md"], re.DOTALL)
     assert len(examples) == 2 and sum(bool(line) for line in examples[0].splitlines()) <= 15
     result = subprocess.run([sys.executable, "-c", examples[number]], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -155,11 +188,12 @@ def test_the_guide_to_ones_own_model_runs(number):
 
 
 @pytest.mark.slow
-def test_the_examples_of_the_page_on_caches_run_one_after_the_other(monkeypatch, tmp_path):
+@pytest.mark.parametrize("page", ["caches.md", "first_answer.md", "serving.md"])
+def test_the_examples_of_a_page_run_one_after_the_other(page, monkeypatch, tmp_path):
     monkeypatch.setattr(minikv_jax.api, "load", lambda _: loaded())
     monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/caches.md").read_text(encoding="utf-8"), re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
     scope = {}
     for example in examples:
-        exec(compile(example, "caches.md", "exec"), scope)
-    assert examples and scope["answer"].shape == (1, 20)
+        exec(compile(example, page, "exec"), scope)
+    assert examples and (page != "caches.md" or scope["answer"].shape == (1, 20))

@@ -747,12 +747,12 @@ def plot(results: Path, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = read_results(results)["rows"]
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = (
-        ("llama3-8b-B8-S32768", "tokens_per_s", 1, "new tokens/s, batch 8, 32k prompt"),
-        ("llama3-8b-B8-S32768", "decode_peak_bytes", 2.0**-30, "peak memory while decoding, GiB"),
-        ("llama3-8b-S32768-largest", "tokens_per_s", 1, "new tokens/s, largest batch, 32k prompt"),
+        ("llama3-8b-B8-S32768", "tokens_per_s", 1, "new tokens a second,\nbatch 8, 32k prompt"),
+        ("llama3-8b-B8-S32768", "decode_peak_bytes", 2.0**-30, "peak memory while decoding, GiB,\nbatch 8, 32k prompt"),
+        ("llama3-8b-S32768-largest", "tokens_per_s", 1, "new tokens a second,\nlargest batch, 32k prompt"),
     )
     for axis, (case, name, unit, title) in zip(figure.subplots(1, 3), panels):
         shown = [

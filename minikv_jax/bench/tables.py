@@ -1,7 +1,7 @@
 """Generated parts of documents: the methods from `presets`, the figures from `examples/results/*.json`.
 
-    python -m minikv_jax.bench.tables --write README.md     rewrite them
-    python -m minikv_jax.bench.tables --check README.md     fail if that would change anything
+    python -m minikv_jax.bench.tables --write README.md docs/speed.md     rewrite them
+    python -m minikv_jax.bench.tables --check README.md docs/speed.md     fail if that would change anything
 
 A part stands between `<!-- NAME -->` and `<!-- /NAME -->`; `DOCUMENTS` says which file has which of `PARTS`.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from minikv_jax import outputs, presets, program
 from minikv_jax.bench.timing import read_results
 from minikv_jax.errors import MiniKVError
+from minikv_jax.models.families import FAMILIES
 from minikv_jax.models.shapes import shape_of
 from minikv_jax.report import assumed, planned_report
 
@@ -50,6 +51,21 @@ def methods(folder: Path) -> str:
         knobs = [f"{k}={p.default}" for k, p in inspect.signature(preset).parameters.items()]
         rows.append([f"`{name}`", about, ", ".join(f"`{knob}`" for knob in knobs) or "-"])
     return _table(["method", "what it does", "knobs and their defaults"], rows)
+
+
+def overview(folder: Path) -> str:
+    """Each preset's own words."""
+    rows = [[f"`{name}`", (inspect.getdoc(preset) or "").splitlines()[0]] for name, preset in presets.METHODS.items()]
+    return _table(["method", "what it does"], rows)
+
+
+def families(folder: Path) -> str:
+    """The families of models that load."""
+    rows = [
+        [family.models, f"`{family.hf_class}`", f"`{family.gguf}`" if family.gguf else "as `llama`"]
+        for family in FAMILIES.values()
+    ]
+    return _table(["models", "class in transformers", "architecture in GGUF"], rows)
 
 
 def sizes(folder: Path) -> str:
@@ -367,7 +383,9 @@ def _shape(row: dict) -> str:
 
 
 PARTS: dict[str, Callable[[Path], str]] = {
+    "overview": overview,
     "methods": methods,
+    "families": families,
     "sizes": sizes,
     "cpu": cpu,
     "prefill": prefill,
@@ -388,7 +406,11 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "growth": growth,
 }
 DOCUMENTS = {
-    "README.md": ("methods", "sizes", "cpu", "prefill", "decode", "e2e", "steps", "quality"),
+    "README.md": ("overview",),
+    "methods.md": ("methods", "sizes"),
+    "models.md": ("families",),
+    "speed.md": ("cpu", "prefill", "decode", "e2e", "steps"),
+    "losses.md": ("quality",),
     "quality.md": (
         *("coordinates", "keys", "asked", "running", "growth"),
         *("layers", "questions", "tiers", "lines", "ruler"),
@@ -416,20 +438,24 @@ def render(text: str, names: Sequence[str], folder: Path = RESULTS) -> str:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--write", type=Path, metavar="FILE")
-    mode.add_argument("--check", type=Path, metavar="FILE")
+    mode.add_argument("--write", type=Path, nargs="+", metavar="FILE")
+    mode.add_argument("--check", type=Path, nargs="+", metavar="FILE")
     chosen = parser.parse_args(arguments)
-    path = chosen.write or chosen.check
+    behind = [path for path in chosen.write or chosen.check if _is_behind(path, write=bool(chosen.write))]
+    for path in behind:
+        print(f"{path} is behind its sources: run `make format`.", file=sys.stderr)
+    return 1 if behind else 0
+
+
+def _is_behind(path: Path, write: bool) -> bool:
+    """Whether a document differs from what it is generated from, once it is written anew if `write`."""
     if path.name not in DOCUMENTS:
         raise MiniKVError(f"{path} is no document with generated parts: {', '.join(DOCUMENTS)} are.")
     old = path.read_text(encoding="utf-8")
     new = render(old, DOCUMENTS[path.name])
-    if chosen.write:
+    if write:
         outputs.write_text(path, new)
-    elif new != old:
-        print(f"{path} is behind its sources: run `make format`.", file=sys.stderr)
-        return 1
-    return 0
+    return not write and new != old
 
 
 if __name__ == "__main__":

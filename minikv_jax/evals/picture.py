@@ -4,6 +4,7 @@ python -m minikv_jax.evals.picture examples/results/quality-*.json --out example
 """
 
 import argparse
+import functools
 import math
 import sys
 import textwrap
@@ -148,11 +149,16 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="results files of `minikv eval`")
     parser.add_argument("--out", type=Path, required=True, help="a .png or .svg")
+    parser.add_argument("--panels", default="", help="metrics for --out, as kl,lines; by default all that are there")
     parser.add_argument("--heatmap", type=Path, help="where to draw retrieval over depth and length")
     parser.add_argument("--paths", type=Path, help="where to draw KL along long answers")
     chosen = parser.parse_args(arguments)
     rows = [row for path in chosen.results for row in read_results(path, "quality")["rows"]]
-    wanted = {"--out": (save_quality, chosen.out), "--heatmap": (save_heatmap, chosen.heatmap)}
+    panels = [name for name in chosen.panels.split(",") if name]
+    if unknown := [name for name in panels if name not in METRICS]:
+        raise ConfigError(f"--panels: unknown metric {unknown[0]!r}: choose from {', '.join(METRICS)}.")
+    quality = functools.partial(save_quality, panels=panels)
+    wanted = {"--out": (quality, chosen.out), "--heatmap": (save_heatmap, chosen.heatmap)}
     wanted["--paths"] = (save_paths, chosen.paths)
     for option, (save, path) in wanted.items():
         if path is None:
