@@ -450,6 +450,11 @@ def test_pictures_are_drawn_of_results(tmp_path):
     arguments = [part for option, name in names.items() for part in (option, str(tmp_path / name))]
     assert picture.main([str(tmp_path / "x.json"), *arguments]) == 0
     assert all((tmp_path / name).stat().st_size > 1000 for name in names.values())
+    one = tmp_path / "one.svg"
+    assert picture.main([str(tmp_path / "x.json"), "--out", str(one), "--panels", "kl"]) == 0
+    assert "m: kl" in one.read_text() and "m: ppl" not in one.read_text()
+    with pytest.raises(ConfigError, match="'klx'"):
+        picture.main([str(tmp_path / "x.json"), "--out", str(one), "--panels", "kl,klx"])
     timing.write_results(tmp_path / "none.json", "quality", "", "", [])
     with pytest.raises(ConfigError, match="nothing to show for --out"):
         picture.main([str(tmp_path / "none.json"), "--out", str(tmp_path / "none.png")])

@@ -71,6 +71,16 @@ def test_quality_goes_into_a_folder_that_can_be_written(monkeypatch, tmp_path, c
         example.main()
 
 
+def test_memory_is_drawn_from_plans(monkeypatch, tmp_path, capsys):
+    example = load("memory")
+    monkeypatch.setattr(example, "LENGTHS", (1024, 4096))
+    monkeypatch.setattr(example, "METHODS", ("full", "minikv"))
+    monkeypatch.setattr(sys, "argv", ["memory.py", str(tmp_path / "memory.svg")])
+    example.main()
+    drawn = (tmp_path / "memory.svg").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in (*example.MODELS, "full", "minikv"))
+
+
 @pytest.mark.parametrize("name, arguments", [("serve_loop", ["more"]), ("quality", ["a", "b"]), ("quality", ["--no"])])
 def test_arguments_that_an_example_does_not_take_are_refused(name, arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
