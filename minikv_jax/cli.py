@@ -57,6 +57,7 @@ class _Finite(click.FloatRange):
 
 
 _TEXT = _Text()
+_MODEL = "Folder, GGUF file, 'smollm2', or OWNER/NAME on the Hugging Face Hub."
 _SEED = click.IntRange(0, 2**32 - 1)
 
 
@@ -261,7 +262,7 @@ def _asking(command: Callable) -> Callable:
     for option in reversed(
         (
             click.argument("question", required=False, type=_TEXT),
-            click.option("--model", default="smollm2", show_default=True, help="Folder, GGUF file, or 'smollm2'."),
+            click.option("--model", default="smollm2", show_default=True, help=_MODEL),
             click.option("--prompt-file", type=Path, help="A text to read before the question."),
             click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True),
             click.option("--temperature", type=_Finite(min=0), default=0.0,
@@ -550,7 +551,7 @@ def bench(benchmark: str, out: Path, only: tuple[str, ...], jobs: int, model_fil
 
 
 @app.command("eval")
-@click.option("--model", default="smollm2", show_default=True, help="Folder, GGUF file, or 'smollm2'.")
+@click.option("--model", default="smollm2", show_default=True, help=_MODEL)
 @click.option("--name", type=_TEXT, help="What the model is called in results; by default its file's or folder's name.")
 @click.option(
     "--change", type=_SEED, help="Draw other weights of the same function: keys and values in other coordinates."
@@ -646,7 +647,7 @@ def _evaluate_in_parallel(
 
 
 @app.command()
-@click.option("--model", default="smollm2", show_default=True, help="Folder, GGUF file, or 'smollm2'.")
+@click.option("--model", default="smollm2", show_default=True, help=_MODEL)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the weights.")
 @click.option("--set", "settings", multiple=True, metavar="KNOB=VALUE", help="Change a knob of minikv_plus.")
 @click.option("--precise", type=click.IntRange(min=0), help="Layers to give 4 bits; by default an eighth of them.")

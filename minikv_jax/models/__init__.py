@@ -36,7 +36,8 @@ def load(
     """Loads a model and its tokenizer.
 
     Args:
-        path_or_name: a Hugging Face folder, a GGUF file, or a known name (`smollm2`, which is downloaded once).
+        path_or_name: a Hugging Face folder, a GGUF file, a known name (`smollm2`, which is downloaded once), or a model
+            of the Hugging Face Hub, as `Qwen/Qwen3-8B` or `Qwen/Qwen3-8B@REVISION`; see `locate`.
         dtype: float32, bfloat16 or float16; by default float32 on CPU and bfloat16 on other devices.
         progress: called with the bytes of weights loaded so far and in all.
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minikv_jax.errors import CheckpointError, shortened
+from minikv_jax.models import hf_hub
 from minikv_jax.models.wording import one_line
 
 
@@ -52,19 +53,25 @@ def locate(name: str | os.PathLike[str]) -> Path:
     verified, and kept in that folder.
 
     Args:
-        name: a known name (`smollm2`), or the path of a Hugging Face folder or GGUF file.
+        name: a known name (`smollm2`), the path of a Hugging Face folder or GGUF file, or a model of the Hugging Face
+            Hub as `OWNER/NAME`, `OWNER/NAME@REVISION` or `OWNER/NAME/FILE.gguf`, whose files come through
+            `huggingface_hub` and its cache. What exists as a path is the path.
 
     Raises:
         CheckpointError: if the path does not exist or the download fails.
+        UnsupportedModelError: for a model of the hub that this library cannot run; nothing but its config.json is
+            downloaded.
     """
     model = _MODELS.get(os.fspath(name))
     if model is None:
         path = given_path(name)
         if os.path.exists(path):
             return path
+        if (remote := hf_hub.parsed(os.fspath(name))) is not None:
+            return hf_hub.fetch(remote)
         raise CheckpointError(
             f"{shortened(os.fspath(name), 300)} is neither an existing file or folder nor a known model; known: "
-            f"{', '.join(_MODELS)}."
+            f"{', '.join(_MODELS)}, and models of the Hugging Face Hub by OWNER/NAME."
         )
     return _present(model) or _download(model, _models_folder() / model.file)
 

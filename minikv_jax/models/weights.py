@@ -24,7 +24,7 @@ from minikv_jax.models.checkpoint import Checkpoint, float_dtype, parameter_shap
 from minikv_jax.models.foreign import refuse_other_contents
 from minikv_jax.models.gguf_file import open_gguf
 from minikv_jax.models.hf_folder import open_folder
-from minikv_jax.models.hub import given_path
+from minikv_jax.models.hub import given_path, locate
 from minikv_jax.models.wording import listed
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def load_model(
     """Builds a model from a checkpoint, reading one tensor at a time so that nothing is held twice.
 
     Args:
-        path: a Hugging Face folder or a GGUF file, as for `open_checkpoint`.
+        path: a Hugging Face folder, a GGUF file, or a name, as for `locate`.
         dtype: float32, bfloat16 or float16; by default float32 on CPU and bfloat16 on other devices.
         progress: called with the bytes of weights loaded so far and in all.
 
@@ -88,7 +88,7 @@ def load_model(
 
     from minikv_jax.models.llama import Llama
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(locate(path))
     if checkpoint.left_out:
         warnings.warn(
             f"{checkpoint.path}: only the language model is loaded; {len(checkpoint.left_out)} tensors of other parts "
