@@ -518,6 +518,61 @@ def completion(shell: str) -> None:
     print(kind(app, {}, "minikv", "_MINIKV_COMPLETE").source())
 
 
+# ---- models --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+@click.argument("model", required=False, type=_TEXT)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def models(model: str | None, as_json: bool) -> None:
+    """List the families of models that load, or say what MODEL is and how large, without reading its weights."""
+    from rich.table import Table
+
+    from minikv_jax.models.families import listing
+
+    if model is not None:
+        _print_model(model, as_json)
+        return
+    rows = listing()
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("model_type", "models", "GGUF", "supported")
+    for row in rows:
+        table.add_row(row["family"], row["models"], row["gguf"] or "-", row["supported"])
+    _console().print(table)
+
+
+def _print_model(model: str, as_json: bool) -> None:
+    from rich.table import Table
+
+    from minikv_jax.models.describe import describe
+
+    found = describe(model)
+    if as_json:
+        _print_json(dataclasses.asdict(found))
+        return
+    config = found.config
+    scaling = "" if config.rope_scaling is None else f", scaled as {config.rope_scaling.kind}"
+    rows = {
+        "family": config.architecture,
+        "parameters": f"{found.parameters:,}",
+        "in bfloat16": f"{found.parameters * 2 / 2**30:,.2f} GiB (float32 twice that)",
+        "in files": ", ".join(f"{size / 2**20:,.1f} MiB {kind}" for kind, size in found.stored.items())
+        or "not looked at",
+        "layers": f"{config.num_layers}",
+        "heads": f"{config.num_heads}, key-value heads {config.num_kv_heads}, of {config.head_dim}",
+        "vocabulary": f"{config.vocab_size:,}",
+        "positions": f"{config.max_position_embeddings:,}{scaling}",
+        "sliding window": "none" if config.sliding_window is None else f"{config.sliding_window:,} tokens",
+        "left out": f"{found.left_out} tensors of other parts" if found.left_out else "nothing",
+    }
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    _console().print(table)
+
+
 # ---- figures -------------------------------------------------------------------------------------------------------
 
 

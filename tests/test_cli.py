@@ -19,12 +19,15 @@ import pytest
 import tiny
 from models import CONFIG, MODEL
 from rich.console import Console
+from safetensors.numpy import load_file
 
 from minikv_jax import MissingExtraError, PromptError, __version__, chat, cli, doctor, extras, models, presets, program
 from minikv_jax.bench import cpu
 from minikv_jax.evals import calibrate as finding
 from minikv_jax.evals import parallel, run
+from minikv_jax.models.families import FAMILIES, WRAPPERS
 from minikv_jax.models.llama import Llama
+from minikv_jax.models.stored import Source
 
 COMMAND = [sys.executable, "-m", "minikv_jax"]
 
@@ -255,6 +258,30 @@ def test_sizes_are_listed(here):
     assert code == 0 and sizes["minikv"]["mib_without_window"] == 320 and sizes["full"]["mib"] > 2304 - 1
     assert all({"method", "bits_per_element", "mib"} <= row.keys() for row in sizes.values())
     assert "2,304.0" in here("methods", "--model-shape", "llama2-7b")[1]
+
+
+def test_models_are_listed(here):
+    code, output, _ = here("models", "--json")
+    rows = {row["family"]: row for row in json.loads(output)}
+    assert code == 0 and set(rows) == {*FAMILIES, *WRAPPERS}
+    assert rows["phi3"]["gguf"] == "phi3" and rows["phi3"]["supported"].startswith("no rope scaling")
+    code, output, _ = here("models")
+    assert code == 0 and all(name in output for name in ("qwen3", "granite", "mistral3", "Seed-OSS"))
+
+
+def test_a_model_is_described_without_its_weights(here, monkeypatch):
+    monkeypatch.setattr(Source, "load", None)
+    golden = Path(__file__).parent / "golden"
+    code, output, _ = here("models", golden / "qwen2_yarn", "--json")
+    found = json.loads(output)
+    weights = load_file(golden / "qwen2_yarn" / "model.safetensors")
+    assert found["parameters"] == sum(x.size for x in weights.values())
+    assert code == 0 and found["stored"] == {"F16": 2 * found["parameters"]}
+    assert found["config"]["rope_scaling"]["kind"] == "yarn"
+    code, output, _ = here("models", golden / "mistral3")
+    assert code == 0 and "tensors of other parts" in output
+    code, _, errors = here("models", golden)
+    assert code == 2 and errors.count("\n") == 1
 
 
 def test_compare_takes_the_methods_that_eval_takes(here, tmp_path):

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 from minikv_jax.errors import CheckpointError, UnsupportedModelError
 from minikv_jax.models import load_model, locate, open_checkpoint
+from minikv_jax.models.describe import describe
 from minikv_jax.models.hf_hub import Remote, parsed
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -128,6 +129,13 @@ def test_a_model_that_cannot_run_is_refused_before_its_weights_are_downloaded(hu
     with pytest.raises(UnsupportedModelError, match=r"us/bart: .*of type .bart."):
         locate("us/bart")
     assert handler.asked == ["config.json"]
+
+
+def test_a_model_of_the_hub_is_described_by_its_config_alone(hub):
+    handler, _ = hub
+    found, here = describe("us/tiny"), describe(GOLDEN / "qwen3")
+    assert (found.config, found.parameters) == (here.config, here.parameters)
+    assert (found.stored, handler.asked) == ({}, ["config.json"])
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,14 @@ class Checkpoint:
     _sources: Mapping[str, Source]
     left_out: tuple[str, ...] = ()
 
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of the tensors in files, by the type they are stored in."""
+        sizes: dict[str, int] = {}
+        for source in self._sources.values():
+            stored = source.stored
+            sizes[stored.encoding] = sizes.get(stored.encoding, 0) + stored.rows * stored.row_bytes
+        return sizes
+
     def tensors(self, dtype: DTypeLike = np.float32) -> Iterator[tuple[str, np.ndarray]]:
         """Reads the parameters one at a time, the largest first.
 

@@ -232,3 +232,27 @@ WRAPPERS: dict[str, Wrapper] = {
     ),
 }
 BY_GGUF = {family.gguf: name for name, family in FAMILIES.items() if family.gguf is not None}
+
+
+def listing() -> list[dict[str, Any]]:
+    """What `minikv models` says of each family: names, architecture in GGUF files, and what is supported."""
+    rows: list[dict[str, Any]] = [
+        {"family": name, "models": family.models, "gguf": family.gguf, "supported": _supported(family)}
+        for name, family in FAMILIES.items()
+    ]
+    rows += [
+        {"family": name, "models": wrapper.models, "gguf": None, "supported": f"text, as {wrapper.language_model}"}
+        for name, wrapper in WRAPPERS.items()
+    ]
+    return rows
+
+
+def _supported(family: Family) -> str:
+    windows = {
+        "never": "",
+        "always": "one sliding window for all layers, for texts within it",
+        "switched": "use_sliding_window for all layers, for texts within it",
+    }
+    scalings = f"rope scaling {', '.join(family.rope_scalings)}" if family.rope_scalings else "no rope scaling"
+    needed = [f"{key} {str(value).lower()} only" for key, (value, _) in family.needs.items()]
+    return "; ".join(x for x in (scalings, windows[family.sliding_window], *needed) if x)

@@ -1,6 +1,5 @@
 """Models of the Hugging Face Hub by name, through `huggingface_hub`: its cache, its login and its offline mode."""
 
-import functools
 import re
 import socket
 from collections.abc import Callable
@@ -50,26 +49,42 @@ def fetch(remote: Remote) -> Path:
         CheckpointError: if there is no such model, no access, or neither a network nor a copy in the cache.
         UnsupportedModelError: if the model is of a kind this library cannot run.
     """
-    from huggingface_hub import constants, hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    # Where no network is, `huggingface_hub` would try for half a minute.
-    local = constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)
-
-    def file(name: str) -> Path:
-        download = functools.partial(hf_hub_download, revision=remote.revision, local_files_only=local)
-        return Path(_fetching(remote, lambda: download(remote.repo, name)))
-
+    local = _is_local()
     if remote.file is not None:
-        return file(remote.file)
-    description = file("config.json")
-    try:
-        ModelConfig.from_hf(read_json(description))
-    except (CheckpointError, UnsupportedModelError) as error:
-        raise type(error)(f"{remote.repo}: {error}") from error
-    # One commit for all files, also where somebody pushes another meanwhile.
-    options = {"revision": description.parent.name, "local_files_only": local}
+        return _file(remote, remote.file, local)
+    _, commit = description(remote)
+    options = {"revision": commit, "local_files_only": local}
     patterns = ["config.json", "generation_config.json", *_TOKENIZER, *_WEIGHTS]
     return Path(_fetching(remote, lambda: snapshot_download(remote.repo, allow_patterns=patterns, **options)))
+
+
+def description(remote: Remote) -> tuple[ModelConfig, str]:
+    """What the config.json says, and the commit it is of, so that all files come from one.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `fetch` does.
+    """
+    path = _file(remote, "config.json", _is_local())
+    try:
+        return ModelConfig.from_hf(read_json(path)), path.parent.name
+    except (CheckpointError, UnsupportedModelError) as error:
+        raise type(error)(f"{remote.repo}: {error}") from error
+
+
+def _file(remote: Remote, name: str, local: bool) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    options = {"revision": remote.revision, "local_files_only": local}
+    return Path(_fetching(remote, lambda: hf_hub_download(remote.repo, name, **options)))
+
+
+def _is_local() -> bool:
+    """Whether only the cache is asked. Where no network is, `huggingface_hub` would try for half a minute."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)
 
 
 def _reachable(endpoint: str) -> bool:
