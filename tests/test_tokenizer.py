@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
-from minikv_jax.errors import CheckpointError, UnsupportedModelError
+from minikv_jax.errors import CheckpointError, MiniKVError, UnsupportedModelError
 from minikv_jax.models import load_tokenizer, locate
 from minikv_jax.models.gguf_file import read_gguf_metadata
 from minikv_jax.models.refusing import refusing
@@ -460,6 +461,54 @@ def test_folder_is_read_as_its_tokenizer_json_says(tmp_path, name):
     config = tmp_path / "folder" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": name}))
     assert load_tokenizer(tmp_path / "folder")(TEXT).input_ids == original(TEXT).input_ids
+
+
+@pytest.mark.parametrize("name", ["tokenizer_model", "vocab_merges"])
+def test_an_older_folder_gives_what_transformers_makes_of_it(name):
+    golden = Path(__file__).parent / "golden"
+    expected, tokenizer = json.loads((golden / f"{name}.json").read_text()), load_tokenizer(golden / name)
+    assert [tokenizer(text).input_ids for text in expected["texts"]] == expected["ids"]
+    assert [tokenizer.decode(ids) for ids in expected["ids"]] == expected["decoded"]
+    assert tokenizer.name_or_path == str(golden / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("vocab_merges", {"tokenizer_class": "CodeGenTokenizer"}, "'CodeGenTokenizer'.*Qwen2Tokenizer, GPT2Tokenizer"),
+        ("vocab_merges", {"tokenizer_class": None}, "tokenizer_class is None"),
+        ("vocab_merges", {"add_prefix_space": True}, "add_prefix_space is true"),
+        ("tokenizer_model", {"tokenizer_class": "T5TokenizerFast"}, "'T5TokenizerFast'.*LlamaTokenizer are known"),
+        ("tokenizer_model", {"add_bos_token": 1}, "true or false"),
+    ],
+)
+def test_an_older_folder_of_other_rules_is_refused_by_name(tmp_path, name, changes, message):
+    folder = Path(shutil.copytree(Path(__file__).parent / "golden" / name, tmp_path / "t"))
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(MiniKVError, match=message) as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [lambda raw: raw[:-3], lambda raw: b"\xff" * 40, lambda raw: raw + b"\x0b"])
+def test_a_damaged_sentencepiece_model_is_refused_in_one_line(tmp_path, change):
+    folder = Path(shutil.copytree(Path(__file__).parent / "golden" / "tokenizer_model", tmp_path / "t"))
+    path = folder / "tokenizer.model"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(CheckpointError, match="tokenizer cannot be read"):
+        load_tokenizer(folder)
+
+
+def test_a_sentencepiece_model_that_changes_letters_is_refused(tmp_path):
+    folder = Path(shutil.copytree(Path(__file__).parent / "golden" / "tokenizer_model", tmp_path / "t"))
+    path = folder / "tokenizer.model"
+    path.write_bytes(path.read_bytes() + bytes([3 << 3 | 2, 5, 2 << 3 | 2, 3, 1, 2, 3]))  # a normalizer with a map
+    with pytest.raises(UnsupportedModelError, match="precompiled_charsmap is 3"):
+        load_tokenizer(folder)
+    os.truncate(path, 1 << 26)
+    with pytest.raises(CheckpointError, match="too much for a vocabulary"):
+        load_tokenizer(folder)
 
 
 def test_folder_errors(tmp_path):

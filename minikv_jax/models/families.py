@@ -113,7 +113,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3": Family(
         hf_class="Qwen3ForCausalLM",
-        models="Qwen3 0.6B to 32B, R1-0528-Qwen3-8B",
+        models="Qwen3 0.6B to 32B",
         gguf="qwen3",
         defaults={
             "max_position_embeddings": 32768,

@@ -1,6 +1,7 @@
 """Makes the reference checkpoints and logits in this folder with PyTorch and transformers, which the tests do without.
 
-    python -m venv reference && reference/bin/pip install "torch>=2.8" "transformers>=5.10,<6" "gguf>=0.17" accelerate
+    python -m venv reference
+    reference/bin/pip install "torch>=2.8" "transformers>=5.10,<6" "gguf>=0.17" accelerate sentencepiece protobuf
     reference/bin/python tests/golden/make_golden.py --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf
 
 The GGUF file is the one `minikv_jax.models.locate("smollm2")` returns. Without --smollm2 only the tiny models are made.
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -271,6 +273,46 @@ def make_smollm2(path: Path) -> None:
     print(f"smollm2: {right:.3f} of the text predicted, {(margins <= 1e-3).sum()} positions with a margin under 1e-3")
 
 
+WORDS = (
+    "Hello  it's 12345 a test",
+    " two",
+    "",
+    "café </s> naïve\n\n\tend ",
+    "<s>the <unk> 日本",
+    "It'S +6789!? the theory",
+)
+
+
+def make_tokenizers() -> None:
+    """Folders of the older kinds, and what AutoTokenizer makes of WORDS."""
+    import sentencepiece
+
+    spm, bpe = HERE / "tokenizer_model", HERE / "vocab_merges"
+    for folder in (spm, bpe):
+        folder.mkdir(exist_ok=True)
+    (HERE / "text.txt").write_text(TEXT)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(HERE / "text.txt"), model_prefix=str(spm / "tokenizer"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+    )  # fmt: skip
+    (HERE / "text.txt").unlink()
+    (spm / "tokenizer.vocab").unlink()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (spm / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **special}))
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.train_from_iterator([TEXT], trainer)
+    trained.model.save(str(bpe))
+    special = {"eos_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>"]}
+    (bpe / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer", **special}))
+    for folder in (spm, bpe):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        ids = [tokenizer(text).input_ids for text in WORDS]
+        texts = [tokenizer.decode(x) for x in ids]
+        (HERE / f"{folder.name}.json").write_text(json.dumps({"texts": WORDS, "ids": ids, "decoded": texts}))
+
+
 TINY_MODELS = (llama3, llama2, mistral, qwen2, qwen2_yarn, qwen3, phi3, granite, seed_oss, ernie4_5, mistral3)
 
 
@@ -285,6 +327,7 @@ def main() -> None:
         config = json.loads((HERE / build.__name__ / "config.json").read_text())
         print(json.dumps(config))
     make_ropes()
+    make_tokenizers()
     if arguments.smollm2:
         make_smollm2(arguments.smollm2)
 
