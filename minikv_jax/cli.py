@@ -562,6 +562,7 @@ def _print_model(model: str, as_json: bool) -> None:
         or "not looked at",
         "layers": f"{config.num_layers}",
         "heads": f"{config.num_heads}, key-value heads {config.num_kv_heads}, of {config.head_dim}",
+        "experts": "none" if config.experts is None else f"{config.experts.chosen} of {config.experts.count} a token",
         "vocabulary": f"{config.vocab_size:,}",
         "positions": f"{config.max_position_embeddings:,}{scaling}",
         "sliding window": "none" if config.sliding_window is None else f"{config.sliding_window:,} tokens",

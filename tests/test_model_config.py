@@ -496,7 +496,11 @@ def test_qwen3():
     ("change", "message"),
     [
         ({"general.architecture": "gemma"}, "gemma"),
-        ({"llama.expert_count": 8}, "Mixture-of-experts"),
+        ({"llama.expert_count": 8}, "has no 'expert_used_count'"),
+        (
+            {"llama.expert_count": 8, "llama.expert_used_count": 2, "llama.expert_shared_count": 1},
+            "expert_shared_count",
+        ),
         ({"llama.rope.dimension_count": 32}, "rope.dimension_count is 32"),
         ({"llama.rope.scaling.type": "longrope"}, "longrope.*'yarn'"),
         (

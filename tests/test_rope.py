@@ -48,7 +48,7 @@ def test_dynamic_changes_nothing_within_the_original_length_where_models_end():
     ("rope", "message"),
     [
         ({"rope_type": "yarn", "factor": 4.0, "llama_4_scaling_beta": 0.1}, "llama_4_scaling_beta is 0.1"),
-        ({"rope_type": "yarn", "factor": 4.0, "attn_factor": 0.8782}, "attn_factor is 0.8782, which transformers ignores"),
+        ({"rope_type": "yarn", "factor": 4.0, "attn_factor": 0.8782}, "attn_factor is 0.8782, which transformers"),
         ({"rope_type": "dynamic", "factor": 4.0, "alpha": 1000.0}, r"alpha is 1000\.0, which is not"),
         ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 1.0, "beta_slow": 2.0}, r"beta_fast \(1\.0\) must be"),
         ({"rope_type": "yarn", "factor": -4.0}, "factor must be a positive number, got -4.0"),

@@ -786,9 +786,9 @@ def test_gguf_refusals(tmp_path):
     path = tmp_path / "m.gguf"
     with pytest.raises(UnsupportedModelError, match="F64; supported: F32"):
         open_checkpoint(write_gguf(path, config, tensors | {"output_norm.weight": np.ones(256)}))
-    experts = {"llama.expert_count": (8, 4)}
-    with pytest.raises(UnsupportedModelError, match=r"m\.gguf.*Mixture-of-experts"):
-        open_checkpoint(write_gguf(path, config, tensors, extra=experts))
+    experts = {"qwen2.expert_count": (8, 4)}
+    with pytest.raises(UnsupportedModelError, match=r"m\.gguf: Experts are not supported in 'qwen2' models"):
+        open_checkpoint(write_gguf(path, model_config("qwen2"), tensors, extra=experts))
     with pytest.raises(CheckpointError, match=r"one of 2 parts, which llama\.cpp calls NAME-00001-of-00002\.gguf"):
         open_checkpoint(write_gguf(path, config, tensors, extra={"split.count": (2, 2)}))
     with pytest.raises(UnsupportedModelError, match=r"attn_output\.bias"):

@@ -21,7 +21,8 @@ CHECKED = (
         for name in [
             *("allocate", "append", "basis", "block", "cache", "choose", "codec", "compress", "evict"),
             *("inflow", "latent", "merge", "rank", "ring", "tova", "reading", "report", "segments"),
-            *("models.latent", "models.llama"),
+            *("channels", "newest", "sharing"),
+            *("models.latent", "models.llama", "models.mixture", "models.shared"),
         ]
     ),
     "pallas_kernels",

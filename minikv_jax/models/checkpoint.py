@@ -23,6 +23,9 @@ _SIZES = {
     "output": f"hidden_size, {_QUERIES}",
     "query_bias": _QUERIES,
     **dict.fromkeys(("key_bias", "value_bias"), _KEYS),
+    "router": "num_experts, hidden_size",
+    **dict.fromkeys(("expert_gate", "expert_up"), "moe_intermediate_size, hidden_size"),
+    "expert_down": "hidden_size, moe_intermediate_size",
     **dict.fromkeys(("query_norm", "key_norm"), "head_dim"),
     **dict.fromkeys(("gate", "up"), "intermediate_size, hidden_size"),
     "down": "hidden_size, intermediate_size",
@@ -42,7 +45,12 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
     layer: dict[str, tuple[int, ...]] = {"attention_norm": (d,), "query": (d, q), "key": (d, kv), "value": (d, kv)}
     if config.query_key_norm:
         layer |= {"query_norm": (h,), "key_norm": (h,)}
-    layer |= {"output": (q, d), "mlp_norm": (d,), "gate": (d, f), "up": (d, f), "down": (f, d)}
+    layer |= {"output": (q, d), "mlp_norm": (d,)}
+    if config.experts is None:
+        layer |= {"gate": (d, f), "up": (d, f), "down": (f, d)}
+    else:
+        e, f = config.experts.count, config.experts.size
+        layer |= {"router": (d, e), "expert_gate": (e, d, f), "expert_up": (e, d, f), "expert_down": (e, f, d)}
     if config.query_key_value_bias:
         layer |= {"query_bias": (q,), "key_bias": (kv,), "value_bias": (kv,)}
     for i in range(config.num_layers):
@@ -62,14 +70,13 @@ class Checkpoint:
 
     path: Path
     config: ModelConfig
-    _sources: Mapping[str, Source]
+    _sources: Mapping[str, tuple[Source, ...]]
     left_out: tuple[str, ...] = ()
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of the tensors in files, by the type they are stored in."""
         sizes: dict[str, int] = {}
-        for source in self._sources.values():
-            stored = source.stored
+        for stored in (source.stored for sources in self._sources.values() for source in sources):
             sizes[stored.encoding] = sizes.get(stored.encoding, 0) + stored.rows * stored.row_bytes
         return sizes
 
@@ -84,19 +91,30 @@ class Checkpoint:
             `[V, D]` (untied models only), `norm` `[D]`, and for every layer i `layers.i.attention_norm` `[D]`,
             `layers.i.query` `[D, N*H]`, `layers.i.key` and `value` `[D, K*H]`, `output` `[N*H, D]`, `mlp_norm` `[D]`,
             `gate` and `up` `[D, F]`, `down` `[F, D]`, with biases `query_bias` `[N*H]`, `key_bias`, `value_bias`
-            `[K*H]`, and with norms of heads `query_norm` and `key_norm` `[H]`.
+            `[K*H]`, with norms of heads `query_norm` and `key_norm` `[H]`. Experts are, in place of `gate`, `up` and
+            `down`, `router` `[D, E]`, `expert_gate` and `expert_up` `[E, D, F]`, `expert_down` `[E, F, D]`.
 
         Raises:
             CheckpointError: if a file changed since it was opened, or holds NaN, infinity or what `dtype` cannot.
             TypeError: for another dtype.
         """
         target = float_dtype(dtype)
-        for name, _ in parameter_shapes(self.config):
+        for name, shape in parameter_shapes(self.config):
             try:
-                array = self._sources[name].load(target)
+                array = _load(self._sources[name], shape, target)
             except OSError as error:
                 raise CheckpointError(f"Cannot read {self.path}: {error}") from error
             yield name, array
+
+
+def _load(sources: tuple[Source, ...], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """One matrix or vector, or a stack of matrices, each read into its place."""
+    if len(shape) < 3:
+        return sources[0].load(dtype)
+    stack = np.empty(shape, dtype)
+    for i, source in enumerate(sources):
+        stack[i] = source.load(dtype)
+    return stack
 
 
 def settle_tie(
@@ -144,11 +162,14 @@ class Names:
     layer: Mapping[str, str]
     prefix: str
 
-    def of(self, name: str) -> str:
+    def of(self, name: str, shape: tuple[int, ...]) -> Iterator[str]:
+        """The stored tensor of a parameter, or of a stack that is stored one by one each of its matrices'."""
         if name in self.ends:
-            return self.ends[name]
+            yield self.ends[name]
+            return
         _, i, part = name.split(".")
-        return f"{self.prefix}.{i}.{self.layer[part]}"
+        stored = f"{self.prefix}.{i}.{self.layer[part]}"
+        yield from map(stored.format, range(shape[0])) if "{}" in stored else [stored]
 
 
 def paired(
@@ -166,7 +187,7 @@ def paired(
     pairs of neighbours, and `scales` says by our names what else to multiply.
     """
     # Lazily, and only the first few: a damaged layer count could ask for billions.
-    wanted = (names.of(name) for name, _ in parameter_shapes(config))
+    wanted = (theirs for parameter in parameter_shapes(config) for theirs in names.of(*parameter))
     missing = list(islice((name for name in wanted if name not in stored), 5))
     if missing:
         ends = "" if config.tie_word_embeddings else " and a head of its own (tie_word_embeddings is false)"
@@ -176,14 +197,20 @@ def paired(
         )
     together: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, shape in parameter_shapes(config):
-        together.setdefault(names.of(name), []).append((name, shape))
+        for theirs in names.of(name, shape):
+            together.setdefault(theirs, []).append((name, shape))
     heads = {"query": config.num_heads, "key": config.num_kv_heads} if interleaved else {}
-    sources = {
-        name: source
-        for theirs, parameters in together.items()
-        for name, source in _sources(theirs, stored[theirs], parameters, heads)
-    }
-    sources = {name: replace(x, scale=(scales or {}).get(name.split(".")[-1], 1.0)) for name, x in sources.items()}
+    found: dict[str, list[Source]] = {}
+    for theirs, parameters in together.items():
+        for name, source in _sources(theirs, stored[theirs], parameters, heads):
+            scale = (scales or {}).get(name.split(".")[-1], 1.0)
+            found.setdefault(name, []).append(replace(source, scale=scale))
+    sources = {name: tuple(found[name]) for name, _ in parameter_shapes(config)}
+    for name, shape in parameter_shapes(config):
+        if len(shape) == 3 and len(sources[name]) != shape[0]:
+            raise CheckpointError(
+                f"{path}: {len(sources[name])} experts are stored for {name}, the configuration wants {shape[0]}."
+            )
     if unexpected := sorted(set(stored) - set(together) - ignored):
         raise UnsupportedModelError(
             f"{path}: tensors that a {config.architecture!r} model with {config.num_layers} layers has no place for: "
@@ -195,7 +222,11 @@ def paired(
 def _sources(
     theirs: str, tensor: Stored, parameters: list[tuple[str, tuple[int, ...]]], heads: Mapping[str, int]
 ) -> Iterator[tuple[str, Source]]:
-    """Where each of the parameters lies in the stored tensor that holds them all."""
+    """Where each of the parameters lies in the stored tensor that holds them all; of a stack, each of its matrices that
+    lie there."""
+    if len(parameters[0][1]) == 3:
+        yield from _stacked(theirs, tensor, *parameters[0])
+        return
     transposed = {name: len(shape) == 2 and name != "embedding" for name, shape in parameters}
     theirs_of = {name: shape[::-1] if transposed[name] else shape for name, shape in parameters}
     rows = [shape[0] for shape in theirs_of.values()]
@@ -208,6 +239,18 @@ def _sources(
     for i, name in enumerate(theirs_of):
         part = tensor if len(rows) == 1 else tensor.part(sum(rows[:i]), sum(rows[: i + 1]))
         yield name, Source(theirs, part, transposed[name], heads.get(name.split(".")[-1].removesuffix("_bias"), 0))
+
+
+def _stacked(theirs: str, tensor: Stored, name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Source]]:
+    """The matrices of a stack that a stored tensor holds: one of them, or all."""
+    count, columns, rows = shape
+    if tensor.shape not in ((rows, columns), (count, rows, columns)):
+        raise CheckpointError(
+            f"{tensor.path}: tensor {theirs!r} has shape {tensor.shape}, the configuration wants {(rows, columns)} for "
+            f"an expert ({_SIZES[name.split('.')[-1]]})."
+        )
+    for start in range(0, tensor.rows, rows):
+        yield name, Source(theirs, tensor.part(start, start + rows), True, 0)
 
 
 def float_dtype(dtype: DTypeLike) -> np.dtype:

@@ -8,6 +8,7 @@ from typing import Any, Self
 from minikv_jax.errors import UnsupportedModelError, shortened
 from minikv_jax.models import gguf_config, hf_config
 from minikv_jax.models.entries import is_integer, is_number
+from minikv_jax.models.experts import Experts
 from minikv_jax.models.families import FAMILIES
 from minikv_jax.models.rope import RopeScaling
 
@@ -18,6 +19,7 @@ class ModelConfig:
 
     `sliding_window` counts the keys a query may see, itself included, in every layer; None means all of them.
     `query_key_value_bias` puts a bias on these three projections (Qwen2); no other projection has one.
+    `experts` are in every layer in place of one feed-forward part, whose `intermediate_size` then means nothing.
     `query_key_norm` normalises every head's query and key before rotary embedding (Qwen3).
 
     Raises:
@@ -38,6 +40,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     query_key_value_bias: bool = False
     query_key_norm: bool = False
+    experts: Experts | None = None
     sliding_window: int | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

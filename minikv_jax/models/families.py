@@ -4,10 +4,12 @@ A family is a value here. What a family computes otherwise than LLaMA is a field
 what only its files do otherwise (other names, several matrices in one) is undone while they are read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from minikv_jax.models.entries import Entries, agreed
+from minikv_jax.models.experts import Experts
 from minikv_jax.models.rope import KINDS
 
 HF_LAYER = {
@@ -25,6 +27,10 @@ HF_LAYER = {
     "gate": "mlp.gate_proj.weight",
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
+    "router": "mlp.gate.weight",
+    "expert_gate": "mlp.experts.{}.gate_proj.weight",  # of each expert by its number
+    "expert_up": "mlp.experts.{}.up_proj.weight",
+    "expert_down": "mlp.experts.{}.down_proj.weight",
 }
 GGUF_LAYER = {
     "attention_norm": "attn_norm.weight",
@@ -41,6 +47,10 @@ GGUF_LAYER = {
     "gate": "ffn_gate.weight",
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
+    "router": "ffn_gate_inp.weight",
+    "expert_gate": "ffn_gate_exps.weight",
+    "expert_up": "ffn_up_exps.weight",
+    "expert_down": "ffn_down_exps.weight",
 }
 
 _NO_OUTPUT_BIAS = "it adds a bias to the output projection, which is not implemented"
@@ -60,6 +70,7 @@ class Family:
         rope_theta: what transformers assumes where a config.json is silent.
         rope_scalings: the kinds that mean what `RopeScaling` says.
         sliding_window: whether a given window counts: never, always, or as `use_sliding_window` says.
+        experts: what a config.json says of a mixture's experts.
         hf_layer, gguf_layer: the stored tensor that holds each of a layer's parameters.
         bias_switch: the entry of config.json that puts a bias on query, key and value, where there is one.
         multipliers: what a config.json and a GGUF file call each of `folding.MULTIPLIERS`, where a family has them.
@@ -77,9 +88,25 @@ class Family:
     sliding_window: Literal["never", "always", "switched"] = "never"
     bias_switch: str | None = None
     multipliers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    experts: Callable[[Entries], Experts] | None = None
     hf_layer: Mapping[str, str] = field(default_factory=lambda: HF_LAYER)
     gguf_layer: Mapping[str, str] = field(default_factory=lambda: GGUF_LAYER)
     interleaved: tuple[Literal["hf", "gguf"], ...] = ()
+
+
+def _qwen3_experts(entries: Entries) -> Experts:
+    counts = {key: entries.optional_integer(key) for key in ("num_experts", "num_local_experts")}
+    return Experts(
+        agreed(entries.source, "the number of experts", counts) or 128,
+        entries.integer("num_experts_per_tok", 8),
+        entries.integer("moe_intermediate_size", 768),
+        entries.boolean("norm_topk_prob", False),
+    )
+
+
+def _mixtral_experts(entries: Entries) -> Experts:
+    count, chosen = entries.integer("num_local_experts", 8), entries.integer("num_experts_per_tok", 2)
+    return Experts(count, chosen, entries.integer("intermediate_size"), renormalised=True)
 
 
 FAMILIES: dict[str, Family] = {
@@ -202,6 +229,42 @@ FAMILIES: dict[str, Family] = {
         needs={"use_bias": (False, "biases of all projections are not implemented")},
         rope_theta=500000.0,
         interleaved=("hf", "gguf"),
+    ),
+    "qwen3_moe": Family(
+        hf_class="Qwen3MoeForCausalLM",
+        models="Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder-30B-A3B",
+        gguf="qwen3moe",
+        defaults={"max_position_embeddings": 32768, "num_key_value_heads": 4},
+        needs={
+            "attention_bias": (False, _NO_OUTPUT_BIAS),
+            "use_sliding_window": (False, "mixtures with a sliding window are not implemented"),
+            "decoder_sparse_step": (1, "layers without experts are not implemented"),
+            "mlp_only_layers": ([], "layers without experts are not implemented"),
+        },
+        fields={"query_key_norm": True},
+        experts=_qwen3_experts,
+    ),
+    "mixtral": Family(
+        hf_class="MixtralForCausalLM",
+        models="Mixtral 8x7B, 8x22B",
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        rope_theta=1000000.0,
+        sliding_window="always",
+        experts=_mixtral_experts,
+        hf_layer={
+            **HF_LAYER,
+            "router": "block_sparse_moe.gate.weight",
+            "expert_gate": "block_sparse_moe.experts.{}.w1.weight",
+            "expert_up": "block_sparse_moe.experts.{}.w3.weight",
+            "expert_down": "block_sparse_moe.experts.{}.w2.weight",
+        },
+        interleaved=("gguf",),
     ),
 }
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from minikv_jax.errors import CheckpointError, UnsupportedModelError, shortened
 from minikv_jax.models.entries import Entries, agreed, default_head_dim
+from minikv_jax.models.experts import Experts
 from minikv_jax.models.families import BY_GGUF, FAMILIES, Family
 from minikv_jax.models.rope import RopeScaling
 
@@ -37,12 +38,16 @@ def fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
             f"{', '.join(repr(x) + (' (also Mistral)' if x == 'llama' else '') for x in BY_GGUF)}."
         )
     prefix = f"{name}."
+    architecture = BY_GGUF[name]
+    if name == "llama" and whole.integer("llama.expert_count", 0):
+        architecture = "mixtral"
+    family = FAMILIES[architecture]
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     entries = Entries(own, f"GGUF metadata ({prefix}*)")
     hidden_size = entries.integer("embedding_length")
     num_heads = entries.integer("attention.head_count")
     head_dim = entries.integer("attention.key_length", default_head_dim(hidden_size, num_heads))
-    _refuse_features(entries, prefix, head_dim, FAMILIES[BY_GGUF[name]])
+    _refuse_features(entries, prefix, head_dim, family)
     rope_scaling, longest = _rope(entries)
     ends = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")  # of a text, of a turn in a chat
     return {
@@ -62,9 +67,16 @@ def fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "sliding_window": entries.optional_integer("attention.sliding_window") or None,
         "bos_token_id": whole.optional_integer("tokenizer.ggml.bos_token_id"),
         "eos_token_ids": tuple(dict.fromkeys(i for key in ends for i in whole.token_ids(key))),
-        "architecture": BY_GGUF[name],
-        **FAMILIES[BY_GGUF[name]].fields,
+        "architecture": architecture,
+        **family.fields,
+        "experts": None if family.experts is None else _experts(entries),
     }
+
+
+def _experts(entries: Entries) -> Experts:
+    """llama.cpp always divides the chosen experts' probabilities by their sum, for the architectures known here."""
+    size = entries.integer("expert_feed_forward_length", 0) or entries.integer("feed_forward_length")
+    return Experts(entries.integer("expert_count"), entries.integer("expert_used_count"), size, renormalised=True)
 
 
 def multipliers(metadata: Mapping[str, Any]) -> dict[str, float]:
@@ -79,8 +91,11 @@ def multipliers(metadata: Mapping[str, Any]) -> dict[str, float]:
 
 def _refuse_features(entries: Entries, prefix: str, head_dim: int, family: Family) -> None:
     """Refuses settings that change the computation in ways the model does not have."""
-    if entries.integer("expert_count", 0):
-        raise UnsupportedModelError("Mixture-of-experts models are not supported; expected expert_count 0.")
+    if family.experts is None and entries.integer("expert_count", 0):
+        raise UnsupportedModelError(f"Experts are not supported in {prefix[:-1]!r} models; expected expert_count 0.")
+    for key in ("expert_shared_count", "leading_dense_block_count"):
+        if entries.integer(key, 0):
+            raise UnsupportedModelError(f"{prefix}{key} is {entries.get(key)}, which is not implemented; supported: 0.")
     for key in ("attention.value_length", "rope.dimension_count"):
         if entries.integer(key, head_dim) != head_dim:
             raise UnsupportedModelError(

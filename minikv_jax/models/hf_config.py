@@ -40,6 +40,7 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "architecture": architecture,
         **family.fields,
         **_biases(entries, family),
+        "experts": None if family.experts is None else family.experts(entries),
     }
 
 
@@ -219,8 +220,8 @@ def _yarn(rope: Entries, original: int) -> RopeScaling:
     weights = ("mscale", "mscale_all_dim")
     if (given := rope.get("attn_factor")) is not None:  # as R1-0528-Qwen3-8B has it
         raise UnsupportedModelError(
-            f"{rope.source}: attn_factor is {shortened(given)}, which transformers ignores and others multiply the usual "
-            "attention factor by. Remove it, or write the product as attention_factor."
+            f"{rope.source}: attn_factor is {shortened(given)}, which transformers ignores and others multiply the "
+            "usual attention factor by. Remove it, or write the product as attention_factor."
         )
     _refuse_other_keys(rope, {*_ROPE_KEYS, "attention_factor", "beta_fast", "beta_slow", "truncate", *weights})
     factor, magnitude = rope.number("factor"), rope.optional_number("attention_factor")

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from minikv_jax.models.config import ModelConfig
+from minikv_jax.models.mixture import Mixture
 from minikv_jax.models.rope import inverse_frequencies
 
 
@@ -61,7 +62,10 @@ class LlamaLayer(nnx.Module):
             self.key_norm = nnx.Param(jnp.ones((h,), param_dtype))
         self.output = matrix(n * h, d)
         self.mlp_norm = nnx.Param(jnp.ones((d,), param_dtype))
-        self.gate_up, self.down = matrix(d, 2 * f), matrix(f, d)
+        if config.experts is None:
+            self.gate_up, self.down = matrix(d, 2 * f), matrix(f, d)
+        else:
+            self.experts = Mixture(config.experts, d, param_dtype=param_dtype, rngs=rngs)
 
     def projection(self) -> Float[Array, "N H D"]:
         """What each head's attention is multiplied by."""
@@ -105,9 +109,11 @@ class LlamaLayer(nnx.Module):
         return rotary(x, positions, frequencies, magnitude)
 
     def after_attention(self, x: Float[Array, "B T D"], attention: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        """The layer's result: both residual connections and the gated MLP."""
+        """The layer's result: both residual connections and the gated MLP or the experts."""
         x = x + attention.reshape(*attention.shape[:2], -1) @ self.output[...]
         h = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
+        if self.config.experts is not None:
+            return x + self.experts(h)
         gate, up = jnp.split(h @ self.gate_up[...], 2, axis=-1)
         return x + (jax.nn.silu(gate) * up) @ self.down[...]
 

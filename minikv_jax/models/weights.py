@@ -37,6 +37,9 @@ _JOINED = {
     "query": ("query_key_value", 3),
     "gate": ("gate_up", 2),
     "query_bias": ("query_key_value_bias", 3),
+    "router": ("experts.router", 1),
+    "expert_gate": ("experts.gate_up", 2),
+    "expert_down": ("experts.down", 1),
 }
 
 

@@ -28,12 +28,16 @@ from transformers import (
     Mistral3ForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SeedOssConfig,
     SeedOssForCausalLM,
 )
@@ -216,6 +220,28 @@ def ernie4_5():
     return Ernie4_5ForCausalLM(Ernie4_5Config(**TINY, **heads)), None, torch.float16, {}
 
 
+def qwen3_moe():
+    """Qwen3-30B-A3B's architecture: 8 experts, of which a token takes 3. Stored as float16."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "norm_topk_prob": True}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY, **heads, **experts))
+    for layer in model.model.layers:
+        for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+        torch.nn.init.normal_(layer.mlp.gate.weight, std=0.2)
+    return model, None, torch.float16, {}
+
+
+def mixtral():
+    """Mixtral: 4 experts, of which a token takes 2. Stored as float16."""
+    sizes = TINY | {"intermediate_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2))
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.gate.weight, std=0.2)
+    return model, None, torch.float16, {}
+
+
 def mistral3():
     """Mistral-Small-3.1 and 3.2: a Mistral beside a part for images, which text does not use. Stored as float16."""
     text = MistralConfig(
@@ -313,7 +339,21 @@ def make_tokenizers() -> None:
         (HERE / f"{folder.name}.json").write_text(json.dumps({"texts": WORDS, "ids": ids, "decoded": texts}))
 
 
-TINY_MODELS = (llama3, llama2, mistral, qwen2, qwen2_yarn, qwen3, phi3, granite, seed_oss, ernie4_5, mistral3)
+TINY_MODELS = (
+    llama3,
+    llama2,
+    mistral,
+    qwen2,
+    qwen2_yarn,
+    qwen3,
+    phi3,
+    granite,
+    seed_oss,
+    ernie4_5,
+    qwen3_moe,
+    mixtral,
+    mistral3,
+)
 
 
 def main() -> None:
