@@ -20,6 +20,7 @@ from minikv_jax.prefill import bucket, empty_cache, forward, prefill
 from minikv_jax.report import cache_report
 from minikv_jax.sampling import Sampling, Written
 from minikv_jax.slots import fork, insert, reset
+from minikv_jax.surgery import concatenate, draft_limit, rollback, rollback_limit, take
 
 __all__ = [
     "Allocation",
@@ -38,7 +39,9 @@ __all__ = [
     "Written",
     "bucket",
     "cache_report",
+    "concatenate",
     "decode_step",
+    "draft_limit",
     "empty_cache",
     "extend",
     "fork",
@@ -51,5 +54,8 @@ __all__ = [
     "prefill_in_chunks",
     "presets",
     "reset",
+    "rollback",
+    "rollback_limit",
     "stream",
+    "take",
 ]

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from minikv_jax import rank, segments
 from minikv_jax.cache import LayerCache, Prompt
 from minikv_jax.checks import require
@@ -35,7 +37,18 @@ class Append(Inflow):
 
     def forked(self, layer, count, room):
         own = layer.first.empty(count, room)
-        return LayerCache(own, layer.method, frames=repeated(layer.frames, count), prefix=layer.tiers)
+        frames = repeated(layer.frames, count)
+        return LayerCache(own, layer.method, frames=frames).sharing(layer.tiers, jnp.zeros((count,), jnp.int32))
+
+    def ahead(self, layer, position):
+        return layer.first.capacity - layer.first.length
+
+    def behind(self, layer, position):
+        return layer.first.length
+
+    def taken_back(self, layer, counts):
+        first = dataclasses.replace(layer.first, length=layer.first.length - counts)
+        return dataclasses.replace(layer, first=first)
 
 
 def one_by_one(method: Method) -> None:

@@ -37,6 +37,8 @@ class Block(Inflow):
     keeps: int = 0
     exact_sinks: bool = False
 
+    stays = "what its window has encoded stays encoded; `keeps` leaves newest tokens in it"
+
     def __post_init__(self):
         check_types(self)
         size, keeps = self.window, self.keeps
@@ -154,7 +156,18 @@ class Block(Inflow):
         own = _tier(layer).empty(count, room + layer.flow.capacity)
         window, frames = repeated((layer.flow, layer.frames), count)
         # The prompt's tiers are the prefix; what follows has one tier, its first.
-        return LayerCache(own, layer.method, flow=window, frames=frames, prefix=layer.tiers)
+        forks = LayerCache(own, layer.method, flow=window, frames=frames)
+        return forks.sharing(layer.tiers, jnp.zeros((count,), jnp.int32))
+
+    def ahead(self, layer, position):
+        return layer.flow.capacity - 1 - layer.flow.length
+
+    def behind(self, layer, position):
+        return layer.flow.length - self.first_encoded(layer.method)
+
+    def taken_back(self, layer, counts):
+        window = dataclasses.replace(layer.flow, length=layer.flow.length - counts)
+        return dataclasses.replace(layer, flow=window)
 
 
 def _tier(layer: LayerCache) -> PackedSegment:

@@ -6,12 +6,14 @@ KVCache
     rest     PackedSegment | None           the second tier
     flow     of the method's inflow         a window of the newest tokens, a ledger of scores, or nothing
     frames   of the method's bases          what each has learnt of the prompt
-    prefix   (Segment, ...)                 what forked sequences share
+    prefix   (Segment, ...)                 prefixes that sequences share, each held once
 
-What the axes of these arrays are is said by `axes` alone. Only `prefix` has a batch of 1.
+What the axes of these arrays are is said by `axes` alone. The batch of `prefix` is one of prefixes, that of all else
+one of sequences: what is done with sequences is done by `by_sequence`, which leaves `prefix` alone.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -31,7 +33,14 @@ from minikv_jax.segments import Segment
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """One layer's share of a cache, and the layer's method (static)."""
+    """One layer's share of a cache, and the layer's method (static).
+
+    Attributes:
+        first, rest, flow, frames: see the module.
+        prefix: tiers of prefixes that sequences share.
+        prefix_of: int32 [B], which of them each sequence has; -1 for none. None where there are no prefixes.
+        prefixes: how many there are (static).
+    """
 
     first: Segment
     method: Method = dataclasses.field(metadata={"static": True})
@@ -39,6 +48,8 @@ class LayerCache:
     flow: Any = None
     frames: tuple[Any, ...] = ()
     prefix: tuple[Segment, ...] = ()
+    prefix_of: Int[Array, "B"] | None = None
+    prefixes: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def tiers(self) -> tuple[Segment, ...]:
@@ -57,8 +68,18 @@ class LayerCache:
         return self.heads if latent is None else (latent.heads, latent.head_size)
 
     @property
+    def alone(self) -> "LayerCache":
+        """The layer of sequences that have no prefix."""
+        return dataclasses.replace(self, prefix=(), prefix_of=None, prefixes=0)
+
+    def sharing(self, prefix: tuple[Segment, ...], prefix_of: Int[Array, "B"]) -> "LayerCache":
+        """The layer whose sequences have these tiers of prefixes before what is their own."""
+        count = prefix[0].length.shape[0]
+        return dataclasses.replace(self, prefix=prefix, prefix_of=prefix_of, prefixes=count)
+
+    @property
     def own(self) -> "LayerCache":
-        """The layer without the prefix that it shares with other sequences."""
+        """The layer without what its sequences share."""
         return dataclasses.replace(self, prefix=())
 
 
@@ -71,13 +92,20 @@ class KVCache:
         layers: one LayerCache a layer; their capacities may differ.
         lengths: int32 [B], tokens read so far: the rotary position of the next one.
         room: int32 [B], tokens that may still follow. Where it is 0, `decode_step` stores nothing and returns NaN.
+        prompts: int32 [B], tokens of the prompt, which was compressed as a whole: none of them can be taken back.
         config: the method (static).
     """
 
     layers: tuple[LayerCache, ...]
     lengths: Int[Array, "B"]
     room: Int[Array, "B"]
+    prompts: Int[Array, "B"]
     config: CacheConfig = dataclasses.field(metadata={"static": True})
+
+    def after(self, layers: Sequence[LayerCache], read: Int[Array, "B"]) -> "KVCache":
+        """The cache with these layers, after so many more tokens of each sequence."""
+        lengths, room = self.lengths + read, self.room - read
+        return dataclasses.replace(self, layers=tuple(layers), lengths=lengths, room=room)
 
 
 def axes(x: Array | jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
@@ -92,6 +120,37 @@ def axes(x: Array | jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
 def is_counter(x: Array | jax.ShapeDtypeStruct) -> bool:
     """Whether an array of a cache holds one number a sequence."""
     return axes(x) == ("batch",)
+
+
+def is_layer(x: Any) -> bool:
+    """Whether a part of a cache is one layer's."""
+    return isinstance(x, LayerCache)
+
+
+def shared_by(cache: KVCache) -> list[Array]:
+    """The arrays that sequences share."""
+    parts = jax.tree.leaves(cache, is_leaf=is_layer)
+    return jax.tree.leaves([part.prefix for part in parts if is_layer(part)])
+
+
+def fitted(x: Array, like: Array) -> Array:
+    """Filled with zeros to as many rows: axis 2, where the capacities of two caches may differ."""
+    return segments.fit(x, like.shape[2], axis=2) if x.shape[2:3] != like.shape[2:3] else x
+
+
+def own(cache: KVCache) -> KVCache:
+    """The cache without what its sequences share: all arrays have the batch of sequences."""
+    return jax.tree.map(lambda x: x.own if is_layer(x) else x, cache, is_leaf=is_layer)
+
+
+def by_sequence(change: Callable[..., Array], cache: KVCache, *others: KVCache) -> KVCache:
+    """The cache with `change` made to every array that has an axis of sequences, beside those of other caches.
+
+    What sequences share stays that of the first cache.
+    """
+    changed = jax.tree.map(change, own(cache), *map(own, others))
+    shared = lambda x, y: dataclasses.replace(x, prefix=y.prefix) if is_layer(x) else x  # noqa: E731
+    return jax.tree.map(shared, changed, cache, is_leaf=is_layer)
 
 
 def in_both(new: KVCache, old: KVCache) -> KVCache | None:

@@ -73,8 +73,7 @@ def through_layers(
             held[i], x = _decode_layer(layer, held[i], x, cache.lengths, accept)
         else:
             x = _decode_sharing_layer(layer, held[sharing.source], x, cache.lengths)
-    step = accept.astype(jnp.int32)
-    return x, KVCache(tuple(held.values()), cache.lengths + step, cache.room - step, cache.config)
+    return x, cache.after([*held.values()], accept.astype(jnp.int32))
 
 
 def is_end(token: Int[Array, "B"], eos_token_ids: tuple[int, ...], sampling: Sampling) -> Bool[Array, "B"]:

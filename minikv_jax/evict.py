@@ -41,6 +41,7 @@ class Evict(Inflow):
     when: Literal["before", "after"] = "after"
 
     grows = False
+    stays = "each step gives a token up"
 
     @property
     def scored(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # here `when` decides

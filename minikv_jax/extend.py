@@ -1,6 +1,7 @@
 """Reading onto a cache: more of a prompt, or a next turn, many tokens at once."""
 
 import dataclasses
+import functools
 from typing import cast
 
 import jax
@@ -30,8 +31,13 @@ _CHUNK = 128
 
 
 def extend(
-    params: Params, cache: KVCache, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
-) -> tuple[Float[Array, "B V"], KVCache]:
+    params: Params,
+    cache: KVCache,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    *,
+    all_logits: bool = False,
+) -> tuple[Float[Array, "B V"] | Float[Array, "B T V"], KVCache]:
     """Reads more of a prompt, or a next turn, onto a cache: many tokens at once instead of one a `decode_step`.
 
     New tokens attend to everything the cache holds and, in chunks, exactly to each other. They take the way of
@@ -42,9 +48,11 @@ def extend(
         cache: of B sequences; donate it under `jit`.
         tokens: [B, T] token ids, padded on the right.
         lengths: [B] true numbers of new tokens, 0 <= length <= T.
+        all_logits: those after every new token, so that one call verifies drafts (static).
 
     Returns:
-        float32 logits [B, V] of the token after each sequence's last new one, and the cache. A sequence without new
+        float32 logits [B, V] of the token after each sequence's last new one, and the cache. With `all_logits`
+        [B, T, V] of the token after each, NaN behind a sequence's new tokens. A sequence without new
         tokens has NaN and stays as it is, as does one whose traced ids, or count, are out of range or above its room.
 
     Raises:
@@ -63,13 +71,19 @@ def extend(
         chunk = tokens[:, start : start + _CHUNK]
         counts = jnp.clip(lengths - start, 0, chunk.shape[1])
         counted = [below(counts, chunk.shape[1])] * model.config.num_layers
-        new, cache, _ = _extend_chunk(params, cache, chunk, counts, counted, lengths - start)
-        logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
-    return jnp.where((lengths > 0)[:, None], cast(Array, logits), jnp.nan), cache  # there is at least one chunk
+        new, cache, _ = _extend_chunk(params, cache, chunk, counts, counted, lengths - start, all_logits)
+        if all_logits:
+            new = jnp.where(counted[0][..., None], new, jnp.nan)
+            logits = new if logits is None else jnp.concatenate([logits, new], axis=1)
+        else:
+            logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
+    if all_logits:
+        return cast(Array, logits), cache  # there is at least one chunk
+    return jnp.where((lengths > 0)[:, None], cast(Array, logits), jnp.nan), cache
 
 
-@jax.jit
-def _extend_chunk(params, cache: KVCache, tokens, counts, counted, left):
+@functools.partial(jax.jit, static_argnames="all_logits")
+def _extend_chunk(params, cache: KVCache, tokens, counts, counted, left, all_logits: bool = False):
     """Logits after a chunk, the cache with it, and the queries that read each layer.
 
     `counted` [B, T] of each layer are the queries whose attention is added to its scores; `left` [B] tokens are still
@@ -97,8 +111,8 @@ def _extend_chunk(params, cache: KVCache, tokens, counts, counted, left):
         read = below(counts, tokens.shape[1])
         last = read & ~below(left - LAST, tokens.shape[1])
         readers.append(Readers.of(query, layer.config.num_kv_heads, read, last))
-    logits = logits_at(model, x, counts - 1)
-    return logits, KVCache(tuple(held.values()), cache.lengths + counts, cache.room - counts, cache.config), readers
+    logits = model.logits(x) if all_logits else logits_at(model, x, counts - 1)
+    return logits, cache.after([*held.values()], counts), readers
 
 
 def prefill_in_chunks(

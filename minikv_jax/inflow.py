@@ -26,11 +26,13 @@ class Inflow:
         scored: whether each step adds its attention to the scores of the first tier's tokens.
         grows: whether the prompt's tokens stay where they are, so that forks may share them.
         waits: whether a prompt's newest tokens wait outside its tiers, whatever these are.
+        stays: why tokens cannot be taken back, in words.
     """
 
     scored: ClassVar[bool] = False
     grows: ClassVar[bool] = True
     waits: ClassVar[bool] = False
+    stays: ClassVar[str] = "they are held for good"
 
     def check(self, method) -> None:
         """Refuses, by ConfigError, a method that tokens cannot come into in this way."""
@@ -94,6 +96,18 @@ class Inflow:
 
     def settle(self, layer, position: Int[Array, "B"], accept: Bool[Array, "B"]) -> Any:
         """The layer after attention: what has to leave has left."""
+        return layer
+
+    def ahead(self, layer, position: Int[Array, "B"]) -> Int[Array, "B"]:
+        """Tokens that can come before one is encoded or given up; those that came until then leave no trace."""
+        return jnp.zeros_like(position)
+
+    def behind(self, layer, position: Int[Array, "B"]) -> Int[Array, "B"]:
+        """Newest tokens that can be taken back, of a layer that has read `position`."""
+        return jnp.zeros_like(position)
+
+    def taken_back(self, layer, counts: Int[Array, "B"]) -> Any:
+        """The layer without so many of its newest tokens, at most `behind`."""
         return layer
 
     def waiting(self, layer) -> Any:

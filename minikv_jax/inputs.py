@@ -272,35 +272,52 @@ def check_cache(model: "Model", cache: "KVCache") -> None:
                 f"{(config.num_kv_heads, config.head_dim)}: it was made by another model."
             )
         own, shared = ({x.shape[0] for x in jax.tree.leaves(part)} for part in (layer.own, layer.prefix))
-        if own != {batch} or shared - {1}:
+        if own != {batch} or shared - {layer.prefixes}:
             raise ConfigError(
-                f"Layer {i} holds arrays of {sorted(own | shared)} sequences beside lengths of {batch}: a cache "
-                "is indexed as a whole, and a forked one not at all, for its sequences share one prefix. Reordering "
-                "forks is not supported: fork the cache again, or read each continuation into a cache of its own."
+                f"Layer {i} holds arrays of {sorted(own | shared)} sequences beside lengths of {batch} and "
+                f"{layer.prefixes} shared prefixes: sequences are taken from a cache, and put in another order, by "
+                "`take`, for arrays of prefixes have no axis of sequences."
             )
 
 
-def same_kind(cache: "KVCache", prefix: "KVCache") -> "KVCache":
-    """The prefix as a sequence of the cache; refuses one of another method or model, or with other rows.
+def same_kind(cache: "KVCache", other: "KVCache") -> "KVCache":
+    """The other cache with as many rows as the first; refuses one of another method or model, or with more rows.
 
-    Capacities as such need not be the same: rows are what a sequence is held in, and its room comes with it.
+    Capacities as such need not be the same: rows are what a sequence is held in, and its room comes with it. What
+    sequences share is not looked at.
 
     Raises:
         ConfigError: naming the first difference.
     """
+    from minikv_jax.cache import KVCache, fitted, is_layer
+
+    for given in (cache, other):
+        if not isinstance(given, KVCache):
+            raise ConfigError(f"A {type(given).__name__} is no cache: give what `prefill` or `empty_cache` returned.")
     capacities = {"prompt_capacity": None, "generated_capacity": 1}
-    if prefix.config.replace(**capacities) != cache.config.replace(**capacities):
+    if other.config.replace(**capacities) != cache.config.replace(**capacities):
         raise ConfigError(
-            f"The prefix was made with {prefix.config}, the cache with {cache.config}: give both the same method."
+            f"One cache was made with {other.config}, the other with {cache.config}: give both the same method."
         )
-    prefix = dataclasses.replace(prefix, config=cache.config)
-    ours, theirs = (jax.tree_util.tree_flatten_with_path(x) for x in (cache, prefix))
+    other = dataclasses.replace(other, config=cache.config)
+
+    def alone(x):
+        return jax.tree.map(lambda x: x.alone if is_layer(x) else x, x, is_leaf=is_layer)
+
+    ours, theirs = (jax.tree_util.tree_flatten_with_path(alone(x)) for x in (cache, other))
     if ours[1] != theirs[1]:
-        raise ConfigError("The prefix has other parts than the cache: it was made by another model or is a fork.")
+        raise ConfigError("One cache has other parts than the other: it was made by another model or is a fork.")
     for (path, x), (_, y) in zip(ours[0], theirs[0]):
-        if (x.shape[1:], x.dtype) != (y.shape[1:], y.dtype):
+        rows = x.shape[:1] + y.shape[1:2] + x.shape[2:3] + y.shape[3:]
+        if (x.shape, x.dtype) != (rows, y.dtype) or y.shape[2:3] > x.shape[2:3]:
             raise ConfigError(
-                f"The prefix holds {y.dtype} {y.shape[1:]} at {jax.tree_util.keystr(path)}, the cache {x.dtype} "
-                f"{x.shape[1:]}: give both the same model, prompt_capacity and generated_capacity."
+                f"One cache holds {y.dtype} {y.shape[1:]} at {jax.tree_util.keystr(path)}, the other {x.dtype} "
+                f"{x.shape[1:]}: give both the same model, and a prompt_capacity and generated_capacity that fit."
             )
-    return prefix
+    whole = jax.tree.unflatten(theirs[1], [fitted(y, x) for (_, x), (_, y) in zip(ours[0], theirs[0])])
+
+    def with_shared(x, y):
+        shared = {"prefix": y.prefix, "prefix_of": y.prefix_of, "prefixes": y.prefixes} if is_layer(y) else {}
+        return dataclasses.replace(x, **shared) if shared else x
+
+    return jax.tree.map(with_shared, whole, other, is_leaf=is_layer)

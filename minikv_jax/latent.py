@@ -137,7 +137,7 @@ class CSKV:
 def attend(
     layer: Any,
     query: Float[Array, "B T N H"],
-    prefix: Sequence[Segment],
+    cache: Any,
     parts: Sequence[Segment],
     also: Sequence[Partial],
     sinks: Float[Array, "N"] | None,
@@ -148,7 +148,7 @@ def attend(
     Args:
         layer: the `model.LatentLayer`.
         query: rotated.
-        prefix: shared segments, in the order of the text.
+        cache: the `cache.LayerCache`, whose prefixes come first.
         parts: each sequence's own, likewise.
         also: partial attention over other tokens.
         sinks, softmax: as `minikv_jax.layer.prefill`.
@@ -157,10 +157,12 @@ def attend(
         The output in the query's dtype, for values as they came, and the log-sum-exp.
     """
     start, partials = jnp.zeros((1,), jnp.int32), list(also)
-    for part in prefix:
+    for part in cache.prefix:
         read = functools.partial(attention, start=start, layer=layer)
-        partials.append(segments.shared_attention(query, part, read, **softmax))
+        partials.append(segments.shared_attention(query, part, cache.prefix_of, read, **softmax))
         start = start + part.length
+    if cache.prefix:
+        start = jnp.where(cache.prefix_of >= 0, start[jnp.maximum(cache.prefix_of, 0)], 0)
     for part in parts:
         partials.append(attention(query, part, start, layer, **softmax))
         start = start + part.length

@@ -12,7 +12,7 @@ come after rotary embedding. A state is one pytree; donate it under `jit`, and i
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -378,7 +378,7 @@ def attend(
     scored = method.inflow.scored
     parts = [*layer.tiers, *method.inflow.newest(layer, position)]
     if rows is not None:
-        return *latent.attend(rows, query, layer.prefix, parts, also, sinks, **softmax), None
+        return *latent.attend(rows, query, layer, parts, also, sinks, **softmax), None
     if not (also or layer.prefix):
         scales = basis.kernel_scales(method.bases, frames, query.shape[0], layer.heads[0])
         back = {} if scales is None else {"rotated": scales.value_unit, "balanced": scales.value_balance}
@@ -393,7 +393,8 @@ def attend(
     else:
         first, logits = segments.attention(query, layer.first, **softmax), None
     others = [segments.attention(query, part, **softmax) for part in parts[1:]]
-    others += [segments.shared_attention(query, part, **softmax) for part in layer.prefix]
+    of = layer.prefix_of
+    others += [segments.shared_attention(query, part, cast(Array, of), **softmax) for part in layer.prefix]
     output, lse = merge_partials([first, *others, *also])
     if sinks is not None:
         output, lse = with_sinks(output, lse, sinks)

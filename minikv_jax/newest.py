@@ -25,6 +25,7 @@ class Newest(Inflow):
     """
 
     waits = True
+    stays = "what its window has given to its tier stays there"
     window: int = 32
 
     def __post_init__(self):
@@ -80,4 +81,15 @@ class Newest(Inflow):
         key, value = (gather(x, row) for x in (layer.flow.key, layer.flow.value))
         window, frames = repeated((DenseSegment(key, value, layer.flow.length), layer.frames), count)
         own = layer.first.empty(count, room)
-        return LayerCache(own, layer.method, flow=window, frames=frames, prefix=layer.tiers)
+        forks = LayerCache(own, layer.method, flow=window, frames=frames)
+        return forks.sharing(layer.tiers, jnp.zeros((count,), jnp.int32))
+
+    def ahead(self, layer, position):
+        return self.window - layer.flow.length
+
+    def behind(self, layer, position):
+        return jnp.where(layer.first.length == 0, layer.flow.length, 0)
+
+    def taken_back(self, layer, counts):
+        window = dataclasses.replace(layer.flow, length=layer.flow.length - counts)
+        return dataclasses.replace(layer, flow=window)

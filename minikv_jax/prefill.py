@@ -173,7 +173,8 @@ def opened(
     # The lengths are copied: the cache is made to be donated, a caller's array is not.
     read = lengths > 0
     room = jnp.where(read, jnp.int32(config.generated_capacity), 0)
-    return jnp.where(read[:, None], logits, jnp.nan), KVCache(tuple(layers), jnp.array(lengths), room, config)
+    cache = KVCache(tuple(layers), jnp.array(lengths), room, jnp.array(lengths), config)
+    return jnp.where(read[:, None], logits, jnp.nan), cache
 
 
 def _joined(parts: list[tuple[Array, KVCache]]) -> tuple[Array, KVCache]:
@@ -185,7 +186,7 @@ def _joined(parts: list[tuple[Array, KVCache]]) -> tuple[Array, KVCache]:
     config, waiting = caches[0].config, [list(cache.layers) for cache in caches]
     del caches, parts[:]
     layers = [_concatenated([some.pop(0) for some in waiting]) for _ in range(len(waiting[0]))]
-    return logits, KVCache(tuple(layers), jnp.array(lengths), room, config)
+    return logits, KVCache(tuple(layers), lengths, room, jnp.array(lengths), config)
 
 
 @jax.jit

@@ -205,6 +205,6 @@ def _size(layer: LayerCache, tokens_kept: int, read: int) -> Size:
 
 def _tokens_kept(layer: LayerCache, cache: KVCache) -> int:
     own = int(np.sum(jax.device_get(layer.method.inflow.held(layer, cache.lengths))))
-    # Every fork keeps the shared tokens.
-    shared = sum(int(jax.device_get(part.length)[0]) for part in layer.prefix)
-    return own + shared * cache.lengths.shape[0]
+    # Every sequence keeps the tokens of the prefix that it shares.
+    lengths, which = jax.device_get(([part.length for part in layer.prefix], layer.prefix_of))
+    return own + sum(int(np.where(which < 0, 0, x[which]).sum()) for x in lengths)

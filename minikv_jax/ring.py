@@ -45,6 +45,8 @@ class Ring(Inflow):
 
     window: int = 128
 
+    stays = "a full window of keys has been encoded and stays so"
+
     def __post_init__(self):
         check_types(self)
         require(self.window >= 1, f"window={self.window}: give at least 1 token.")
@@ -122,6 +124,16 @@ class Ring(Inflow):
         segment = dataclasses.replace(segment, keys=keys, values=values, length=segment.length + old.astype(jnp.int32))
         window = dataclasses.replace(window, packed_keys=window.packed_keys + jnp.where(full, size, 0))
         return dataclasses.replace(layer, first=segment, flow=window)
+
+    def ahead(self, layer, position):
+        keys = self.window - 1 - (position - layer.flow.packed_keys)
+        return jnp.clip(jnp.minimum(keys, self.window - (position - layer.first.length)), 0)
+
+    def behind(self, layer, position):
+        return position - layer.flow.packed_keys
+
+    def taken_back(self, layer, counts):
+        return layer  # its rows are counted from the tokens read; values that newer ones pushed out stay encoded
 
     def waiting(self, layer):
         return layer.flow

@@ -21,7 +21,7 @@ from pallas_kernels.packed_append.xla import encode_new_keys, encode_new_values
 from pallas_kernels.packed_decode.layout import BLOCK, PackedTensor
 from pallas_kernels.packed_rows import take_codes, write_codes
 from pallas_kernels.quantize import Codes
-from pallas_kernels.rows import put_row
+from pallas_kernels.rows import put_row, row_numbers
 
 
 @jax.tree_util.register_dataclass
@@ -256,12 +256,22 @@ def attention(
 
 
 def shared_attention(
-    query: Float[Array, "B T N H"], prefix: Segment, read: Callable[..., Partial] = attention, **softmax: Any
+    query: Float[Array, "B T N H"],
+    prefix: Segment,
+    prefix_of: Int[Array, "B"],
+    read: Callable[..., Partial] = attention,
+    **softmax: Any,
 ) -> Partial:
-    """All sequences' queries over one shared segment: to it they are so many more queries of one sequence."""
-    b, t = query.shape[:2]
-    partial = read(query.reshape(1, b * t, *query.shape[2:]), prefix, **softmax)
-    return Partial(*(x.reshape(b, t, *x.shape[2:]) for x in partial))
+    """All sequences' queries over shared segments, each read once: to it they are so many more queries of one sequence.
+
+    A sequence's own is picked from all answers; one that has none sees no key.
+    """
+    (b, t), prefixes = query.shape[:2], prefix.length.shape[0]
+    rows = jnp.broadcast_to(query.reshape(1, b * t, *query.shape[2:]), (prefixes, b * t, *query.shape[2:]))
+    partial = read(rows, prefix, **softmax)
+    of, some = (jnp.maximum(prefix_of, 0), row_numbers(b)), (prefix_of >= 0)[:, None, None]
+    output, maximum, total = (x.reshape(prefixes, b, t, *x.shape[2:])[of] for x in partial)
+    return Partial(output * some[..., None], jnp.where(some, maximum, -jnp.inf), total * some)
 
 
 def append(segment: Segment, key: Float[Array, "B K 1 H"], value: Float[Array, "B K 1 V"], accept: Bool[Array, "B"]):

@@ -1,13 +1,11 @@
 """What a server does with caches: an empty one, sequences put into its slots and taken out, one prefix for many."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from minikv_jax import inputs
-from minikv_jax.cache import KVCache, LayerCache, is_counter
+from minikv_jax.cache import KVCache, by_sequence, is_counter
 from minikv_jax.errors import ConfigError
 from minikv_jax.inflow import repeated
 
@@ -29,7 +27,7 @@ def insert(cache: KVCache, slot: int | Int[Array, ""], prefix: KVCache) -> KVCac
         raise ConfigError(f"insert takes a prefix of one sequence, not of {prefix.lengths.shape[0]}.")
     if any(layer.prefix for layer in (*cache.layers, *prefix.layers)):
         raise ConfigError("A forked cache shares its prefix between all slots: insert into a cache of its own.")
-    return jax.tree.map(lambda x, y: _put(x, y, slot), cache, inputs.same_kind(cache, prefix))
+    return by_sequence(lambda x, y: _put(x, y, slot), cache, inputs.same_kind(cache, prefix))
 
 
 def _put(x: Array, new: Array, slot: int | Int[Array, ""]) -> Array:
@@ -53,16 +51,8 @@ def reset(cache: KVCache, slot: int | Int[Array, ""]) -> KVCache:
     """
     slot = inputs.slot_of(slot, cache)
 
-    def emptied(x):
-        return _put(x, jnp.zeros_like(x[:1]), slot)
-
     # Counters alone decide what is read; rows of an empty sequence need no clearing.
-    def without_tokens(layer: LayerCache) -> LayerCache:
-        own = jax.tree.map(lambda x: emptied(x) if is_counter(x) else x, layer.own)
-        return dataclasses.replace(own, prefix=layer.prefix)
-
-    layers = tuple(map(without_tokens, cache.layers))
-    return dataclasses.replace(cache, layers=layers, lengths=emptied(cache.lengths), room=emptied(cache.room))
+    return by_sequence(lambda x: _put(x, jnp.zeros_like(x[:1]), slot) if is_counter(x) else x, cache)
 
 
 def fork(cache: KVCache, count: int) -> KVCache:
@@ -85,5 +75,5 @@ def fork(cache: KVCache, count: int) -> KVCache:
     rows = cache.config.generated_capacity
     layers = tuple(layer.method.inflow.forked(layer, count, rows) for layer in cache.layers)
     # A sequence that was inserted may have brought more room than its forks have rows.
-    lengths, left = repeated((cache.lengths, jnp.minimum(cache.room, rows)), count)
-    return KVCache(layers, lengths, left, cache.config)
+    lengths, left, prompts = repeated((cache.lengths, jnp.minimum(cache.room, rows), cache.prompts), count)
+    return KVCache(layers, lengths, left, prompts, cache.config)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import draws
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from models import CONFIG, METHODS, MODEL
+from models import CONFIG, METHODS, MODEL, slow
 from tiny import Characters
 
 from minikv_jax import ConfigError, generate
@@ -40,6 +41,17 @@ def test_the_serving_loop_answers_as_each_prompt_would_alone():
     served = dict(load("serve_loop").serve(MODEL, prompts, config, 2, [end]))
     for number, answer in enumerate(alone):
         assert served[number] == (answer[: answer.index(end) + 1] if end in answer else answer)
+
+
+@pytest.mark.parametrize("method", ["full", *slow("minikv", "mikv")])
+def test_drafts_change_no_token(method):
+    example, rng = load("speculate"), draws.rng()
+    assert example.drafted([1, 2, 3, 9, 1, 2, 3], 2) == [9, 1] and example.drafted([1, 2, 3], 2) == []
+    prompt = np.tile(rng.integers(0, CONFIG.vocab_size, 16), 3).tolist()
+    config = METHODS[method].replace(prompt_capacity=48, generated_capacity=40)
+    alone, _ = generate(MODEL, np.array([prompt]), np.array([48]), config, 24)
+    written, calls = example.speculate(MODEL, prompt, config, 24, 4)
+    assert written == alone[0].tolist() and calls <= 23
 
 
 def test_the_serving_loop_prints_an_answer_for_each_question(monkeypatch, capsys):

@@ -44,7 +44,7 @@ def test_a_plan_is_what_prefill_makes(method):
     assert made.total.bytes_tiers == plan.total.bytes_tiers
     assert made.total.bytes_held == nbytes(cache)
     # The plan has the layers alone.
-    assert made.total.bytes_held == plan.total.bytes_held + nbytes((cache.lengths, cache.room))
+    assert made.total.bytes_held == plan.total.bytes_held + nbytes((cache.lengths, cache.room, cache.prompts))
 
 
 @pytest.mark.parametrize("method", ["full", "minikv", "mikv"])

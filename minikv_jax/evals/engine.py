@@ -116,7 +116,7 @@ def _read_prompt(model: Model, tokens, lengths, methods: Mapping[str, CacheConfi
     caches = {}
     for name, config in methods.items():
         room = jnp.full(lengths.shape, config.generated_capacity, jnp.int32)
-        caches[name] = KVCache(tuple(held[name]), jnp.array(lengths), room, config)
+        caches[name] = KVCache(tuple(held[name]), jnp.array(lengths), room, jnp.array(lengths), config)
     return Prompt(logits_at(model, x, lengths - 1), caches)
 
 
@@ -260,7 +260,7 @@ def _read_on(model: Model, cache: KVCache, tokens: Int[Array, "B T"], counts) ->
     for layer, held in zip(model.layers, cache.layers):
         x, held, _ = _read_on_layer(layer, x, held, cache.lengths, counted)
         layers.append(held)
-    return x, KVCache(tuple(layers), cache.lengths + counts, cache.room - counts, cache.config)
+    return x, cache.after(layers, counts)
 
 
 @jax.jit
