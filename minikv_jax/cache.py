@@ -211,6 +211,12 @@ class Readers(NamedTuple):
         latest = jnp.where(last[:, :, None, None], squares, 0).sum(axis=1)
         return cls(loudest, latest, Moments(moment, None))
 
+    @classmethod
+    def none(cls, x: Float[Array, "B ..."], heads: int, head_size: int) -> "Readers":
+        """No queries. What is made varies over a mesh as x does."""
+        zeros = jnp.zeros_like(x, jnp.float32, shape=(x.shape[0], heads, head_size, head_size))
+        return cls(zeros[..., 0], zeros[..., 0], Moments(zeros, None))
+
     def join(self, other: "Readers") -> "Readers":
         """Both sets of queries, and the output projection of the first."""
         query = self.moments.query + other.moments.query

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +158,17 @@ def decode_loop(
         written = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, new)
         return _by_sequence(written), _counted_in_every_layer(cache)
 
+    written, cache = _until_all_ended(step, state, first, max_new_tokens, top)
+    return _by_sequence(written), _counted_in_every_layer(cache)
+
+
+def _until_all_ended(
+    step: Callable, state: tuple, first: Array | Written, max_new_tokens: int, top: int | None
+) -> tuple[Any, KVCache]:
+    """What `first` and some steps of a scan write, [max_new_tokens, B, ...], and the state's cache after them.
+
+    Whole runs of steps, until all sequences have ended; what they have not written repeats their last token.
+    """
     chunks = max(-(-(max_new_tokens - 1) // _STEPS), 1)  # the loop is traced even where it never runs
     written = jax.tree.map(lambda x: jnp.zeros_like(x, shape=(1 + chunks * _STEPS, *x.shape)).at[0].set(x), first)
 
@@ -179,7 +191,7 @@ def decode_loop(
         x = x[:max_new_tokens]
         return jnp.where(jnp.expand_dims(is_written, range(1, x.ndim)), x, after)
 
-    return _by_sequence(jax.tree.map(whole, written, after)), _counted_in_every_layer(cache)
+    return jax.tree.map(whole, written, after), cache
 
 
 def _by_sequence(written: Array | Written) -> Array | Written:

@@ -6,8 +6,7 @@
 
 The functions are pure and know no model: importing this module loads neither flax nor transformers. Queries and keys
 come after rotary embedding. A state is one pytree; donate it under `jit`, and it is updated in place.
-
-`read_token` and `read_tokens` are the work itself, for callers that count tokens and room once for all layers.
+`read_token` and `read_tokens` are the work itself, for callers that count tokens and room for all layers at once.
 """
 
 import dataclasses
@@ -143,12 +142,8 @@ def spec(
 ) -> State:
     """Shapes and dtypes of the state of `batch` sequences: nothing is computed or allocated.
 
-    Args:
-        batch: B.
-        heads, head_size: K and H.
-        config: the method and its capacities; prompt_capacity must be there.
-        dtype: of keys and values.
-        layer, layers, window: as `prefill`.
+    Keys and values have K `heads` of size H and this dtype; the config needs its prompt_capacity. `layer`, `layers` and
+    `window` are as in `prefill`.
 
     Raises:
         ConfigError: no prompt_capacity, or a method that heads of this size cannot be held in.
@@ -195,7 +190,7 @@ def step(
         scale, soft_cap, sinks: as `prefill`.
 
     Returns:
-        Attention [B, 1, N, H] in the query's dtype, NaN for a sequence that stored nothing, and the state.
+        Attention in the query's dtype, NaN for a sequence that stored nothing, and the state.
 
     Raises:
         PromptError: shapes that do not fit the state.
@@ -262,9 +257,6 @@ def _one_by_one(query, key, value, counts, state: State, softmax: dict) -> tuple
     return jnp.moveaxis(output, 0, 1), state
 
 
-# ---- the work ------------------------------------------------------------------------------------------------------
-
-
 def has_row(layer: LayerCache, position: Int[Array, "B"]) -> Bool[Array, "B"]:
     """Whether each sequence, which has read `position` tokens, can store one more in the rows there are."""
     return layer.method.inflow.has_row(layer, position)
@@ -288,7 +280,7 @@ def read_token(
         layer: the layer.
         query, key, value: of the token, query and key after rotary embedding.
         position: tokens read before this one.
-        accept: sequences that store the token, all of which have a row left (`has_row`).
+        accept: sequences that store the token; all have a row left (`has_row`).
         rows: how the layer's rows are read, where it caches latents.
         softmax: scale, soft_cap and sinks, as `prefill`.
     """
@@ -322,7 +314,7 @@ def read_tokens(
     sinks: Float[Array, "N"] | None = None,
     **softmax: Any,
 ) -> tuple[LayerCache, Float[Array, "B T N H"]]:
-    """Reads the first `counts` of T more tokens of each sequence at once; `position` is that of the first.
+    """Reads the first `counts` of T more tokens of each sequence at once, from `position` on.
 
     They attend to all that was held and, exactly, to each other; then they are stored one after the other. The
     queries in `counted` add their attention to the scores.
@@ -393,8 +385,8 @@ def attend(
     else:
         first, logits = segments.attention(query, layer.first, **softmax), None
     others = [segments.attention(query, part, **softmax) for part in parts[1:]]
-    of = layer.prefix_of
-    others += [segments.shared_attention(query, part, cast(Array, of), **softmax) for part in layer.prefix]
+    of = cast(Array, layer.prefix_of)
+    others += [segments.shared_attention(query, part, of, **softmax) for part in layer.prefix]
     output, lse = merge_partials([first, *others, *also])
     if sinks is not None:
         output, lse = with_sinks(output, lse, sinks)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from minikv_jax.basis import Moments
 from minikv_jax.cache import Readers
 from minikv_jax.channels import LAST
 from minikv_jax.compress import even_share, starts
@@ -201,11 +200,8 @@ def _read_layer_in_chunks(layer: Layer, x, lengths, rows: Chunks, score_rows, sl
 
     row_heads, *sizes = row_sizes(layer)
     empty = [jnp.zeros_like(x, shape=(b, tokens, row_heads, size)) for size in sizes]
-    none = functools.partial(jnp.zeros_like, x, jnp.float32)
-    no_queries = Moments(none((b, heads, head_size, head_size)), None)
-    silent = none((b, heads, head_size))
-    readers = Readers(silent, silent, no_queries).with_projection(layer.projection())
-    state = x, *empty, none((b, heads, tokens)), readers
+    readers = Readers.none(x, heads, head_size).with_projection(layer.projection())
+    state = x, *empty, jnp.zeros_like(x, jnp.float32, shape=(b, heads, tokens)), readers
     (x, key, value, scores, readers), _ = jax.lax.scan(chunk, state, starts(tokens, rows.attention))
     if last is not None:
         their_query, first = last

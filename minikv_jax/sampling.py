@@ -77,10 +77,10 @@ class Sampling:
 
     def __post_init__(self):
         for name, rule in _RULES.items():
-            _check(name, getattr(self, name), rule)
+            _check(name, vars(self)[name], rule)
 
     def tree_flatten(self):
-        values = ((getattr(self, name), rule) for name, rule in _RULES.items())
+        values = ((vars(self)[name], rule) for name, rule in _RULES.items())
         return tuple(None if _is_unused(x, rule) else _as_array(x, rule) for x, rule in values), None
 
     @classmethod
