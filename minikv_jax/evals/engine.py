@@ -181,16 +181,16 @@ def _shares(model: Model) -> bool:
 
 def _read_follows(model: Model, tokens, lengths, methods: Mapping[str, CacheConfig], follows) -> dict[str, list]:
     lengths = jnp.asarray(lengths, jnp.int32)
+    padded = [np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % _RUN))) for tokens, _ in follows]
     if _shares(model):
         caches = _read_prompt(model, tokens, lengths, methods).caches
         return {
-            name: [_read_on(model, cache, jnp.asarray(more), counts)[0] for more, counts in follows]
+            name: [_read_on(model, cache, jnp.asarray(x), counts)[0] for x, (_, counts) in zip(padded, follows)]
             for name, cache in caches.items()
         }
     layers = model.config.num_layers
     methods = {name: checked(model, tokens.shape[1], config) for name, config in methods.items()}
     starts = [range(0, tokens.shape[1], _RUN) for tokens, _ in follows]
-    padded = [np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % _RUN))) for tokens, _ in follows]
     embedded = [[_embedded(model, x[:, i : i + _RUN]) for i in s] for x, s in zip(padded, starts)]
     x = dict.fromkeys(methods, embedded)
     places = [[lengths + i for i in s] for s in starts]
