@@ -332,7 +332,8 @@ def kvsharer(layers: tuple[int, ...] = (), sources: tuple[int, ...] = (), base: 
         sources: the layer that each of them reads.
         base: the method of all other layers.
     """
-    return dataclasses.replace(by_name(base), name="kvsharer", weights=KVSharer(layers, sources))
+    weights = KVSharer(layers, sources) if layers or sources else None  # none shares: the model as it is
+    return dataclasses.replace(by_name(base), name="kvsharer", weights=weights)
 
 
 @row

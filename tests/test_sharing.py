@@ -162,5 +162,10 @@ def test_the_search_finds_what_the_threshold_lets():
         find(dataclasses.replace(lab, model=SHARED), 1)
 
 
+def test_no_layer_shares_by_default():
+    _, cache = prefill(MODEL, tokens(1, 9), np.array([9]), presets.kvsharer().replace(generated_capacity=4))
+    assert len(cache.layers) == 4
+
+
 def test_a_source_that_reads_another_stands_for_that_one():
     assert _resolved({3: 2, 2: 1, 5: 4}) == {3: 1, 2: 1, 5: 4}
