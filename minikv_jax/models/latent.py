@@ -57,14 +57,15 @@ class LatentLlamaLayer(nnx.Module):
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T 1 R"], Float[Array, "B T 1 V"]]:
         """Queries, rotated, and rows for the cache."""
-        normed, n, k = self.layer.normed(x), self.config.num_heads, self.config.num_kv_heads
+        normed, n = self.layer.normed(x), self.config.num_heads
         rows = jnp.split(normed @ self.down[...], (self.latent.keys,), axis=-1)
-        query, key, value = jnp.split(self.layer.heads(normed), (n, n + k), axis=2)
+        heads = self.layer.heads(normed)
         if self.latent.exact:
+            key, value = jnp.split(heads[:, :, n:], 2, axis=2)
             exact = self.layer.keys(key, positions), value
             rows = (jnp.concatenate((row, y.reshape(*y.shape[:2], -1)), axis=-1) for row, y in zip(rows, exact))
         key, value = (row[:, :, None] for row in rows)
-        return self.layer.queries(query, positions), key, value
+        return self.layer.queries(heads[:, :, :n], positions), key, value
 
     def exact(
         self, key: Float[Array, "B T R"], value: Float[Array, "B T V"], positions: Int[Array, "B T"]
