@@ -419,6 +419,7 @@ def test_load_model_fills_every_parameter(name):
 
 def test_load_model_dtype():
     model = load_model(GOLDEN / "qwen2", jnp.bfloat16)
+    assert Path(model.home) == (GOLDEN / "qwen2").absolute()
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(nnx.state(model)))
     with pytest.raises(TypeError, match="float32, bfloat16 or float16, not int8"):
         load_model(GOLDEN / "qwen2", jnp.int8)

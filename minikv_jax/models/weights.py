@@ -101,7 +101,8 @@ def load_model(
     default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     target = float_dtype(default if dtype is None else dtype)
     model = nnx.eval_shape(lambda: Llama(checkpoint.config, param_dtype=target, rngs=nnx.Rngs(0)))
-    model.home = str((Path(path) if Path(path).is_dir() else Path(path).parent).absolute())
+    whole = checkpoint.path.absolute()
+    model.home = str(whole if whole.is_dir() else whole.parent)
     total = sum(math.prod(shape) for _, shape in parameter_shapes(checkpoint.config)) * target.itemsize
     done = 0
     for name, array in _as_the_model_has_them(checkpoint.tensors(target)):
