@@ -36,7 +36,7 @@ def open_folder(folder: Path) -> Checkpoint:
             if name in stored:
                 raise CheckpointError(f"Tensor {shortened(name)} is in {stored[name].path} and in {file.name}.")
             stored[name] = tensor
-    stored, left_out = _language_model(stored, wrapper_of(entries))
+    stored, left_out = _language_model(folder, stored, wrapper_of(entries))
     _refuse_other_names(folder, stored)
     ends = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
     ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
@@ -47,20 +47,24 @@ def open_folder(folder: Path) -> Checkpoint:
     names = Names(ends, family.hf_layer, "model.layers")
     folded = scales(multipliers(entries), config.head_dim, config.tie_word_embeddings)
     checkpoint = paired(folder, config, stored, names, ignored, "hf" in family.interleaved, folded)
-    return replace(checkpoint, left_out=tuple(left_out))
+    return replace(checkpoint, left_out=tuple(sorted(left_out)))
 
 
-def _language_model(stored: dict[str, Stored], wrapper: Wrapper | None) -> tuple[dict[str, Stored], list[str]]:
+def _language_model(
+    folder: Path, stored: dict[str, Stored], wrapper: Wrapper | None
+) -> tuple[dict[str, Stored], set[str]]:
     """The language model's tensors, as if it had been saved by itself, and the names of those that are left out."""
     if wrapper is None:
-        return stored, []
-    left_out = [name for name in stored if name.removeprefix("model.").startswith(wrapper.left_out)]
+        return stored, set()
+    left_out = {name for name in stored if name.removeprefix("model.").startswith(wrapper.left_out)}
     # transformers saved `language_model.model.layers`, and since its version 4.52 `model.language_model.layers`.
     ours = {
         name.removeprefix("language_model.").replace("model.language_model.", "model.", 1): tensor
         for name, tensor in stored.items()
-        if name not in set(left_out)
+        if name not in left_out
     }
+    if len(ours) + len(left_out) < len(stored):
+        raise CheckpointError(f"{folder} holds tensors of its language model twice, under two kinds of names.")
     return ours, left_out
 
 
