@@ -249,18 +249,19 @@ def test_a_wrapped_language_model_is_found_under_the_names_of_old_and_new_files(
     folder = Path(shutil.copytree(GOLDEN / "mistral3", tmp_path / "m"))
     saved = load_file(folder / "model.safetensors")
     found = open_checkpoint(folder)
+    expected = dict(found.tensors())
     left_out = {name for name in saved if "vision" in name or "projector" in name}
     assert set(found.left_out) == left_out
-    plain = {f"model.{name.partition('model.')[2]}" if "lm_head" not in name else "lm_head.weight": weight
-             for name, weight in saved.items() if name not in left_out}  # fmt: skip
-    plain = {name.replace("model.language_model.", "model."): weight for name, weight in plain.items()}
+    plain = {
+        name.removeprefix("language_model.").replace("model.language_model.", "model."): weight
+        for name, weight in saved.items()
+        if name not in left_out
+    }
     for old in (True, False):
-        prefix = "language_model." if old else ""
-        names = {
-            name: f"{prefix}{name}" if old else name.replace("model.", "model.language_model.", 1) for name in plain
-        }
+        ours = {name: name.replace("model.", "model.language_model.", 1) for name in plain}
+        names = {name: f"language_model.{name}" for name in plain} if old else ours
         save_file({names[name]: weight for name, weight in plain.items()}, folder / "model.safetensors")
-        assert_parameters(open_checkpoint(folder), dict(found.tensors()))
+        assert_parameters(open_checkpoint(folder), expected)
     twice = {"language_model.lm_head.weight": plain["lm_head.weight"], **plain}
     save_file({name: weight.copy() for name, weight in twice.items()}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="language model twice"):

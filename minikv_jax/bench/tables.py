@@ -17,7 +17,7 @@ from pathlib import Path
 from minikv_jax import outputs, presets, program
 from minikv_jax.bench.timing import read_results
 from minikv_jax.errors import MiniKVError
-from minikv_jax.models.families import FAMILIES
+from minikv_jax.models.families import listing
 from minikv_jax.models.shapes import shape_of
 from minikv_jax.report import assumed, planned_report
 
@@ -62,10 +62,10 @@ def overview(folder: Path) -> str:
 def families(folder: Path) -> str:
     """The families of models that load."""
     rows = [
-        [family.models, f"`{family.hf_class}`", f"`{family.gguf}`" if family.gguf else "as `llama`"]
-        for family in FAMILIES.values()
+        [row["models"], f"`{row['class']}`", f"`{row['gguf']}`" if row["gguf"] else "as `llama`", row["supported"]]
+        for row in listing()
     ]
-    return _table(["models", "class in transformers", "architecture in GGUF"], rows)
+    return _table(["models", "class in transformers", "architecture in GGUF", "supported"], rows)
 
 
 def sizes(folder: Path) -> str:

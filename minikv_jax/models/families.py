@@ -300,13 +300,12 @@ BY_GGUF = {family.gguf: name for name, family in FAMILIES.items() if family.gguf
 def listing() -> list[dict[str, Any]]:
     """What `minikv models` says of each family: names, architecture in GGUF files, and what is supported."""
     rows: list[dict[str, Any]] = [
-        {"family": name, "models": family.models, "gguf": family.gguf, "supported": _supported(family)}
-        for name, family in FAMILIES.items()
+        {"family": name, "models": x.models, "class": x.hf_class, "gguf": x.gguf, "supported": _supported(x)}
+        for name, x in FAMILIES.items()
     ]
-    rows += [
-        {"family": name, "models": wrapper.models, "gguf": None, "supported": f"text, as {wrapper.language_model}"}
-        for name, wrapper in WRAPPERS.items()
-    ]
+    for name, x in WRAPPERS.items():
+        text = f"text, as {x.language_model}"
+        rows.append({"family": name, "models": x.models, "class": x.hf_class, "gguf": None, "supported": text})
     return rows
 
 
