@@ -19,6 +19,7 @@ from minikv_jax.models import load
 from minikv_jax.prefill import bucket, empty_cache, forward, prefill
 from minikv_jax.report import cache_report
 from minikv_jax.sampling import Sampling, Written
+from minikv_jax.saved import load_cache, save, saved_tokens
 from minikv_jax.slots import fork, insert, reset
 from minikv_jax.surgery import concatenate, draft_limit, rollback, rollback_limit, take
 
@@ -49,6 +50,7 @@ __all__ = [
     "generate",
     "insert",
     "load",
+    "load_cache",
     "nbytes",
     "prefill",
     "prefill_in_chunks",
@@ -56,6 +58,8 @@ __all__ = [
     "reset",
     "rollback",
     "rollback_limit",
+    "save",
+    "saved_tokens",
     "stream",
     "take",
 ]

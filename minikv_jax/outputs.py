@@ -82,10 +82,18 @@ def write_text(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():  # a device or a pipe
         path.write_text(text, encoding="utf-8")
         return
+    with in_one_step(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """Another file beside `path`, whose folder is made: what is written to it takes the place of `path` at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     target = path.resolve()
     scratch = target.with_name(f".{os.getpid()}.new")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        yield scratch
         os.replace(scratch, target)
     finally:
         scratch.unlink(missing_ok=True)

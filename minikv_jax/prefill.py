@@ -255,10 +255,18 @@ def empty_cache(params: Params, cache_config: CacheConfig, batch: int) -> KVCach
     Raises:
         ConfigError: no prompt_capacity, no slots, a method that this model cannot run.
     """
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache_spec(params, cache_config, batch))
+
+
+def cache_spec(params: Params, cache_config: CacheConfig, batch: int) -> KVCache:
+    """Shapes and dtypes of a cache of `batch` sequences: nothing is computed or allocated.
+
+    Raises:
+        ConfigError: as `empty_cache`.
+    """
     batch = inputs.count(batch, "batch")
     if cache_config.prompt_capacity is None:
         raise ConfigError("An empty cache must know its prompt_capacity: set it in the config.")
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    _, like = jax.eval_shape(prefill, params, tokens, lengths, cache_config)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    return jax.eval_shape(prefill, params, tokens, lengths, cache_config)[1]
