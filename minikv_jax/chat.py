@@ -4,6 +4,22 @@ from typing import Any
 
 from minikv_jax.errors import PromptError
 
+_HERE = "\ue000"  # of Unicode's private use: no text has it
+
+
+def around(tokenizer: Any, text: str) -> tuple[str, str]:
+    """What a user's message is, up to the end of `text`, and what comes after a question that follows it there.
+
+    Raises:
+        PromptError: as `as_message`; the template does not keep messages as they are.
+    """
+    before, found, after = as_message(tokenizer, text + _HERE).partition(_HERE)
+    if not found or _HERE in after:
+        raise PromptError(
+            "The model's chat template changes a user's message: use --raw, for the text and the question."
+        )
+    return before, after
+
 
 def as_message(tokenizer: Any, text: str) -> str:
     """The text as a user's message, up to where the answer begins.

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from click.core import ParameterSource
 
 from minikv_jax import __version__, outputs
-from minikv_jax.chat import as_message
+from minikv_jax.chat import around, as_message
 from minikv_jax.errors import ConfigError, MiniKVError, PromptError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from minikv_jax.config import CacheConfig
     from minikv_jax.report import CacheReport
 
+_BETWEEN = "\n\n"  # between a text and a question about it
 _LONGEST_TEXT = 1 << 26  # bytes of a prompt file: more than any model reads
 
 
@@ -143,14 +144,27 @@ def _token_ids(tokenizer, text: str, raw: bool) -> list[int]:
 
 
 def _answer(
-    model, tokenizer, ids: list[int], method: str, config: "CacheConfig", request: "_Request", sampling, label, write
+    model,
+    tokenizer,
+    ids: list[int],
+    method: str,
+    config: "CacheConfig | Path",
+    request: "_Request",
+    sampling,
+    label,
+    write,
 ) -> "tuple[Answer, CacheReport]":
-    """Reads the prompt, streams the answer through `write`, and reports (answer, cache report)."""
+    """Reads the prompt, streams the answer through `write`, and reports (answer, cache report).
+
+    Of a file of a cache, instead of a config, it goes on from that.
+    """
     import jax.numpy as jnp
     import numpy as np
 
     from minikv_jax.generate import stream
+    from minikv_jax.models.latent import made
     from minikv_jax.report import cache_report
+    from minikv_jax.saved import load_cache
 
     def read() -> tuple[str, bool]:
         """The answer so far, and whether it ends here."""
@@ -159,17 +173,16 @@ def _answer(
         return (line, bool(end)) if request.one_line else (text, False)
 
     ends = set(model.config.eos_token_ids)
-    from minikv_jax.models.latent import made
-
-    model = made(model, config.weights)
-    config = config.replace(generated_capacity=request.max_new_tokens)
     start, times, written, shown = time.perf_counter(), [], [], ""
+    loaded = load_cache(config, model, tokenizer) if isinstance(config, Path) else None
+    read_before = 0 if loaded is None else int(loaded.lengths[0])
+    model = made(model, cast("CacheConfig", config).weights) if loaded is None else model
     with _progress_bar(f"reading {len(ids):,} tokens ({method})", "tokens", len(ids)) as progress:
         tokens = stream(
             model,
             jnp.asarray([ids], jnp.int32),
             jnp.asarray([len(ids)], jnp.int32),
-            config,
+            cast("CacheConfig", config) if loaded is None else loaded,
             request.max_new_tokens,
             sampling=sampling,
             seed=request.seed,
@@ -205,7 +218,7 @@ def _answer(
     answer = Answer(
         method=method,
         text=text,
-        prompt_tokens=len(ids),
+        prompt_tokens=read_before + len(ids),
         new_tokens=len(times),
         tokens_kept=total.tokens_kept,
         bits_per_element=total.bits_per_element,
@@ -289,17 +302,79 @@ def app() -> None:
 @_asking
 @click.option("--method", default="minikv_plus", show_default=True, help="See `minikv methods`.")
 @click.option("--set", "settings", multiple=True, help="Change a knob of the method: --set bits=4.")
-def generate(method: str, settings: tuple[str, ...], as_json: bool, **request) -> None:
+@click.option(
+    "--from", "saved", type=Path, help="A file of `minikv prompt`: ask about its text, which is not read again."
+)
+def generate(method: str, settings: tuple[str, ...], saved: Path | None, as_json: bool, **request) -> None:
     """Answer a QUESTION about a text from a compressed cache."""
     asked = _Request(**request)
     text = asked.text()  # what is wrong here shows before JAX is imported
-    from minikv_jax import presets
+    if saved is not None:
+        given = click.get_current_context().get_parameter_source
+        if any(given(x) is ParameterSource.COMMANDLINE for x in ("method", "settings")):
+            raise ConfigError("--from goes on with the method its file was made with: leave --method and --set away.")
+        answer = _answer_from(saved, text, asked, quiet=as_json)
+    else:
+        from minikv_jax import presets
 
-    ((answer, _),) = _answers(presets.parse_one(method, settings), text, asked, quiet=as_json)
+        ((answer, _),) = _answers(presets.parse_one(method, settings), text, asked, quiet=as_json)
     if as_json:
         _print_json(dataclasses.asdict(answer))
     else:
         _console().print(_table([answer]))
+
+
+@app.command()
+@click.argument("file", type=Path)
+@click.option("--save", "out", type=Path, required=True, help="The file to write, for `minikv generate --from`.")
+@click.option("--model", default="smollm2", show_default=True, help="Folder, GGUF file, or 'smollm2'.")
+@click.option("--method", default="minikv_plus", show_default=True, help="See `minikv methods`.")
+@click.option("--set", "settings", multiple=True, help="Change a knob of the method: --set bits=4.")
+@click.option("--room", type=click.IntRange(min=1), default=1024, show_default=True,
+              help="Tokens of a question and its answer.")  # fmt: skip
+@click.option("--raw", is_flag=True, help="No chat template; questions then need --raw too.")
+def prompt(file: Path, out: Path, model: str, method: str, settings: tuple[str, ...], room: int, raw: bool) -> None:
+    """Read a text FILE once and save its compressed cache, for any number of questions."""
+    text = _read(file).strip()
+    if not text:
+        raise PromptError(f"{file} holds no text.")
+    outputs.require_file(out, "--save")
+    import jax.numpy as jnp
+
+    from minikv_jax import presets
+    from minikv_jax.prefill import prefill
+    from minikv_jax.saved import save
+
+    ((_, config),) = presets.parse_one(method, settings).items()
+    loaded, tokenizer = _load(model)
+    if raw or tokenizer.chat_template is None:
+        ids = tokenizer(text + _BETWEEN)["input_ids"]
+    else:
+        ids = _plain_ids(tokenizer, around(tokenizer, text + _BETWEEN)[0])
+    config, tokens = _in_bfloat16(config).replace(generated_capacity=room), jnp.asarray([ids], jnp.int32)
+    start = time.perf_counter()
+    with _progress_bar(f"reading {len(ids):,} tokens ({method})") as progress:
+        _, cache = prefill(loaded, tokens, jnp.asarray([len(ids)]), config, progress=progress)
+    seconds = time.perf_counter() - start
+    save(cache, out, loaded, tokenizer, tokens)
+    print(f"{out}: {len(ids):,} tokens read in {seconds:.1f} s, {out.stat().st_size / 2**20:.1f} MiB.")
+
+
+def _plain_ids(tokenizer, text: str) -> list[int]:
+    """Tokens of a part of a text: nothing is put in front."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _answer_from(saved: Path, question: str, request: "_Request", quiet: bool) -> Answer:
+    """The answer to a question about the text whose cache is in a file."""
+    from minikv_jax.sampling import Sampling
+
+    model, tokenizer = _load(request.model)
+    plain = request.raw or tokenizer.chat_template is None
+    ids = _plain_ids(tokenizer, question if plain else question + around(tokenizer, "")[1])
+    sampling = Sampling(request.temperature, request.top_p)
+    answer, _ = _answer(model, tokenizer, ids, str(saved), saved, request, sampling, "", _writer(quiet))
+    return answer
 
 
 @app.command()
@@ -346,7 +421,12 @@ class _Request:
         parts = [part for part in (_read(self.prompt_file).strip(), (self.question or "").strip()) if part]
         if not parts:
             raise PromptError("The prompt is empty: give a question, a --prompt-file with text, or both.")
-        return "\n\n".join(parts)
+        return _BETWEEN.join(parts)
+
+
+def _writer(quiet: bool) -> Callable[[str], None]:
+    """What shows an answer as it comes."""
+    return (lambda text: None) if quiet else lambda text: print(text, end="", flush=True)
 
 
 def _answers(
@@ -359,14 +439,10 @@ def _answers(
     model, tokenizer = _load(request.model)
     ids = _token_ids(tokenizer, text, request.raw)
 
-    def write(text: str) -> None:
-        if not quiet:
-            print(text, end="", flush=True)
-
-    answers = []
+    write, answers = _writer(quiet), []
     for method, config in methods.items():
         label = f"\n[{method}] " if len(methods) > 1 else ""
-        config = _in_bfloat16(config)
+        config = _in_bfloat16(config).replace(generated_capacity=request.max_new_tokens)
         answers.append(_answer(model, tokenizer, ids, method, config, request, sampling, label, write))
     return answers
 

@@ -352,6 +352,45 @@ def test_answers_are_text_and_a_table(here):
     assert "│ -" in one.replace(" ", "").replace("│-", "│ -")  # one token has no rate
 
 
+class Hashed(tiny.Characters):
+    """Characters with a pipeline to hash and a chat template."""
+
+    chat_template = "template"
+
+    @property
+    def backend_tokenizer(self):
+        return self
+
+    def to_str(self):
+        return "characters"
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return f"(user: {messages[0]['content']})"
+
+
+@pytest.mark.parametrize("raw", [[], ["--raw"]])
+def test_a_text_is_read_once_and_asked_about(here, monkeypatch, tmp_path, raw):
+    monkeypatch.setattr(cli, "_load", lambda *_: (MODEL, Hashed()))
+    text, saved = tmp_path / "book.txt", tmp_path / "book.cache"
+    text.write_text("It is a truth universally acknowledged.")
+    method = ["--method", "full", *raw]
+    code, output, _ = here("prompt", text, "--save", saved, "--room", 60, *method)
+    assert code == 0 and "tokens read in" in output
+    asked = ["who?", "--max-new-tokens", "5", "--json", *raw]
+    from_file = json.loads(here("generate", "--from", saved, *asked)[1])
+    at_once = json.loads(here("generate", "--prompt-file", text, *method[:2], *asked)[1])
+    for name in ("text", "prompt_tokens", "new_tokens"):
+        assert from_file[name] == at_once[name]
+    for arguments, match in [
+        (["generate", "--from", saved, "--method", "kivi", "who?"], "leave --method"),
+        (["generate", "--from", text, "who?"], "no saved cache"),
+        (["generate", "--from", saved, "--max-new-tokens", 99, "who?"], "room for 60"),
+        (["prompt", tmp_path / "no.txt", "--save", saved], "Cannot read"),
+    ]:
+        code, _, errors = here(*arguments)
+        assert code == 2 and match in errors, errors
+
+
 def test_an_answer_ends_where_the_model_ends_it(here, monkeypatch):
     _, free, _ = here("generate", "--method", "full", "--max-new-tokens", 6, "--json", "what is it")
     first = tiny.Characters()(json.loads(free)["text"])["input_ids"][0]
