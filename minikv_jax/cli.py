@@ -346,6 +346,8 @@ def prompt(file: Path, out: Path, model: str, method: str, settings: tuple[str, 
     from minikv_jax.saved import save
 
     ((_, config),) = presets.parse_one(method, settings).items()
+    if config.weights is not None:
+        raise ConfigError(f"{method} changes the model's weights, and a saved cache has none: give another method.")
     loaded, tokenizer = _load(model)
     if raw or tokenizer.chat_template is None:
         ids = tokenizer(text + _BETWEEN)["input_ids"]
