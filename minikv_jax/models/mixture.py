@@ -35,16 +35,41 @@ class Mixture(nnx.Module):
         return jnp.einsum("mk,mkd->md", weights.astype(x.dtype), each).reshape(h.shape)
 
     def _gathered(self, x: Float[Array, "M D"], chosen: Int[Array, "M k"]) -> Float[Array, "M k D"]:
-        y = jnp.einsum("md,mkdf->mkf", x, self.gate_up[...].at[chosen].get(mode="promise_in_bounds"))
-        return jnp.einsum("mkf,mkfd->mkd", _gate(y), self.down[...].at[chosen].get(mode="promise_in_bounds"))
+        rows = jnp.repeat(x, chosen.shape[1], axis=0)
+        gate_up, down = (w[...].at[chosen.reshape(-1)].get(mode="promise_in_bounds") for w in (self.gate_up, self.down))
+        y = jnp.einsum("rf,rfd->rd", _gate(jnp.einsum("rd,rdf->rf", rows, gate_up)), down)
+        return y.reshape(*chosen.shape, -1)
 
     def _grouped(self, x: Float[Array, "M D"], chosen: Int[Array, "M k"]) -> Float[Array, "M k D"]:
-        k = chosen.shape[1]
-        order = jnp.argsort(chosen.reshape(-1))  # rows of one expert follow each other
-        sizes = jnp.bincount(chosen.reshape(-1), length=self.settings.count).astype(jnp.int32)
-        y = jax.lax.ragged_dot(x[order // k], self.gate_up[...], sizes)
-        y = jax.lax.ragged_dot(_gate(y), self.down[...], sizes)
-        return jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(*chosen.shape, -1)
+        """Rows of one expert follow each other, from a new block on, and blocks are multiplied one after another.
+
+        `jax.lax.ragged_dot` would multiply every row by every expert where XLA has no kernel for it, as on CPUs.
+        """
+        count, (m, k) = self.settings.count, chosen.shape
+        block = _block(m * k // count)
+        blocks = -(-m * k // block) + count  # as many as there can be: every expert may leave one unfilled
+        experts = chosen.reshape(-1)
+        sizes = jnp.bincount(experts, length=count)
+        ends = jnp.cumsum(-(-sizes // block))  # of each expert's blocks
+        order = jnp.argsort(experts)
+        rank = jnp.arange(m * k) - (jnp.cumsum(sizes) - sizes)[experts[order]]
+        first = (ends - -(-sizes // block)) * block
+        at = jnp.zeros_like(order).at[order].set(first[experts[order]] + rank, unique_indices=True)
+        rows = jnp.zeros((blocks * block, x.shape[1]), x.dtype)
+        rows = rows.at[at].set(jnp.repeat(x, k, axis=0), unique_indices=True).reshape(blocks, block, -1)
+        owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), count - 1)
+
+        def product(given: tuple[Float[Array, "b D"], Int[Array, ""]]) -> Float[Array, "b D"]:
+            some, expert = given
+            gate_up, down = (w[...].at[expert].get(mode="promise_in_bounds") for w in (self.gate_up, self.down))
+            return _gate(some @ gate_up) @ down
+
+        return jax.lax.map(product, (rows, owner)).reshape(blocks * block, -1)[at].reshape(m, k, -1)
+
+
+def _block(rows: int) -> int:
+    """Rows of a block, where an expert has so many on average: powers of two, from 8 to 128."""
+    return min(128, max(8, 1 << max(rows, 1).bit_length() - 1))
 
 
 def _gate(y: Float[Array, "*rows F2"]) -> Float[Array, "*rows F"]:
