@@ -175,7 +175,7 @@ def test_latents_hold_what_every_cache_promises(name):
     assert in_place._cache_size() == programs
 
 
-@pytest.mark.parametrize("name", quick("cskv"))
+@pytest.mark.parametrize("name", quick())
 def test_latents_are_extended_served_and_forked(name):
     config, params = METHODS[name], PARAMS[name]
     text, lengths = prompt()

@@ -31,7 +31,8 @@ def drawn():
     return Products(*pair), draws.array(rng.normal(size=(1, 16, 32)), "float32")
 
 
-@pytest.mark.parametrize("bits", [pytest.param(16, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [16, 4])
 def test_the_loss_is_the_error_of_keys_and_values(bits):
     product, x = drawn()
     codec, layer = each_token(bits, 8), MODEL.layers[0]
