@@ -20,7 +20,7 @@ from minikv_jax.prefill import bucket, empty_cache, forward, prefill
 from minikv_jax.report import cache_report
 from minikv_jax.sampling import Sampling, Written
 from minikv_jax.saved import load_cache, save, saved_tokens
-from minikv_jax.slots import fork, insert, reset
+from minikv_jax.slots import fork, insert, reset, share, to_device, to_host
 from minikv_jax.surgery import concatenate, draft_limit, rollback, rollback_limit, take
 
 __all__ = [
@@ -60,6 +60,9 @@ __all__ = [
     "rollback_limit",
     "save",
     "saved_tokens",
+    "share",
     "stream",
     "take",
+    "to_device",
+    "to_host",
 ]

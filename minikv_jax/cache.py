@@ -133,6 +133,17 @@ def shared_by(cache: KVCache) -> list[Array]:
     return jax.tree.leaves([part.prefix for part in parts if is_layer(part)])
 
 
+def with_none_of(cache: KVCache, other: KVCache) -> KVCache:
+    """The other cache, of sequences without a prefix, as sequences of a cache that shares some."""
+
+    def without(x: Any, y: Any) -> Any:
+        if not is_layer(x) or not y.prefixes:
+            return x
+        return dataclasses.replace(x, prefix_of=jnp.full_like(x.first.length, -1), prefixes=y.prefixes)
+
+    return jax.tree.map(without, other, cache, is_leaf=is_layer)
+
+
 def fitted(x: Array, like: Array) -> Array:
     """Filled with zeros to as many rows: axis 2, where the capacities of two caches may differ."""
     return segments.fit(x, like.shape[2], axis=2) if x.shape[2:3] != like.shape[2:3] else x

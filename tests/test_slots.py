@@ -16,6 +16,10 @@ from minikv_jax import (
     prefill,
     prefill_in_chunks,
     reset,
+    share,
+    take,
+    to_device,
+    to_host,
 )
 
 
@@ -59,6 +63,55 @@ def test_forks_hold_their_prefix_once():
     assert int(reset(forked, 0).layers[0].prefix[0].length[0]) > 0
 
 
+@pytest.mark.promise("Slots with a shared prefix, another one and none, in one step, are as each would be alone")
+@pytest.mark.parametrize("method", ["minikv", *slow("full", "snapkv", "minikv_plus", "kivi", "mikv")])
+def test_hits_and_misses_in_one_step_are_as_each_alone(method):
+    config = roomy(method)
+    book, law, other = (prefill(MODEL, tokens(1, 64), jnp.array([n]), config)[1] for n in (60, 33, 47))
+    cache, starts = share(empty_cache(MODEL, config, 4), [book, law])
+    put = jax.jit(insert, static_argnames="shared", donate_argnames="cache")
+    cache = put(cache, 2, starts[0], shared=True)
+    cache = put(cache, 0, starts[1], shared=True)
+    cache = put(put(cache, 1, book), 1, other)
+    cache = put(cache, 3, starts[0], shared=True)
+    later = tokens(4, 12)
+    together, cache = decode(cache, later)
+    for slot, alone in enumerate((law, other, book, book)):
+        assert nearly_equal(together[slot], decode(alone, later[slot : slot + 1])[0][0])
+    assert [x.prefixes for x in cache.layers] == [2 * config.method.inflow.grows * (method != "kivi")]
+    # A slot that had a prefix takes a sequence without one.
+    cache = put(reset(cache, 2), 2, law)
+    together, _ = decode(cache, later)
+    assert nearly_equal(together[2], decode(law, later[2:3])[0][0])
+    for call in (lambda: insert(cache, 0, fork(book, 1)), lambda: insert(cache, 0, book, shared=True)):
+        if cache.layers[0].prefixes:
+            with pytest.raises(ConfigError, match="shared=True"):
+                call()
+    with pytest.raises(ConfigError, match="no prefixes"):
+        share(empty_cache(MODEL, config, 2), [])
+
+
+def test_a_cache_waits_in_host_memory():
+    _, cache = prefill(MODEL, tokens(3, 64), jnp.array([40, 64, 9]), roomy("minikv"))
+    forked, later = fork(take(cache, [0]), 3), tokens(3, 3)
+    for held in (cache, forked):
+        waiting = to_host(held)
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(waiting)} == {"pinned_host"}
+        back = to_device(waiting)
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(back)} == {"device"}
+        np.testing.assert_array_equal(decode(back, later)[0], decode(held, later)[0])
+
+
+def test_room_that_is_less_than_a_slots_stays_so():
+    config = roomy("minikv")
+    _, short = prefill(MODEL, tokens(1, 32), jnp.array([30]), config.replace(prompt_capacity=32, generated_capacity=5))
+    cache = insert(empty_cache(MODEL, config, 3), 1, short)
+    assert cache.room.tolist() == [0, 5, 0]
+    later = tokens(3, 6)
+    logits, _ = decode(cache, later)
+    assert nearly_equal(logits[1, :5], decode(short, later[1:2, :5])[0][0]) and np.isnan(logits[1, 5]).all()
+
+
 def test_what_does_not_fit_together_is_refused():
     config = roomy("minikv")
     _, cache = prefill(MODEL, tokens(2, 8), jnp.array([8, 8]), config)
@@ -67,7 +120,7 @@ def test_what_does_not_fit_together_is_refused():
     for call, match in [
         (lambda: insert(cache, 0, cache), "one sequence"),
         (lambda: insert(cache, 0, other), "generated_capacity"),
-        (lambda: insert(fork(one, 2), 0, one), "forked"),
+        (lambda: insert(cache, 0, fork(one, 1)), "forked"),
         (lambda: fork(cache, 2), "one sequence"),
         (lambda: fork(fork(one, 1), 2), "given is a fork of 1"),
         (lambda: empty_cache(MODEL, METHODS["full"], 2), "prompt_capacity"),
