@@ -58,7 +58,10 @@ def share(cache: KVCache, prefixes: Sequence[KVCache]) -> tuple[KVCache, list[KV
         raise ConfigError("The cache shares prefixes already: share all of them at once.")
     if not prefixes:
         raise ConfigError("share was given no prefixes: give at least one.")
-    whole, slots = concatenate([cache, *(fork(prefix, 1) for prefix in prefixes)]), cache.lengths.shape[0]
+    for prefix in prefixes:
+        _check_forkable(prefix)
+    # Nothing of their own yet: a slot's rows are enough.
+    whole, slots = concatenate([cache, *(_forked(prefix, 1, 0) for prefix in prefixes)]), cache.lengths.shape[0]
     return take(whole, range(slots)), [own(take(whole, [slots + i])) for i in range(len(prefixes))]
 
 
@@ -98,17 +101,26 @@ def fork(cache: KVCache, count: int) -> KVCache:
         ConfigError: a cache of several sequences, one that has been forked, or a count below 1.
     """
     count = inputs.count(count, "count")
+    _check_forkable(cache)
+    return _forked(cache, count, cache.config.generated_capacity)
+
+
+def _check_forkable(cache: KVCache) -> None:
     if cache.lengths.shape != (1,) or any(layer.prefix for layer in cache.layers):
         raise ConfigError(
             "fork takes a cache of one sequence that is no fork itself; given is "
             f"{'a fork' if any(layer.prefix for layer in cache.layers) else 'a cache'} of {cache.lengths.shape[0]}."
         )
 
-    rows = cache.config.generated_capacity
+
+def _forked(cache: KVCache, count: int, rows: int) -> KVCache:
+    """`fork` with so many rows for each continuation's own tokens."""
     layers = tuple(layer.method.inflow.forked(layer, count, rows) for layer in cache.layers)
     # A sequence that was inserted may have brought more room than its forks have rows.
-    lengths, left, prompts = repeated((cache.lengths, jnp.minimum(cache.room, rows), cache.prompts), count)
-    return KVCache(layers, lengths, left, prompts, cache.config)
+    lengths, room, prompts = repeated(
+        (cache.lengths, jnp.minimum(cache.room, cache.config.generated_capacity), cache.prompts), count
+    )
+    return KVCache(layers, lengths, room, prompts, cache.config)
 
 
 def to_host(cache: KVCache) -> KVCache:
