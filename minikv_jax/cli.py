@@ -335,19 +335,20 @@ def generate(method: str, settings: tuple[str, ...], saved: Path | None, as_json
 @click.option("--raw", is_flag=True, help="No chat template; questions then need --raw too.")
 def prompt(file: Path, out: Path, model: str, method: str, settings: tuple[str, ...], room: int, raw: bool) -> None:
     """Read a text FILE once and save its compressed cache, for any number of questions."""
-    text = _read(file).strip()
-    if not text:
-        raise PromptError(f"{file} holds no text.")
     outputs.require_file(out, "--save")
-    import jax.numpy as jnp
-
     from minikv_jax import presets
-    from minikv_jax.prefill import prefill
-    from minikv_jax.saved import save
 
     ((_, config),) = presets.parse_one(method, settings).items()
     if config.weights is not None:
         raise ConfigError(f"{method} changes the model's weights, and a saved cache has none: give another method.")
+    text = _read(file).strip()
+    if not text:
+        raise PromptError(f"{file} holds no text.")
+    import jax.numpy as jnp
+
+    from minikv_jax.prefill import prefill
+    from minikv_jax.saved import save
+
     loaded, tokenizer = _load(model)
     if raw or tokenizer.chat_template is None:
         ids = tokenizer(text + _BETWEEN)["input_ids"]

@@ -130,9 +130,8 @@ MISTAKES = [
     (["calibrate", "--out", "x.json", "--set", "key_bits=5"], "key_bits=5"),
     (["calibrate", "--out", "x.json", "--set", "precise=[0]"], "twice"),
     (["calibrate", "--out", "x.json", "--precise", "2"], "give fewer"),
-    (["calibrate", "--out", "x.json", "--share", "99"], "--share 99"),
     (["calibrate", "--out", "x.json", "--share", "1", "--precise", "1"], "--share"),
-    (["prompt", "README.md", "--save", "x.cache", "--method", "lorc"], "lorc"),
+    (["prompt", "pyproject.toml", "--save", "x.cache", "--method", "lorc"], "lorc"),
 ]
 
 

@@ -70,7 +70,8 @@ def test_weights_are_those_of_what_prefill_makes(name):
     total = cache_report(dataclasses.replace(cache, lengths=jnp.array([68]))).total  # once the room is used
     weight = engine.weight_of(model.config, config, 60, 8)
     # But for the counters of the batch, four bytes each.
-    assert weight.bytes == total.bytes_held - 8 == nbytes(cache.layers)
+    counters = nbytes((cache.lengths, cache.room, cache.prompts))
+    assert weight.bytes == total.bytes_held - counters == nbytes(cache.layers)
     assert weight.bits_per_element == 16 * weight.bytes / total.bytes_bfloat16 > weight.bits_of_tiers
     # Codes of 2 bits; scale and minimum of 16 bits for each group of 8.
     assert name != "minikv" or weight.bits_of_tiers == 3 * weight.bits_of_codes > 0

@@ -95,6 +95,7 @@ def _held(segment, layer, b):
     return as_they_came(_values(segment), layer, "value")[b, :, : int(segment.length[b])]
 
 
+@pytest.mark.slow
 def test_the_most_attended_tokens_have_four_bits_and_the_others_two():
     lengths = np.array([90, 41, 12, 3])
     prompt, stream = draw(draws.rng(), 4, 90, 30, 2, 2, 16)

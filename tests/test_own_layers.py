@@ -110,6 +110,7 @@ def test_a_prompt_in_chunks_leaves_the_same():
     assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, chunked)
 
 
+@pytest.mark.slow
 def test_each_layer_has_the_scores_that_its_own_method_ranks_by():
     """SnapKV's last queries in one layer, H2O's all queries in another: read at once, in chunks, and by evaluations."""
     snap, heavy = presets.snapkv(budget=16, window=4, pooling=1).method, presets.h2o(persistent=True).method

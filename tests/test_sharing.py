@@ -92,7 +92,7 @@ def test_shared_layers_hold_nothing_and_reports_count_them():
     assert weights[0] + gone == weights[1]
 
 
-@pytest.mark.parametrize("base", every("minikv"))
+@pytest.mark.parametrize("base", every())
 def test_every_method_serves_the_layers_that_are_left(base):
     """Slots, forks and rows alone, over a flush; a step is traced once."""
     config, text = of(base, 140), tokens(2, 40)

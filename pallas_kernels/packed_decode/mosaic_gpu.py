@@ -86,8 +86,10 @@ class Blocks:
 
 def decline(query: Float[Array, "B T N H"], keys: PackedTensor, values: PackedTensor, scale: float) -> str | None:
     """Why these arguments cannot run; None when they can."""
-    if {query.shape[-1], values.head_size} != {_HEAD}:
-        return f"keys of {query.shape[-1]} channels, values of {values.head_size}: {_HEAD} run"
+    if values.head_size != _HEAD:
+        return f"head size {values.head_size}: {_HEAD} runs"
+    if keys.head_size != _HEAD:
+        return f"keys of {keys.head_size} channels beside values of {_HEAD}: they run as wide as values"
     if keys.bits != 2 or values.bits != 2:
         return f"{keys.bits}-bit keys and {values.bits}-bit values: 2 bits run"
     if keys.tokens_last or not values.tokens_last:
