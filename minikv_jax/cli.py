@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from minikv_jax.cache import KVCache
     from minikv_jax.config import CacheConfig
     from minikv_jax.report import CacheReport
 
@@ -159,21 +161,13 @@ def _answer(
     Of a file of a cache, instead of a config, it goes on from that.
     """
     import jax.numpy as jnp
-    import numpy as np
 
     from minikv_jax.generate import stream
     from minikv_jax.models.latent import made
     from minikv_jax.report import cache_report
     from minikv_jax.saved import load_cache
 
-    def read() -> tuple[str, bool]:
-        """The answer so far, and whether it ends here."""
-        text = tokenizer.decode(written, skip_special_tokens=True)
-        line, end, _ = text.lstrip().partition("\n")
-        return (line, bool(end)) if request.one_line else (text, False)
-
-    ends = set(model.config.eos_token_ids)
-    start, times, written, shown = time.perf_counter(), [], [], ""
+    start, ends = time.perf_counter(), model.config.eos_token_ids
     loaded = load_cache(config, model, tokenizer) if isinstance(config, Path) else None
     read_before = 0 if loaded is None else int(loaded.lengths[0])
     model = made(model, cast("CacheConfig", config).weights) if loaded is None else model
@@ -188,30 +182,11 @@ def _answer(
             seed=request.seed,
             progress=progress,
         )
-        token, cache = next(tokens)
+        first = next(tokens)
     write(label)
-    while True:
-        new = int(np.asarray(token)[0])
-        times.append(time.perf_counter())
-        report = cache_report(cache)
-        if new < 0:
-            raise MiniKVError(f"{method}: the model's predictions are no numbers (NaN). Are its weights whole?")
-        if new in ends:
-            break
-        written.append(new)
-        text, ended = read()
-        # A character may need several tokens: hold back what is not whole yet.
-        if not text.endswith("\ufffd"):
-            write(text[len(shown) :])
-            shown = text
-        if ended:
-            break
-        try:
-            token, cache = next(tokens)
-        except StopIteration:
-            break
-    text, _ = read()
-    write(text[len(shown) :] + "\n")
+    given = itertools.chain([first], tokens)
+    text, times, cache = _written(given, tokenizer, ends, method, request, write)
+    report = cache_report(cache)
     # The second token waits for the decode step's compilation.
     seconds = times[-1] - times[min(1, len(times) - 1)]
     total = report.total
@@ -228,6 +203,45 @@ def _answer(
         tokens_per_s=(len(times) - 2) / seconds if seconds else None,
     )
     return answer, report
+
+
+def _written(
+    tokens: "Iterable[tuple[Any, KVCache]]",
+    tokenizer,
+    ends: tuple[int, ...],
+    method: str,
+    request: "_Request",
+    write: Callable,
+) -> "tuple[str, list[float], KVCache]":
+    """Writes an answer as its tokens come: its text, when each token was there, and the cache after the last one."""
+    import numpy as np
+
+    def read() -> tuple[str, bool]:
+        """The answer so far, and whether it ends here."""
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        line, end, _ = text.lstrip().partition("\n")
+        return (line, bool(end)) if request.one_line else (text, False)
+
+    times, written, shown, held = [], [], "", None
+    for token, cache in tokens:
+        held = cache
+        new = int(np.asarray(token)[0])
+        times.append(time.perf_counter())
+        if new < 0:
+            raise MiniKVError(f"{method}: the model's predictions are no numbers (NaN). Are its weights whole?")
+        if new in ends:
+            break
+        written.append(new)
+        text, ended = read()
+        # A character may need several tokens: hold back what is not whole yet.
+        if not text.endswith("\ufffd"):
+            write(text[len(shown) :])
+            shown = text
+        if ended:
+            break
+    text, _ = read()
+    write(text[len(shown) :] + "\n")
+    return text, times, cast("KVCache", held)  # there is at least one token
 
 
 def _table(answers: "list[Answer]") -> "Table":

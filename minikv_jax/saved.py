@@ -188,7 +188,7 @@ def _opened(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _encoded(value: Any) -> Any:
     """A config as JSON: each part is its class's name and its fields."""
     if dataclasses.is_dataclass(value):
-        fields = {field.name: _encoded(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {name: _encoded(field) for name, field in vars(value).items()}
         return {"part": type(value).__name__, **fields}
     return [_encoded(x) for x in value] if isinstance(value, tuple) else value
 

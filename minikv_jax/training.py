@@ -58,8 +58,8 @@ class Plan:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("steps", "samples"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: give a number of texts.")
+        for name, texts in (("steps", self.steps), ("samples", self.samples)):
+            require(texts >= 0, f"{name}={texts}: give a number of texts.")
         require(self.length >= 2, f"length={self.length}: give at least 2 tokens.")
         require(self.rate > 0, f"rate={self.rate}: give a number above 0.")
         CSKV(self.keys, self.values)
