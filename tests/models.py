@@ -49,8 +49,9 @@ def small(config: CacheConfig) -> CacheConfig:
     return with_codes(config, key_group=8, value_group=8).replace(inflow=smaller)
 
 
-# Methods that change weights have tests of their own: `test_latent.py`.
+# Methods that change weights have tests of their own: `test_latent.py` and `test_sharing.py`.
 METHODS = {name: small(preset()) for name, preset in presets.METHODS.items() if preset().weights is None}
+del METHODS["kvsharer"]  # as it is by default it is `full`
 METHODS["two_tiers"] = small(presets.minikv_plus(important=0.3))
 METHODS["streaming_llm"] = presets.streaming_llm(recent=20)
 METHODS["tova"] = presets.tova(24)

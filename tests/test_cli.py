@@ -530,7 +530,7 @@ def test_a_signal_ends_the_program_without_a_word(number, after):
 @pytest.mark.slow
 @pytest.mark.promise("Ctrl-C ends the program at any moment, without a traceback")
 def test_a_signal_ends_the_program_at_any_moment(tmp_path, figure):
-    moments = draws.rng().uniform(0, 8, 24)
+    moments = draws.rng().uniform(0, 8, 12)
     for i, after in enumerate(moments):
         number = signal.SIGTERM if i % 4 == 0 else signal.SIGINT
         # Both go on for longer than the last moment, on the fastest machine too: what has ended meets no signal.

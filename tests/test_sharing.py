@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from models import CONFIG, METHODS, every, step, tokens
+from models import CONFIG, METHODS, slow, step, tokens
 
 from minikv_jax import (
     ConfigError,
@@ -92,7 +92,7 @@ def test_shared_layers_hold_nothing_and_reports_count_them():
     assert weights[0] + gone == weights[1]
 
 
-@pytest.mark.parametrize("base", every())
+@pytest.mark.parametrize("base", slow("minikv_plus", "kivi", "h2o", "think"))
 def test_every_method_serves_the_layers_that_are_left(base):
     """Slots, forks and rows alone, over a flush; a step is traced once."""
     config, text = of(base, 140), tokens(2, 40)

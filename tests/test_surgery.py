@@ -61,7 +61,7 @@ def test_forks_are_taken_and_put_together_and_hold_their_prefix_once(method):
         assert mixed.layers[0].prefix_of.tolist() == [0, 1, 0, 2, 0, 1, 0] and mixed.layers[0].prefixes == 3
 
 
-@pytest.mark.parametrize("method", every("minikv"))
+@pytest.mark.parametrize("method", ["minikv", *slow("streaming_llm", "h2o", "kivi", "mikv", "minikv_plus", "think")])
 def test_caches_put_together_answer_as_each_would(method):
     config, text, later = roomy(method), tokens(3, 64), tokens(3, 9)
     first, second = (prefill(MODEL, text[r], COUNTS[r], config)[1] for r in (slice(0, 2), slice(2, 3)))
