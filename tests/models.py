@@ -75,6 +75,16 @@ def every(*quick: str) -> list:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 
 
+# One of each way in which a cache is held and changes.
+KINDS = ("full", "streaming_llm", "h2o", "tova", "think", "kivi", "minikv", "minikv_plus", "two_tiers", "mikv")
+
+
+def kinds(*quick: str) -> list:
+    """As `every`, for what depends on a cache's parts alone: one method of each kind, and those that are `quick`."""
+    names = dict.fromkeys((*quick, *KINDS))
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def slow(*names: str) -> list:
     return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 

@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CONFIG, METHODS, TWO_LAYERS, every, follow, nearly_equal, roomy, step_in_place, tokens
+from models import CONFIG, METHODS, TWO_LAYERS, follow, kinds, nearly_equal, roomy, step_in_place, tokens
 
 from minikv_jax import decode_step, forward, nbytes, prefill, presets
 
-EVERY = every("minikv", "mikv")
+OF_EACH_KIND = kinds("minikv", "mikv")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_jit_gives_what_eager_gives(method):
     chex.assert_trees_all_close(plain, jax.jit(decode_step)(TWO_LAYERS, jitted[1], token), atol=1e-5)
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", OF_EACH_KIND)
 @settings(max_examples=3)
 @given(lengths=st.tuples(*[st.integers(1, 64)] * 3))
 def test_a_ragged_batch_is_its_sequences_one_by_one(method, lengths):
@@ -71,7 +71,7 @@ def test_a_ragged_batch_is_its_sequences_one_by_one(method, lengths):
         states += [models.step(model, c, token[b : b + 1]) for b, (_, c) in enumerate(alone)]
 
 
-@pytest.mark.parametrize("method", every("minikv"))
+@pytest.mark.parametrize("method", kinds("minikv"))
 def test_padding_never_matters(method):
     text, later, lengths = tokens(2, 30), tokens(2, 10), jnp.array([30, 11])
     config = METHODS[method].replace(prompt_capacity=64)
@@ -120,7 +120,7 @@ def test_a_split_model_is_as_good_as_the_module():
     assert step_in_place(nnx.split(models.MODEL), cache, tokens(1))[0].shape == (1, CONFIG.vocab_size)
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", OF_EACH_KIND)
 def test_a_full_cache_refuses_more_tokens_loudly(method):
     _, cache = prefill(models.MODEL, tokens(3, 64), jnp.array([20, 8, 64]), roomy(method))
     for i in range(42):
@@ -131,7 +131,7 @@ def test_a_full_cache_refuses_more_tokens_loudly(method):
             chex.assert_trees_all_equal(kept, cache)
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", OF_EACH_KIND)
 def test_a_broken_sequence_stays_alone(method):
     config = roomy(method)
     broken = jax.tree.map(lambda x: x, models.MODEL)

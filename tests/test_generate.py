@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilations import compilations
-from models import CONFIG, METHODS, MODEL, TWO_LAYERS, every, roomy, tokens
+from models import CONFIG, METHODS, MODEL, TWO_LAYERS, kinds, roomy, tokens
 
 from minikv_jax import (
     ConfigError,
@@ -26,7 +26,7 @@ from minikv_jax import (
 )
 
 
-@pytest.mark.parametrize("method", every("minikv", "mikv"))
+@pytest.mark.parametrize("method", kinds("minikv", "mikv"))
 def test_generate_is_decode_step_after_decode_step(method):
     text, lengths, config = tokens(2, 24), jnp.array([24, 9]), METHODS[method].replace(generated_capacity=40)
     written, cache = generate(TWO_LAYERS, text, lengths, config, 30)
@@ -79,7 +79,7 @@ def test_five_turns_on_a_full_cache_are_one_long_prompt(figure):
     figure(f"largest difference of logits {np.abs(after - rows[np.arange(2), ends]).max():.1e}")
 
 
-@pytest.mark.parametrize("method", every())
+@pytest.mark.parametrize("method", kinds())
 def test_an_answer_in_two_pieces_is_the_answer_in_one(method):
     text, lengths, config = tokens(3, 24), jnp.array([24, 9, 17]), METHODS[method].replace(generated_capacity=40)
     whole, _ = generate(TWO_LAYERS, text, lengths, config, 30)

@@ -11,7 +11,7 @@ import pytest
 from compilations import compilations
 from flax import nnx
 from layer import draw, run
-from models import CONFIG, METHODS, MODEL, every, tokens
+from models import CONFIG, METHODS, MODEL, kinds, tokens
 
 from minikv_jax import (
     Allocation,
@@ -141,7 +141,7 @@ step = jax.jit(decode_step)
 @pytest.mark.promise(
     "Inside jit a wrong id or length gives its own sequence NaN and an empty cache; others do not notice"
 )
-@pytest.mark.parametrize("method", every("minikv"))
+@pytest.mark.parametrize("method", kinds("minikv"))
 def test_a_traced_prompt_that_is_wrong_concerns_its_own_sequence(method):
     text, lengths = jnp.asarray(X), jnp.asarray(L)
     good_logits, good = read_traced(method)(text, lengths)
@@ -155,7 +155,7 @@ def test_a_traced_prompt_that_is_wrong_concerns_its_own_sequence(method):
 
 
 @pytest.mark.promise("A refused sequence's cache stays bit for bit what it was")
-@pytest.mark.parametrize("method", every("mikv"))
+@pytest.mark.parametrize("method", kinds("mikv"))
 def test_a_traced_turn_or_token_that_is_wrong_changes_nothing(method):
     _, before = prefill(MODEL, X, L, roomy(method))
     # `length 0` is no fault here: there is just nothing to read.
@@ -373,7 +373,7 @@ def test_padding_to_a_bucket_compiles_for_no_length():
 
 
 @pytest.mark.promise("A layer that is fed past its room answers NaN and stores nothing more")
-@pytest.mark.parametrize("method", every("minikv"))
+@pytest.mark.parametrize("method", kinds("minikv"))
 def test_a_layer_fed_past_its_room_says_so(method):
     config = METHODS[method].replace(prompt_capacity=20, generated_capacity=50)
     prompt, _ = draw(draws.rng(), batch=2, tokens=20, steps=1, heads=2, group=2, head_size=16)

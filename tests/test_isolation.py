@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from compilations import compilations
 from flax import nnx
-from models import CONFIG, METHODS, MODEL, every, nearly_equal, tokens
+from models import CONFIG, METHODS, MODEL, every, kinds, nearly_equal, tokens
 
 from minikv_jax import (
     bucket,
@@ -204,7 +204,7 @@ def test_padding_that_is_nan_is_never_read(method):
 
 
 @pytest.mark.promise("What a sequence gets does not depend on its neighbours in a batch of 17, bit for bit")
-@pytest.mark.parametrize("method", every("kivi"))
+@pytest.mark.parametrize("method", kinds("kivi"))
 def test_neighbours_change_no_bit(method):
     config, at, mine = METHODS[method], 11, tokens(1, 30)
     results = []
@@ -234,7 +234,7 @@ def repeated(method: str, times: int) -> None:
 
 
 @pytest.mark.promise("The same call gives the same bits every time")
-@pytest.mark.parametrize("method", every("minikv"))
+@pytest.mark.parametrize("method", kinds("minikv"))
 def test_repeated_runs_are_bitwise_equal(method, figure):
     repeated(method, 20)
     figure("20 runs on a CPU")

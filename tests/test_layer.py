@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import CONFIG, METHODS, MODEL, every, tokens
+from models import CONFIG, METHODS, MODEL, kinds, tokens
 
 from minikv_jax import ConfigError, PromptError, decode_step, layer, prefill, presets
 from minikv_jax.models.llama import Llama
@@ -98,7 +98,7 @@ def assert_alike(found, expected):
         assert x.shape == y.shape and np.mean(np.abs(x - y) > 1e-4 * (1 + np.abs(y))) < 0.01
 
 
-@pytest.mark.parametrize("method", every("full", "minikv_plus"))
+@pytest.mark.parametrize("method", kinds("full", "minikv_plus"))
 def test_our_own_models_hold_the_same(method):
     config = METHODS[method].replace(prompt_capacity=40, generated_capacity=20)
     text, lengths = tokens(2, 40), jnp.array([40, 23])
@@ -123,7 +123,7 @@ def test_our_own_models_hold_the_same(method):
     assert_alike(state.cache, cache.layers[0])
 
 
-@pytest.mark.parametrize("method", every("minikv"))
+@pytest.mark.parametrize("method", kinds("minikv"))
 def test_a_full_state_says_so_and_stays_as_it_is(method):
     config = METHODS[method].replace(prompt_capacity=T, generated_capacity=2)
     prompt, new = drawn(T, 1)
