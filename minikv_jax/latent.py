@@ -192,7 +192,7 @@ def attention(
         Of values as they came, [B, T, N, H].
     """
     latent: Latent = layer.latent
-    if segment.heads[1] != latent.keys:
+    if segment.heads[1] != latent.values:
         rows = cast(DenseSegment, segment)  # tiers hold latents alone
         key, value = latent.behind(rows.key[:, 0], rows.value[:, 0])
         part = Part(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), rows.length)

@@ -271,7 +271,8 @@ def shared_attention(
     partial = read(rows, prefix, **softmax)
     of, some = (jnp.maximum(prefix_of, 0), row_numbers(b)), (prefix_of >= 0)[:, None, None]
     output, maximum, total = (x.reshape(prefixes, b, t, *x.shape[2:])[of] for x in partial)
-    return Partial(output * some[..., None], jnp.where(some, maximum, -jnp.inf), total * some)
+    output, total = jnp.where(some[..., None], output, 0), jnp.where(some, total, 0)
+    return Partial(output, jnp.where(some, maximum, -jnp.inf), total)
 
 
 def append(segment: Segment, key: Float[Array, "B K 1 H"], value: Float[Array, "B K 1 V"], accept: Bool[Array, "B"]):
