@@ -451,6 +451,7 @@ def test_eval_writes_a_table_and_goes_on_where_it_stood(here, tmp_path):
     assert code == 2 and "split='dev'" in errors
 
 
+@pytest.mark.slow
 def test_calibrate_finds_layers(here, tmp_path, monkeypatch):
     monkeypatch.setattr(finding, "_records", finding._texts)  # whose shapes are compiled anyway
     settings = [f"--set={knob}={value}" for knob, value in (("group_size", 16), ("residual", 32), ("feedback", "none"))]

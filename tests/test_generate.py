@@ -42,7 +42,7 @@ def test_generate_is_decode_step_after_decode_step(method):
         chex.assert_trees_all_equal(*counters(after))
 
 
-@pytest.mark.parametrize("count", [12, 30])
+@pytest.mark.parametrize("count", [12, pytest.param(30, marks=pytest.mark.slow)])
 def test_generation_ends_with_the_end_token(count):
     text, lengths, config = tokens(2, 24), jnp.array([24, 9]), METHODS["minikv"]
     free, _ = generate(MODEL, text, lengths, config, count)

@@ -98,7 +98,7 @@ def assert_alike(found, expected):
         assert x.shape == y.shape and np.mean(np.abs(x - y) > 1e-4 * (1 + np.abs(y))) < 0.01
 
 
-@pytest.mark.parametrize("method", kinds("full", "minikv_plus"))
+@pytest.mark.parametrize("method", kinds("full"))
 def test_our_own_models_hold_the_same(method):
     config = METHODS[method].replace(prompt_capacity=40, generated_capacity=20)
     text, lengths = tokens(2, 40), jnp.array([40, 23])

@@ -46,6 +46,7 @@ def read(config, text, lengths, later):
     return np.stack(found, axis=1), cache
 
 
+@pytest.mark.slow
 def test_each_layer_holds_what_it_would_hold_under_a_method_of_its_own():
     text, lengths = tokens(2, 90), jnp.array([90, 41])
     _, mixed = prefill(MODEL, text, lengths, MIXED)

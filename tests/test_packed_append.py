@@ -245,7 +245,7 @@ def test_write_matches_the_cache_on_a_gpu():
         check_write(packed_write, draws.rng(), CODECS["KIVI's groups"])
 
 
-QUICK = "test_append and 2-bit or append_rotates and 6 or merging"
+QUICK = "test_append and 2-bit or merging"
 
 
 @pytest.mark.parametrize("which", [QUICK, pytest.param("test", marks=pytest.mark.slow)])

@@ -27,8 +27,8 @@ def in_chunks_of(monkeypatch, rows: int, attended: int):
     ("method", "rows", "attended"),
     [
         ("minikv", 3 * 128, 3 * 384),  # all sequences at once
-        ("minikv", 128, 128),  # one after the other
         ("snapkv", 128, 256),
+        pytest.param("minikv", 128, 128, marks=pytest.mark.slow),  # one after the other
         *(pytest.param("mikv", *x, marks=pytest.mark.slow) for x in ((3 * 128, 3 * 384), (128, 128))),
     ],
 )

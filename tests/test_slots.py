@@ -91,6 +91,7 @@ def test_hits_and_misses_in_one_step_are_as_each_alone(method):
         share(empty_cache(MODEL, config, 2), [])
 
 
+@pytest.mark.slow
 def test_a_cache_waits_in_host_memory():
     _, cache = prefill(MODEL, tokens(3, 64), jnp.array([40, 64, 9]), roomy("minikv"))
     forked, later = fork(take(cache, [0]), 3), tokens(3, 3)
