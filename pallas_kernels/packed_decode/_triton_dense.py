@@ -10,6 +10,15 @@ from pallas_kernels._triton_hadamard import rotate
 
 
 @triton.jit
+def of_rows(rows, channel, KEY: tl.constexpr, KEYS: tl.constexpr):
+    """Which numbers of these rows of keys there are."""
+    there = rows[:, None]
+    if KEY < KEYS:
+        there = there & (channel < KEY)[None, :]
+    return there
+
+
+@triton.jit
 def dense_kernel(
     q,
     k,
@@ -63,8 +72,9 @@ def dense_kernel(
     last = tl.minimum(last, held)
     start = head.to(tl.int64) * capacity
     key_channel = tl.arange(0, KEYS)
-    wide = key_channel < KEY
-    queries = tl.load(q + position[:, None] * KEY + key_channel[None, :], mask=real[:, None] & wide[None, :], other=0.0)
+    queries = tl.load(
+        q + position[:, None] * KEY + key_channel[None, :], mask=of_rows(real, key_channel, KEY, KEYS), other=0.0
+    )
     queries = queries.to(k.dtype.element_ty)
     factor = softmax_scale * 1.4426950408889634
 
@@ -75,7 +85,7 @@ def dense_kernel(
         index = at + token
         inside = index < last
         place = start + index[:, None]
-        keys = tl.load(k + place * KEY + key_channel[None, :], mask=inside[:, None] & wide[None, :], other=0.0)
+        keys = tl.load(k + place * KEY + key_channel[None, :], mask=of_rows(inside, key_channel, KEY, KEYS), other=0.0)
         x = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor
         x = tl.where(index[None, :] < tl.minimum(visible, last)[:, None], x, -float("inf"))
         if LOGITS:
