@@ -218,8 +218,9 @@ class Readers(NamedTuple):
         grouped = jnp.where(counted[:, :, None, None], query, 0).reshape(b, t, heads, n // heads, h)
         moment = jnp.einsum("btkgh,btkgi->bkhi", grouped, grouped, preferred_element_type=jnp.float32)
         loudest = jnp.abs(grouped).max(axis=(1, 3)).astype(jnp.float32)
-        squares = jnp.square(grouped.astype(jnp.float32)).sum(axis=3)
-        latest = jnp.where(last[:, :, None, None], squares, 0).sum(axis=1)
+        # Masked before it is summed: one reduction, beside the maximum, and nothing as long as the prompt.
+        newest = jnp.where(last[:, :, None, None, None], grouped, 0).astype(jnp.float32)
+        latest = jnp.square(newest).sum(axis=(1, 3))
         return cls(loudest, latest, Moments(moment, None))
 
     @classmethod

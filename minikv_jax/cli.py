@@ -163,7 +163,7 @@ def _answer(
     import jax.numpy as jnp
 
     from minikv_jax.generate import stream
-    from minikv_jax.models.latent import made
+    from minikv_jax.models.made import made
     from minikv_jax.report import cache_report
     from minikv_jax.saved import load_cache
 

@@ -239,7 +239,7 @@ class CacheConfig:
         dtype: of dense rows; None: the model's own.
         prompt_capacity: longest prompt; None: as long as the token array given to `prefill`.
         generated_capacity: tokens that can follow the prompt.
-        weights: what the model's weights must have been made into (`models.latent`).
+        weights: what the model's weights must have been made into (`models.made`).
     """
 
     name: str

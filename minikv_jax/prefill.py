@@ -225,7 +225,7 @@ def with_latents_of(model: Model, config: CacheConfig) -> CacheConfig:
         )
     raise ConfigError(
         f"{config.name} needs weights made into {config.weights}, this model's are {made or 'as they were loaded'}: "
-        "give minikv_jax.models.latent.made(params, config.weights)."
+        "give minikv_jax.models.made.made(params, config.weights)."
     )
 
 

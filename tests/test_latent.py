@@ -29,6 +29,7 @@ from minikv_jax.codec import Codec
 from minikv_jax.latent import rank_of
 from minikv_jax.models import latent
 from minikv_jax.models.llama import Llama
+from minikv_jax.models.made import made
 from minikv_jax.models.shapes import shape_of
 from minikv_jax.report import planned_report
 from minikv_jax.ring import Ring
@@ -43,7 +44,7 @@ METHODS = {
     "cskv, 2 bits": presets.cskv(0.5, 1.0, window=8, bits=2, group_size=8),
 }
 METHODS = {name: config.replace(prompt_capacity=64, generated_capacity=40) for name, config in METHODS.items()}
-PARAMS = {name: latent.made(BIASED, config.weights) for name, config in METHODS.items()}
+PARAMS = {name: made(BIASED, config.weights) for name, config in METHODS.items()}
 step = jax.jit(decode_step)
 read = jax.jit(prefill)
 
@@ -69,18 +70,18 @@ def steps(params, cache, later):
 
 
 def plain(config) -> reference.Weights:
-    """The weights of the one layer, and products made by the reference's own decomposition."""
+    """The weights of the one layer, and products own by the reference's own decomposition."""
     one = BIASED.layers[0]
     all_weights, bias = (np.asarray(x[...], np.float64) for x in (one.query_key_value, one.query_key_value_bias))
     columns = np.split(np.arange(all_weights.shape[1]), (CONFIG.num_heads * SIZE, CONFIG.num_heads * SIZE + WIDTH))
     query, key, value = (all_weights[:, x] for x in columns)
-    made = PARAMS[next(name for name, x in METHODS.items() if x == config)].layers[0]
+    own = PARAMS[next(name for name, x in METHODS.items() if x == config)].layers[0]
     products = []
     for whole, first, count, up in (
-        (key, 0, made.latent.keys, made.key_up),
-        (value, made.latent.keys, made.latent.values, made.value_up),
+        (key, 0, own.latent.keys, own.key_up),
+        (value, own.latent.keys, own.latent.values, own.value_up),
     ):
-        down = np.asarray(made.down[...], np.float64)[:, first : first + count]
+        down = np.asarray(own.down[...], np.float64)[:, first : first + count]
         product = down, np.asarray(up[...], np.float64).reshape(count, WIDTH)
         np.testing.assert_allclose(product[0] @ product[1], reference.nearest(whole, count), atol=1e-5)
         products.append(product)
@@ -112,7 +113,7 @@ def test_whole_rank_is_the_full_cache():
     text, lengths = tokens(2, 40), jnp.array([30, 17])
     full, _ = follow(presets.full(), text[:, :30], lengths, text[:, 30:])
     for config in (presets.lorc(1.0, 1.0), presets.cskv(1.0, 1.0, window=4)):
-        found, _ = follow(config, text[:, :30], lengths, text[:, 30:], latent.made(TWO_LAYERS, config.weights))
+        found, _ = follow(config, text[:, :30], lengths, text[:, 30:], made(TWO_LAYERS, config.weights))
         np.testing.assert_allclose(found, full, atol=1e-4)
 
 
@@ -234,7 +235,7 @@ def test_bytes_are_those_of_the_latents():
     ("make", "named"),
     [
         (lambda: prefill(MODEL, tokens(1, 8), [8], presets.lorc()), "lorc needs weights made into"),
-        (lambda: prefill(MODEL, tokens(1, 8), [8], presets.cskv()), "latent.made"),
+        (lambda: prefill(MODEL, tokens(1, 8), [8], presets.cskv()), "made.made"),
         (lambda: prefill(PARAMS["lorc"], tokens(1, 8), [8], presets.kivi()), "kivi reads the model as it was loaded"),
         (lambda: prefill(PARAMS["lorc"], tokens(1, 8), [8], presets.lorc(0.5, 0.75)), "most=0.75"),
         (lambda: latent.lorc(PARAMS["lorc"], 0.5, 0.5), "as `load` gives it"),

@@ -25,6 +25,7 @@ from minikv_jax import (
 from minikv_jax.evals.engine import attention_errors, read_follows, read_on, read_prompt
 from minikv_jax.evals.sharing import _resolved, find
 from minikv_jax.evals.task import Lab, Settings
+from minikv_jax.models.latent import lorc
 from minikv_jax.models.llama import Llama
 from minikv_jax.models.shared import kvsharer
 from minikv_jax.prefill import empty_cache
@@ -121,6 +122,7 @@ def test_every_method_serves_the_layers_that_are_left(base):
         (lambda: presets.kvsharer((1, 2), (0, 1)), "before its layer"),
         (lambda: kvsharer(MODEL, (7,), (0,)), r"layers=\[7\]"),
         (lambda: kvsharer(SHARED, (1,), (0,)), "changed before"),
+        (lambda: lorc(SHARED, 0.5, 0.5), "as `load` gives it"),
         (lambda: prefill(MODEL, tokens(1, 4), np.array([4]), of("full")), "as they were loaded"),
         (lambda: prefill(SHARED, tokens(1, 4), np.array([4]), presets.full()), "as it was loaded"),
     ],

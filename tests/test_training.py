@@ -14,8 +14,9 @@ from reference.quantiser import roundtrip_per_token
 from minikv_jax import CheckpointError, ConfigError, prefill, presets, training
 from minikv_jax.codec import Codec, each_token
 from minikv_jax.latent import CSKV
-from minikv_jax.models import latent, trained
+from minikv_jax.models import trained
 from minikv_jax.models.latent import Product, Products, key_value_weights, products_of
+from minikv_jax.models.made import made
 
 PLAN = training.Plan(keys=0.5, values=0.5, steps=4, length=16, samples=3, rate=1e-3)
 
@@ -98,16 +99,16 @@ def test_a_broken_run_goes_on_and_is_loaded_by_name(tmp_path, monkeypatch):
 
     model = with_home(TWO_LAYERS, tmp_path / "whole")
     config = presets.cskv(0.5, 0.5, weights="mine", window=4)
-    logits, _ = prefill(latent.made(model, config.weights), tokens(1, 16), [16], config)
+    logits, _ = prefill(made(model, config.weights), tokens(1, 16), [16], config)
     assert np.isfinite(np.asarray(logits)).all()
     for wrong, named in ((CSKV(0.5, 1.0, "mine"), "other densities"), (CSKV(0.5, 0.5, "other"), "minikv train cskv")):
         with pytest.raises(CheckpointError, match=named):
-            latent.made(model, wrong)
+            made(model, wrong)
     whole.write_bytes(b"no safetensors")
     with pytest.raises(CheckpointError, match="Cannot read"):
-        latent.made(model, config.weights)
+        made(model, config.weights)
     with pytest.raises(CheckpointError, match="came from none"):
-        latent.made(TWO_LAYERS, config.weights)
+        made(TWO_LAYERS, config.weights)
 
 
 def with_home(model, folder):

@@ -56,7 +56,7 @@ def for_method(model: Model, config: CacheConfig) -> Model:
 
 @functools.lru_cache(maxsize=4)
 def _made(model: Model, weights: Weights) -> Model:
-    from minikv_jax.models.latent import made  # a model of another kind needs no flax
+    from minikv_jax.models.made import made  # a model of another kind needs no flax
 
     return as_model(made(model, weights))
 

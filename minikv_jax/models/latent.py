@@ -2,7 +2,6 @@
 
     params = lorc(params, least, most)          W_k and W_v become products of low rank; ranks fall with depth
     params = cskv(params, keys, values)         beside W_k and W_v there are products of low rank, for older tokens
-    params = made(params, config.weights)       whichever the method asks for
 
 A product A B takes what enters attention to a latent (A) and the latent to the keys or values of all heads (B). As it
 is made here the rows of B are orthonormal: an error of a latent is one of the same size in what is rebuilt from it.
@@ -18,11 +17,10 @@ from jaxtyping import Array, Float, Int
 
 from minikv_jax.errors import ConfigError
 from minikv_jax.latent import CSKV, Latent, LoRC, Weights, rank_of, whole_rank
-from minikv_jax.model import Params, as_model, latent_layer
+from minikv_jax.model import Params, as_model, made_into
 from minikv_jax.models.llama import Llama, LlamaLayer
-from minikv_jax.models.shared import kvsharer, queries_of
+from minikv_jax.models.shared import queries_of
 from minikv_jax.models.trained import Product, Products, read_products
-from minikv_jax.sharing import KVSharer
 
 
 class LatentLlamaLayer(nnx.Module):
@@ -247,24 +245,8 @@ def with_products(model: Llama, products: Sequence[Products], made: Weights) -> 
     return other
 
 
-def made(params: Params, weights: Weights | None) -> Params:
-    """The params made into the weights that a method asks for (`CacheConfig.weights`): themselves, for most.
-
-    Raises:
-        ConfigError: another kind of model.
-        CheckpointError: trained weights that are not there or do not fit.
-    """
-    if weights is None:
-        return params
-    if isinstance(weights, KVSharer):
-        return kvsharer(params, weights.layers, weights.sources)
-    if isinstance(weights, LoRC):
-        return lorc(params, weights.least, weights.most)
-    return cskv(params, weights.keys, weights.values, weights.weights)
-
-
 def _as_llama(params: Params, name: str) -> Llama:
     model = as_model(params)
-    if not isinstance(model, Llama) or any(latent_layer(layer) is not None for layer in model.layers):
+    if not isinstance(model, Llama) or made_into(model) is not None:
         raise ConfigError(f"{name} changes the weights of a Llama as `load` gives it, not of a {type(model).__name__}.")
     return model
